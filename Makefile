@@ -1,0 +1,24 @@
+# The targets that CI and people call; the same commands everywhere.
+.PHONY: format lint type test slow bench commit-checks
+
+format:
+	ruff check --fix-only .
+	ruff format .
+
+lint:
+	ruff check .
+	ruff format --check .
+
+type:
+	mypy
+
+test:
+	pytest
+
+slow:
+	pytest -m slow
+
+bench:
+	python -m hubrl.bench all
+
+commit-checks: format lint type test

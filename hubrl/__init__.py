@@ -1,0 +1,15 @@
+"""hubrl: reinforcement learning that stands on a hub of pretrained encoders."""
+
+from hubrl.extractor import HubFeaturesExtractor
+from hubrl.pathway import HubPathway, PathwayOutput
+from hubrl.specs import EncoderSpec, HubSpec, list_hubs, load_hub
+
+__all__ = [
+    "EncoderSpec",
+    "HubFeaturesExtractor",
+    "HubPathway",
+    "HubSpec",
+    "PathwayOutput",
+    "list_hubs",
+    "load_hub",
+]

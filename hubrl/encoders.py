@@ -1,0 +1,275 @@
+"""Encoders built from their specs: the preprocessing card, the trunk, its verified weights."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hubrl.specs import EncoderSpec, HubSpec
+
+# Shape letters: B batch, D features, C H W image.
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV's RGB to grey
+
+
+class NatureConv(nn.Module):
+    """
+    The three convolutions of Mnih et al. 2015: (B, C, H, W) -> (B, D), D = 3136 at 84 px.
+
+    Layers are named as in SB3's ``NatureCNN``, so that its weights fit.
+
+    :param channels: input channels
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.cnn = nn.Sequential(
+            nn.Conv2d(channels, 32, kernel_size=8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, kernel_size=3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Features (B, D) of preprocessed images."""
+        features_BD: Tensor = self.cnn(images_BCHW)
+        return features_BD
+
+
+class NatureCNN(NatureConv):
+    """
+    ``NatureConv`` and the linear layer of 512 that follows it in SB3's ``NatureCNN``.
+
+    :param channels: input channels
+    :param image_size: (height, width) of the input, which sets the linear layer's width
+    """
+
+    def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
+        super().__init__(channels)
+        height, width = (_conv_sizes(size) for size in image_size)
+        self.linear = nn.Sequential(nn.Linear(64 * height * width, 512), nn.ReLU())
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Features (B, 512) of preprocessed images."""
+        features_BD: Tensor = self.linear(self.cnn(images_BCHW))
+        return features_BD
+
+
+class Architecture(NamedTuple):
+    """How to build a trunk, and which layers of a weight file it may leave out."""
+
+    build: Callable[[EncoderSpec], nn.Module]
+    unused_layers: tuple[str, ...] = ()
+
+
+#: The trunks that a card may name.
+ARCHITECTURES: dict[str, Architecture] = {
+    "nature_cnn": Architecture(lambda spec: NatureCNN(spec.channels, spec.image_size)),
+    # An agent's linear layer belongs to its own game: this trunk takes the convolutions alone.
+    "nature_conv": Architecture(lambda spec: NatureConv(spec.channels), unused_layers=("linear.",)),
+}
+
+
+class Encoder(nn.Module):
+    """
+    One encoder of a hub: images as the environment gives them -> features.
+
+    Normalisation statistics and dropout stay in evaluation mode even while the weights are
+    trained: dispatch makes sub-batches of down to one row, and rollout and update must agree.
+
+    :param spec: the encoder's card
+    :param trunk: network from preprocessed images (B, C, H, W) to features (B, D)
+    """
+
+    def __init__(self, spec: EncoderSpec, trunk: nn.Module) -> None:
+        super().__init__()
+        self.spec = spec
+        self.trunk = trunk.eval()
+        shape = (1, -1, 1, 1)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """
+        Features (B, D) of raw images.
+
+        :param images_BCHW: uint8 in 0..255 or float in 0..1, of any size and channel number that
+            ``check_image_shape`` accepts
+        :param dtype: what the trunk computes in; the features have it, too
+        """
+        images_BCHW = self.preprocess(images_BCHW, dtype)
+        with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
+            features_BD: Tensor = self.trunk(images_BCHW)
+        return features_BD
+
+    def preprocess(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """What the card asks for: range, channels, size, mean and standard deviation."""
+        if images_BCHW.dtype == torch.uint8:
+            # Exact in bfloat16, too: it holds the integers up to 256.
+            images_BCHW = images_BCHW.to(dtype, memory_format=torch.channels_last) / 255.0
+        images_BCHW = _to_channels(images_BCHW, self.spec)
+        if tuple(images_BCHW.shape[-2:]) != self.spec.image_size:
+            images_BCHW = F.interpolate(
+                images_BCHW.float(), self.spec.image_size, mode="bilinear", antialias=True
+            )
+        if self.spec.mean != (0.0,) or self.spec.std != (1.0,):
+            images_BCHW = (images_BCHW - self.mean) / self.std
+        return images_BCHW.to(dtype)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode; whether the weights learn is ``requires_grad``'s business."""
+        return super().train(False)
+
+
+def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -> Encoder:
+    """
+    Build one encoder of a hub and load its weights.
+
+    :param hub: the hub that the spec is of; names the folder of the weight file
+    :param spec: the encoder's card
+    :param pretrained: read the weight file; otherwise orthogonal weights, as SB3 gives NatureCNN
+    :raises ValueError: if the architecture is unknown, or the weight file is missing, truncated,
+        has another sha256 or other layers than its card says
+    """
+    if spec.architecture not in ARCHITECTURES:
+        closest = difflib.get_close_matches(spec.architecture, ARCHITECTURES, n=1, cutoff=0.3)
+        hint = f" (closest: {closest[0]!r})" if closest else ""
+        raise ValueError(
+            f"encoder {spec.name!r}: architecture {spec.architecture!r} is unknown{hint}; "
+            f"architectures: {', '.join(ARCHITECTURES)}"
+        )
+    architecture = ARCHITECTURES[spec.architecture]
+    trunk = architecture.build(spec)
+    orthogonal_init(trunk)
+    path = hub.weights_path(spec)
+    if pretrained and path is not None:
+        _load_weights(trunk, read_weights(path, spec), spec, architecture.unused_layers)
+    encoder = Encoder(spec, trunk)
+    _check_features_dim(encoder)
+    return encoder
+
+
+def read_weights(path: Path, spec: EncoderSpec) -> dict[str, Tensor]:
+    """
+    All tensors of a weight file, float32, after its sha256 was compared with the card's.
+
+    :raises ValueError: if the file is missing, truncated or another one
+    """
+    if not path.is_file():
+        raise ValueError(
+            f"encoder {spec.name!r}: its weight file {path} is missing; put it there, "
+            "or run with random weights (--random-init)"
+        )
+    found = file_sha256(path)
+    if found != spec.sha256:
+        raise ValueError(
+            f"encoder {spec.name!r}: {path} has sha256 {found[:12]}..., its card says "
+            f"{str(spec.sha256)[:12]}...: the file is truncated or not the one described; "
+            "get it again, or correct the card"
+        )
+    try:
+        return {key: tensor.float() for key, tensor in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"encoder {spec.name!r}: {path} is not safetensors ({error})") from None
+
+
+def file_sha256(path: Path) -> str:
+    """The file's sha256, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def orthogonal_init(module: nn.Module) -> None:
+    """SB3's initialisation of a features extractor: orthogonal with gain sqrt(2), biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            nn.init.orthogonal_(layer.weight, gain=math.sqrt(2))
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
+    """
+    Whether the encoder can take images of this shape, (C, H, W).
+
+    :raises ValueError: if the shape has not three dimensions, the image is less than half as high
+        or wide as the encoder wants, or the channels cannot be adapted
+    """
+    where = f"encoder {spec.name!r}"
+    if len(shape) != 3:
+        raise ValueError(
+            f"observation space has shape {tuple(shape)}, but {where} takes images (C, H, W)"
+        )
+    channels, *size = shape
+    if any(have < want / 2 for have, want in zip(size, spec.image_size, strict=True)):
+        raise ValueError(
+            f"observation space has images of {size[0]}x{size[1]} px, but {where} takes "
+            f"{spec.image_size[0]}x{spec.image_size[1]} px and no less than half of it; "
+            "render larger observations"
+        )
+    seen = 1 if spec.frames == "last" and channels not in (3, spec.channels) else channels
+    if seen != spec.channels and {seen, spec.channels} != {1, 3}:
+        raise ValueError(
+            f"observation space has {channels} channels, but {where} takes {spec.channels}; "
+            f"stack {spec.channels} grey frames (VecFrameStack) or use another hub"
+        )
+
+
+def _load_weights(
+    trunk: nn.Module, weights: dict[str, Tensor], spec: EncoderSpec, unused: tuple[str, ...]
+) -> None:
+    weights = {key: value for key, value in weights.items() if not key.startswith(unused or "\0")}
+    try:
+        trunk.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"encoder {spec.name!r}: {spec.weights} does not fit architecture "
+            f"{spec.architecture!r}: {reason}"
+        ) from None
+
+
+def _check_features_dim(encoder: Encoder) -> None:
+    spec = encoder.spec
+    with torch.no_grad():
+        found = encoder.trunk(torch.zeros(1, spec.channels, *spec.image_size)).shape[1:]
+    if tuple(found) != (spec.features_dim,):
+        raise ValueError(
+            f"encoder {spec.name!r}: features_dim is {spec.features_dim} in its card, but the "
+            f"architecture gives {tuple(found)} at {spec.image_size[0]}x{spec.image_size[1]} px"
+        )
+
+
+def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
+    if images_BCHW.shape[1] == spec.channels:
+        return images_BCHW
+    if spec.frames == "last" and images_BCHW.shape[1] != 3:
+        images_BCHW = images_BCHW[:, -1:]
+        if spec.channels == 1:
+            return images_BCHW
+    if spec.channels == 3:
+        return images_BCHW.expand(-1, 3, -1, -1)
+    weights = images_BCHW.new_tensor(LUMA).view(1, 3, 1, 1)
+    return (images_BCHW * weights).sum(dim=1, keepdim=True)
+
+
+def _conv_sizes(pixels: int) -> int:
+    """Pixels left of a side after the three convolutions."""
+    for kernel, stride in ((8, 4), (4, 2), (3, 1)):
+        pixels = (pixels - kernel) // stride + 1
+    return pixels

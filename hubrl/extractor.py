@@ -1,0 +1,200 @@
+"""``HubFeaturesExtractor``: a hub of pretrained encoders inside any Stable-Baselines3 agent."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Self
+
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from hubrl.encoders import check_image_shape
+from hubrl.losses import attach_loss
+from hubrl.pathway import HubPathway, PathwayOutput
+from hubrl.replay import RoutingReplay
+from hubrl.specs import HubSpec, load_hub
+
+# Shape letters: B batch, E encoders, C H W image, O features out.
+
+Schedule = float | Mapping[str, float]
+
+
+class HubFeaturesExtractor(BaseFeaturesExtractor):
+    """
+    Features of the activated encoders of a hub, for ``policy_kwargs`` of any SB3 agent.
+
+    Pretrained weights survive SB3's ``ortho_init``. The exploration loss reaches the pathway
+    generator by itself: it is attached to the features wherever gradients are computed. On-policy
+    agents explore pathways while they collect: the generator's noise is fixed for each observation
+    of a rollout, and with it the activated encoders, until the next rollout begins (routing
+    replay), so the update sees the routing of the rollout. ``predict`` is free of noise. Off-policy
+    agents have noise only where they compute gradients.
+
+    Give ``net_arch=[]`` beside it: SB3 adds two layers of 64 to any extractor but its own.
+
+    :param observation_space: images, channel first, uint8 or float in 0..1
+    :param hub: a name, ``NAME:ENCODER``, a folder, a YAML file or a ``HubSpec``
+    :param top_k: encoders activated for each observation, 1..E
+    :param exploration_coef: weight of the pathway exploration loss; a number or
+        ``{"start": a, "end": b}``, linear over the run (needs ``hubrl.PathwayCallback``)
+    :param features_dim: length of the features
+    :param freeze: names of encoders whose weights don't learn, or ``"all"``
+    :param random_init: random encoders of the same size, without the hub's knowledge
+    :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
+        faster one on this machine
+    :raises ValueError: if an argument is out of its range, or the hub cannot take the observations
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        hub: str | Path | HubSpec = "atari5",
+        top_k: int = 2,
+        exploration_coef: Schedule = 0.01,
+        features_dim: int = 512,
+        freeze: Collection[str] | str = (),
+        random_init: bool = False,
+        precision: str = "auto",
+    ) -> None:
+        super().__init__(observation_space, features_dim)
+        hub = load_hub(hub)
+        for spec in hub.encoders:
+            check_image_shape(spec, observation_space.shape)
+        channels, height, width = observation_space.shape
+        self.pathway = HubPathway(
+            hub,
+            top_k,
+            image_shape=(channels, height, width),
+            features_dim=features_dim,
+            freeze=freeze,
+            pretrained=not random_init,
+            precision=precision,
+        )
+        self.replay = RoutingReplay(len(hub.encoders))
+        self.progress_remaining: float | None = None
+        self._coef = _schedule(exploration_coef)
+        self._statistics: deque[Tensor] = deque(maxlen=1000)
+        self._is_first = True
+
+    @property
+    def exploration_coef(self) -> float:
+        """
+        The coefficient at this point of the run.
+
+        :raises ValueError: if it is a schedule and nothing tells the run's progress
+        """
+        start, end = self._coef
+        if start == end:
+            return start
+        if self.progress_remaining is None:
+            raise ValueError(
+                "exploration_coef is a schedule, but nothing tells the extractor the run's "
+                "progress: call learn(..., callback=hubrl.PathwayCallback()), or give one number"
+            )
+        return end + (start - end) * self.progress_remaining
+
+    def forward(self, observations_BCHW: Tensor) -> Tensor:
+        """Features (B, O) float32; the exploration loss is attached where grad is enabled."""
+        if self._is_first:
+            _check_range(observations_BCHW)
+            self._is_first = False
+        if torch.is_grad_enabled():
+            output = self._learn(observations_BCHW)
+            return attach_loss(output.features, self.exploration_coef * output.exploration_loss)
+        if _is_collecting():
+            return self._collect(observations_BCHW).features
+        return self.pathway.route(observations_BCHW, noise_BE=None).features
+
+    def train(self, mode: bool = True) -> Self:
+        """SB3 collects in evaluation mode: entering it begins a new rollout."""
+        if self.training and not mode:
+            self.replay.next_rollout()
+        return super().train(mode)
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Everything but SB3's ``ortho_init``, which would overwrite the pretrained weights."""
+        if getattr(fn, "func", fn) is BasePolicy.init_weights:
+            return self
+        return super().apply(fn)
+
+    def statistics(self) -> dict[str, float]:
+        """
+        Means over the updates since the last call; empty if there were none.
+
+        ``usage_<encoder>`` is the encoder's share of all activations, ``entropy`` that of a single
+        observation's pathway probabilities in nats, ``exploration_loss`` is unweighted.
+        """
+        if not self._statistics:
+            return {}
+        *usage_E, entropy, loss = torch.stack(list(self._statistics)).mean(dim=0).tolist()
+        self._statistics.clear()
+        names = [f"usage_{name}" for name in self.pathway.hub.encoder_names]
+        return dict(zip(names, usage_E, strict=True)) | {
+            "entropy": entropy,
+            "exploration_loss": loss,
+        }
+
+    def _collect(self, observations_BCHW: Tensor) -> PathwayOutput:
+        hash_B = self.replay.hash(observations_BCHW)
+        output = self.pathway.route(observations_BCHW, self.replay.noise(hash_B))
+        self.replay.remember(hash_B, output.activated)
+        return output
+
+    def _learn(self, observations_BCHW: Tensor) -> PathwayOutput:
+        hash_B = self.replay.hash(observations_BCHW)
+        noise_BE, activated_BK = self.replay.noise(hash_B), self.replay.recall(hash_B)
+        output = self.pathway.route(observations_BCHW, noise_BE, activated_BK)
+        self._keep_statistics(output)
+        return output
+
+    def _keep_statistics(self, output: PathwayOutput) -> None:
+        n_encoders = len(self.pathway.encoders)
+        usage_E = (
+            output.activated.flatten().bincount(minlength=n_encoders) / output.activated.numel()
+        )
+        probabilities_BE = output.probabilities.detach()
+        entropy = torch.special.entr(probabilities_BE).sum(dim=1).mean()
+        scalars = torch.stack([entropy, output.exploration_loss.detach()])
+        self._statistics.append(torch.cat([usage_E, scalars]))
+
+
+def _is_collecting() -> bool:
+    """
+    Whether an on-policy agent collects a rollout, rather than predicts.
+
+    Both happen in evaluation mode and without grad; SB3 collects with the policy's ``forward`` and
+    predicts with its ``get_distribution``, and nothing but the caller tells them apart.
+    """
+    frame = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, BasePolicy) and frame.f_code.co_name != "extract_features":
+            return frame.f_code.co_name == "forward" and hasattr(caller, "evaluate_actions")
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _schedule(coef: Schedule) -> tuple[float, float]:
+    """The coefficient's first and last value."""
+    if not isinstance(coef, Mapping):
+        coef = {"start": coef, "end": coef}
+    if set(coef) != {"start", "end"} or min(coef.values()) < 0:
+        raise ValueError(
+            f"exploration_coef is {coef!r}, allowed: a number of at least 0, or "
+            "{'start': a, 'end': b} with two of them"
+        )
+    return float(coef["start"]), float(coef["end"])
+
+
+def _check_range(observations: Tensor) -> None:
+    if observations.dtype != torch.uint8 and observations.max() > 1.0:
+        raise ValueError(
+            f"observations reach {observations.max():.4g}, but float images must lie in 0..1: "
+            "leave normalize_images=True (SB3's default) for uint8 observations, or divide by 255"
+        )

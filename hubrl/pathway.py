@@ -1,0 +1,310 @@
+"""Hub-Pathway's core: pathway generator, top-k activation, dispatch, aggregation (torch only)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hubrl.encoders import Encoder, build_encoder, orthogonal_init
+from hubrl.losses import pathway_exploration_loss
+from hubrl.precision import check_precision, resolve_precision
+from hubrl.specs import EncoderSpec, HubSpec, load_hub
+
+# Shape letters: B batch, E encoders, K top k, D features of one encoder, O features out,
+# C H W image, R rows of the batch that activate one encoder.
+
+
+class PathwayOutput(NamedTuple):
+    """What ``HubPathway`` returns."""
+
+    features: Tensor
+    """Aggregated features, (B, O) float32."""
+    weights: Tensor
+    """Pathway weights, (B, E): zero outside the top k; rows sum to 1 for k > 1."""
+    activated: Tensor
+    """Indices of the activated encoders, (B, K) int64, ascending."""
+    probabilities: Tensor
+    """Softmax of the scores over all encoders, (B, E)."""
+    exploration_loss: Tensor
+    """Unweighted pathway exploration loss of the batch, scalar; see ``hubrl.losses``."""
+
+
+class PathwayGenerator(nn.Module):
+    """
+    A small convolutional network from images to the scores of the encoders, always in float32.
+
+    The first layer sees every pixel (8x8 windows at stride 4), since a ball may be 2x2 pixels.
+    Scores start at zero: before learning all encoders are equally likely and noise alone decides.
+    Hub-Pathway uses a ResNet-10 at 224 px and a second one for the noise; for small observations
+    this light network, whose two heads give scores and noise scales, is our choice.
+
+    :param channels: input channels
+    :param image_size: (height, width) in pixels
+    :param n_encoders: number of scores, E
+    """
+
+    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(channels, 8, kernel_size=8, stride=4, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, kernel_size=4, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        orthogonal_init(self.trunk)
+        with torch.no_grad():
+            n_features = self.trunk(torch.zeros(1, channels, *image_size)).shape[1]
+        self.scores = nn.Linear(n_features, n_encoders)
+        self.noise_scale = nn.Linear(n_features, n_encoders)
+        for head in (self.scores, self.noise_scale):
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+
+    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
+        """
+        Scores (B, E): ``g(x) + noise * softplus(n(x))``.
+
+        :param images_BCHW: uint8 in 0..255 or float in 0..1
+        :param noise_BE: standard normal numbers; None for ``g(x)`` alone
+        """
+        if images_BCHW.dtype == torch.uint8:
+            images_BCHW = images_BCHW / 255.0
+        with torch.autocast(images_BCHW.device.type, enabled=False):
+            features_BD = self.trunk(images_BCHW.float())
+            scores_BE: Tensor = self.scores(features_BD)
+            if noise_BE is not None:
+                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(features_BD))
+        return scores_BE
+
+
+class Aggregator(nn.Module):
+    """
+    A linear layer over the concatenated, weighted features, of which only activated blocks run.
+
+    ``A(concat_i [w_i * o_i]) = bias + sum_i w_i * (block_i o_i)``, then ReLU.
+
+    :param features_dims: the encoders' features_dim
+    :param features_dim: length of the aggregated features, O
+    """
+
+    def __init__(self, features_dims: list[int], features_dim: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(n, features_dim, bias=False) for n in features_dims)
+        self.bias = nn.Parameter(torch.zeros(features_dim))
+        orthogonal_init(self.blocks)
+
+
+class EncoderList(nn.Module):
+    """
+    The encoders of a hub: trained ones are submodules, frozen ones are held once per process.
+
+    A frozen encoder that came from a weight file is no submodule: it stays out of
+    ``parameters()``, ``state_dict()``, optimizers, polyak updates and copies, and all networks of
+    the process that use it share its tensors. Its card's sha256 says what it is.
+
+    :param hub: the cards
+    :param frozen: names of encoders whose weights don't learn
+    :param pretrained: load the hub's weights; otherwise random ones
+    """
+
+    def __init__(self, hub: HubSpec, frozen: Collection[str], pretrained: bool) -> None:
+        super().__init__()
+        self.owned = nn.ModuleDict()
+        self._shared: dict[str, SharedEncoder] = {}
+        self._names = hub.encoder_names
+        for spec in hub.encoders:
+            if spec.name in frozen and pretrained and spec.weights is not None:
+                self._shared[spec.name] = SharedEncoder.of(hub, spec, torch.device("cpu"))
+            else:
+                encoder = build_encoder(hub, spec, pretrained=pretrained)
+                self.owned[spec.name] = encoder.requires_grad_(spec.name not in frozen)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Encoder:
+        name = self._names[index]
+        if name in self._shared:
+            return self._shared[name].encoder
+        encoder = self.owned[name]
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    def __iter__(self) -> Iterator[Encoder]:
+        return (self[i] for i in range(len(self)))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = fn(torch.zeros(0)).device
+        self._shared = {name: shared.to(device) for name, shared in self._shared.items()}
+        return self
+
+
+class SharedEncoder:
+    """A frozen encoder that copies of a network share; no module, so that nothing registers it."""
+
+    _held: ClassVar[WeakValueDictionary[tuple[str, str], SharedEncoder]] = WeakValueDictionary()
+
+    def __init__(self, hub: HubSpec, encoder: Encoder, device: torch.device) -> None:
+        self._hub = hub
+        self.encoder = encoder.requires_grad_(False).to(device)
+
+    @classmethod
+    def of(cls, hub: HubSpec, spec: EncoderSpec, device: torch.device) -> SharedEncoder:
+        """The one instance for this card and device."""
+        key = (f"{hub.folder} {spec}", str(device))
+        shared = cls._held.get(key)
+        if shared is None:
+            shared = cls._held[key] = cls(hub, build_encoder(hub, spec), device)
+        return shared
+
+    def to(self, device: torch.device) -> SharedEncoder:
+        """The instance on another device."""
+        return SharedEncoder.of(self._hub, self.encoder.spec, device)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedEncoder:
+        return self
+
+
+class HubPathway(nn.Module):
+    """
+    A hub of encoders of which each image activates the ``top_k`` that its pathway weights choose.
+
+    An encoder runs, forward and backward, on just the rows that activate it. Method: Hub-Pathway
+    (Shu et al., NeurIPS 2022, arXiv 2206.03726); what is ours is marked in the parts.
+
+    :param hub: a name, a folder, a YAML file or a ``HubSpec``
+    :param top_k: encoders activated for each image, 1..E
+    :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
+    :param features_dim: length of the aggregated features
+    :param freeze: names of encoders whose weights don't learn, or ``"all"``
+    :param pretrained: load the hub's weights; otherwise random ones
+    :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
+        faster one on the device; generator and features are float32 in any case
+    :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, or ``freeze``
+        names an encoder that the hub lacks
+    """
+
+    def __init__(
+        self,
+        hub: str | Path | HubSpec,
+        top_k: int = 2,
+        *,
+        image_shape: tuple[int, int, int] | None = None,
+        features_dim: int = 512,
+        freeze: Collection[str] | str = (),
+        pretrained: bool = True,
+        precision: str = "float32",
+    ) -> None:
+        super().__init__()
+        self.hub = load_hub(hub)
+        self.top_k = _check_top_k(top_k, self.hub)
+        self.precision = check_precision(precision)
+        first = self.hub.encoders[0]
+        channels, *image_size = image_shape or (first.channels, *first.image_size)
+        n_encoders = len(self.hub.encoders)
+        self.generator = PathwayGenerator(channels, (image_size[0], image_size[1]), n_encoders)
+        self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
+        features_dims = [spec.features_dim for spec in self.hub.encoders]
+        self.aggregator = Aggregator(features_dims, features_dim)
+
+    def forward(self, images_BCHW: Tensor) -> PathwayOutput:
+        """
+        Route the images with fresh noise in training mode and without noise in evaluation mode.
+
+        :param images_BCHW: uint8 in 0..255 or float in 0..1
+        """
+        noise_BE = None
+        if self.training:
+            noise_BE = torch.randn(
+                len(images_BCHW), len(self.hub.encoders), device=images_BCHW.device
+            )
+        return self.route(images_BCHW, noise_BE)
+
+    def route(
+        self, images_BCHW: Tensor, noise_BE: Tensor | None, activated_BK: Tensor | None = None
+    ) -> PathwayOutput:
+        """
+        Route the images with given noise and, if wished, a given activated set.
+
+        :param images_BCHW: uint8 in 0..255 or float in 0..1
+        :param noise_BE: standard normal numbers, or None for none
+        :param activated_BK: encoders to activate, -1 where the scores shall choose; the weights
+            over them follow from the scores in any case
+        """
+        probabilities_BE = self._probabilities(images_BCHW, noise_BE)
+        chosen_BK = probabilities_BE.topk(self.top_k, dim=1).indices.sort(dim=1).values
+        if activated_BK is not None:
+            chosen_BK = activated_BK.where(activated_BK >= 0, chosen_BK)
+        weights_BE = _pathway_weights(probabilities_BE, chosen_BK)
+        features_BO = self._aggregate(images_BCHW, weights_BE, chosen_BK)
+        loss = pathway_exploration_loss(probabilities_BE)
+        return PathwayOutput(features_BO, weights_BE, chosen_BK, probabilities_BE, loss)
+
+    def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
+        if len(self.encoders) == 1:  # nothing to choose
+            return torch.ones(len(images_BCHW), 1, device=images_BCHW.device)
+        scores_BE: Tensor = self.generator(images_BCHW, noise_BE)
+        return scores_BE.softmax(dim=1)
+
+    def _aggregate(self, images_BCHW: Tensor, weights_BE: Tensor, activated_BK: Tensor) -> Tensor:
+        """Dispatch each encoder on the rows that activate it; sum the weighted blocks."""
+        dtype = resolve_precision(self.precision, images_BCHW.device)
+        features_BO = self.aggregator.bias.expand(len(images_BCHW), -1)
+        for i, rows_R in enumerate(rows_of_encoders(activated_BK, len(self.encoders))):
+            if len(rows_R) == 0:
+                continue
+            features_RD = self.encoders[i](_rows(images_BCHW, rows_R), dtype)
+            with _autocast(features_RD.device, dtype):
+                features_RO = self.aggregator.blocks[i](features_RD)
+            weighted_RO = features_RO.float() * weights_BE[rows_R, i, None]
+            features_BO = features_BO.index_add(0, rows_R, weighted_RO)
+        return features_BO.relu()
+
+
+def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:
+    """For each encoder the rows that activate it, ascending, (R,) int64."""
+    top_k = activated_BK.shape[1]
+    by_encoder = activated_BK.flatten().argsort(stable=True)
+    counts = activated_BK.flatten().bincount(minlength=n_encoders).tolist()
+    return list(torch.split(by_encoder // top_k, counts))
+
+
+def _rows(images_BCHW: Tensor, rows_R: Tensor) -> Tensor:
+    return images_BCHW if len(rows_R) == len(images_BCHW) else images_BCHW[rows_R]
+
+
+def _pathway_weights(probabilities_BE: Tensor, activated_BK: Tensor) -> Tensor:
+    """Probabilities of the activated encoders, renormalised unless k is 1, zero elsewhere."""
+    kept_BK = probabilities_BE.gather(1, activated_BK)
+    # With k = 1 a renormalised weight is always 1, and the task gives the generator no gradient.
+    if activated_BK.shape[1] > 1:
+        kept_BK = kept_BK / kept_BK.sum(dim=1, keepdim=True)
+    return torch.zeros_like(probabilities_BE).scatter(1, activated_BK, kept_BK)
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def _check_top_k(top_k: int, hub: HubSpec) -> int:
+    if not 1 <= top_k <= len(hub.encoders):
+        raise ValueError(
+            f"top_k is {top_k}, allowed: 1..{len(hub.encoders)}, "
+            f"the number of encoders of hub {hub.name!r}"
+        )
+    return top_k
+
+
+def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
+    if freeze == "all":
+        return frozenset(hub.encoder_names)
+    names = [freeze] if isinstance(freeze, str) else freeze
+    return frozenset(hub.only(name).encoders[0].name for name in names)

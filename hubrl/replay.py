@@ -1,0 +1,102 @@
+"""Routing replay: one routing for an observation, from its collection to its last update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Shape letters: B batch, E encoders, K top k, N bytes or numbers of one observation.
+
+# Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers.
+GOLDEN = -7046029254386353131
+MIX_1 = -4658895280553007687
+MIX_2 = -7723592293110705685
+
+
+class RoutingReplay(nn.Module):
+    """
+    Gives an observation the same noise and the same activated encoders throughout an iteration.
+
+    Noise is a function of the observation's content and of a key that changes with each rollout, so
+    it is found again without a place in SB3's buffers. The activated encoders would change while
+    the generator learns; they are remembered by the observation's hash.
+
+    :param n_encoders: E
+    """
+
+    key: Tensor
+
+    def __init__(self, n_encoders: int) -> None:
+        super().__init__()
+        self.n_encoders = n_encoders
+        self.register_buffer("key", torch.randint(1 << 62, ()))
+        self._collected: list[tuple[Tensor, Tensor]] = []
+        self._table: tuple[Tensor, Tensor] | None = None
+
+    def next_rollout(self) -> None:
+        """Forget the last rollout's routing and change the key."""
+        self.key += 1
+        self._collected.clear()
+        self._table = None
+
+    def hash(self, observations: Tensor) -> Tensor:
+        """64-bit hash of each observation's bytes, (B,) int64; exact, so equal on any batch."""
+        words_BN = _as_int64(observations.flatten(1))
+        n_words = words_BN.shape[1]
+        index_N = torch.arange(1, n_words + 1, device=words_BN.device)
+        return _mix((words_BN * (_mix(index_N * GOLDEN) | 1)).sum(dim=1))
+
+    def noise(self, hash_B: Tensor) -> Tensor:
+        """Standard normal numbers (B, E) that follow from hash and key alone (Box-Muller)."""
+        counter_2E = torch.arange(1, 2 * self.n_encoders + 1, device=hash_B.device) * GOLDEN
+        bits_B2E = _mix(_mix(hash_B + _mix(self.key))[:, None] + counter_2E)
+        # The upper 53 bits, as uniform numbers in (0, 1): never 0, whose logarithm is infinite.
+        uniform_B2E = ((bits_B2E >> 11) & ((1 << 53) - 1)).double().add(0.5) / (1 << 53)
+        radius_BE = (-2 * uniform_B2E[:, : self.n_encoders].log()).sqrt()
+        angle_BE = 2 * math.pi * uniform_B2E[:, self.n_encoders :]
+        return (radius_BE * angle_BE.cos()).float()
+
+    def remember(self, hash_B: Tensor, activated_BK: Tensor) -> None:
+        """Keep which encoders the observations activated when they were collected."""
+        self._collected.append((hash_B, activated_BK))
+        self._table = None
+
+    def recall(self, hash_B: Tensor) -> Tensor | None:
+        """
+        The encoders that the observations activated when they were collected, (B, K).
+
+        Rows of observations that were not collected are -1; None if nothing was.
+        """
+        if not self._collected:
+            return None
+        if self._table is None:
+            hashes, activated = (torch.cat(column) for column in zip(*self._collected, strict=True))
+            order = hashes.argsort()
+            self._table = hashes[order], activated[order]
+        hashes, activated = self._table
+        place_B = torch.searchsorted(hashes, hash_B).clamp_max(len(hashes) - 1)
+        known_B = hashes[place_B] == hash_B
+        return activated[place_B].where(known_B[:, None], -1)
+
+
+def _as_int64(rows_BN: Tensor) -> Tensor:
+    """The rows' bytes as 64-bit words; a rest that fills no word is padded with zeros."""
+    bytes_BN = rows_BN.contiguous().view(torch.uint8)
+    rest = -bytes_BN.shape[1] % 8
+    if rest:
+        bytes_BN = nn.functional.pad(bytes_BN, (0, rest))
+    return bytes_BN.view(torch.int64)
+
+
+def _mix(bits: Tensor) -> Tensor:
+    """SplitMix64's finaliser; multiplications wrap around."""
+    bits = (bits ^ _shift(bits, 30)) * MIX_1
+    bits = (bits ^ _shift(bits, 27)) * MIX_2
+    return bits ^ _shift(bits, 31)
+
+
+def _shift(bits: Tensor, n: int) -> Tensor:
+    """Logical shift to the right: torch's keeps the sign."""
+    return (bits >> n) & ((1 << (64 - n)) - 1)

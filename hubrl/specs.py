@@ -1,0 +1,248 @@
+"""Encoder and hub specs: frozen data that describe; their cards (YAML); the registry of hubs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+FramePolicy = Literal["stack", "last"]
+
+#: The hubs that ship with hubrl; found from this file, so a user's own ``configs`` can't clash.
+BUILT_IN_HUBS = Path(__file__).resolve().parents[1] / "configs" / "hubs"
+HUB_FILE = "hub.yaml"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderSpec:
+    """
+    The card of one pretrained encoder: what it is, and what it wants to see.
+
+    :param name: unique in its hub; lower case letters, digits, ``_`` and ``-``
+    :param architecture: a key of ``hubrl.encoders.ARCHITECTURES``
+    :param features_dim: length of the feature vector
+    :param image_size: (height, width) in pixels that the encoder was trained on
+    :param channels: input channels: grey frames of a stack, or 3 for RGB
+    :param mean: subtracted from pixels in [0, 1], per channel or one for all
+    :param std: divides what is left, per channel or one for all
+    :param frames: what the encoder sees of a stack of grey frames: ``stack`` (all, one channel
+        each) or ``last`` (the newest one alone)
+    :param license: SPDX identifier of the weights
+    :param source: where the weights come from: a command, a paper or a URL
+    :param weights: safetensors file, relative to the hub's folder; None: no pretrained weights
+    :param sha256: of the weight file, 64 hex digits; required with ``weights``
+    :param pretraining: free facts: games, objective, steps or frames, score, command, commit
+    :raises ValueError: if a field is out of its range
+    """
+
+    name: str
+    architecture: str
+    features_dim: int
+    image_size: tuple[int, int]
+    channels: int
+    license: str
+    source: str
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    frames: FramePolicy = "stack"
+    weights: str | None = None
+    sha256: str | None = None
+    pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise ValueError(
+                f"encoder name {self.name!r} must be lower case letters, digits, '_' and '-'"
+            )
+        self._require(self.features_dim >= 1, "features_dim", "at least 1")
+        self._require(len(self.image_size) == 2, "image_size", "[height, width]")
+        self._require(min(self.image_size) >= 1, "image_size", "positive pixels")
+        self._require(self.channels >= 1, "channels", "at least 1")
+        self._require(len(self.mean) in (1, self.channels), "mean", "1 number or one per channel")
+        self._require(len(self.std) in (1, self.channels), "std", "1 number or one per channel")
+        self._require(min(self.std) > 0, "std", "above 0")
+        self._require(self.frames in get_args(FramePolicy), "frames", "stack or last")
+        if self.weights is not None:
+            is_hash = self.sha256 is not None and re.fullmatch(r"[0-9a-f]{64}", self.sha256)
+            self._require(bool(is_hash), "sha256", "64 hex digits, for a card that has weights")
+            inside = not Path(self.weights).is_absolute() and ".." not in Path(self.weights).parts
+            self._require(inside, "weights", "a file inside the hub's folder")
+
+    def _require(self, holds: bool, field: str, allowed: str) -> None:
+        if not holds:
+            value = getattr(self, field)
+            raise ValueError(f"encoder {self.name!r}: {field} is {value!r}, allowed: {allowed}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HubSpec:
+    """
+    A named collection of pretrained encoders.
+
+    :param name: the hub's name
+    :param encoders: one card for each encoder; at least one, names unique
+    :param description: one paragraph for people
+    :param folder: where the weight files lie; None for encoders without weights
+    :raises ValueError: if there is no encoder or two have the same name
+    """
+
+    name: str
+    encoders: tuple[EncoderSpec, ...]
+    description: str = ""
+    folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.encoders:
+            raise ValueError(f"hub {self.name!r} has no encoders, but at least 1 is needed")
+        names = self.encoder_names
+        doubles = sorted({name for name in names if names.count(name) > 1})
+        if doubles:
+            raise ValueError(f"hub {self.name!r} has two encoders named {doubles[0]!r}")
+
+    @property
+    def encoder_names(self) -> tuple[str, ...]:
+        """Names in the order of the pathway weights."""
+        return tuple(encoder.name for encoder in self.encoders)
+
+    def only(self, encoder: str) -> HubSpec:
+        """
+        The hub of this one encoder.
+
+        :raises ValueError: if the hub has no such encoder
+        """
+        if encoder not in self.encoder_names:
+            raise ValueError(
+                f"hub {self.name!r} has no encoder {encoder!r}"
+                f"{_closest(encoder, self.encoder_names)}; it has: {', '.join(self.encoder_names)}"
+            )
+        chosen = self.encoders[self.encoder_names.index(encoder)]
+        return dataclasses.replace(self, name=f"{self.name}:{encoder}", encoders=(chosen,))
+
+    def weights_path(self, spec: EncoderSpec) -> Path | None:
+        """The encoder's weight file, or None where its card names none."""
+        if spec.weights is None or self.folder is None:
+            return None
+        return self.folder / spec.weights
+
+
+def list_hubs() -> list[str]:
+    """The names of the hubs that ship with hubrl."""
+    return sorted(path.parent.name for path in BUILT_IN_HUBS.glob(f"*/{HUB_FILE}"))
+
+
+def load_hub(hub: str | Path | HubSpec) -> HubSpec:
+    """
+    Read a hub's cards; the weights are read when an encoder is built.
+
+    :param hub: a name of ``list_hubs()``, ``NAME:ENCODER`` for one encoder of it, a folder with a
+        ``hub.yaml``, or a YAML file; a ``HubSpec`` is returned as it is
+    :raises ValueError: if there is no such hub or encoder, or a card is wrong
+    """
+    if isinstance(hub, HubSpec):
+        return hub
+    file = _hub_file(str(hub))
+    if file is not None:
+        return _read_hub(file)
+    name, _, encoder = str(hub).rpartition(":")
+    file = _hub_file(name) if name else None
+    if file is None:
+        raise ValueError(
+            f"hub {str(hub)!r} is unknown{_closest(str(hub), list_hubs())}; "
+            f"hubs: {', '.join(list_hubs())}; or give a folder with a {HUB_FILE}, or a YAML file"
+        )
+    return _read_hub(file).only(encoder)
+
+
+def save_hub(hub: HubSpec, folder: Path) -> None:
+    """Write the hub's cards to ``folder/hub.yaml``; ``load_hub(folder)`` reads them back."""
+    cards = [_card(encoder) for encoder in hub.encoders]
+    data = {"name": hub.name, "description": hub.description, "encoders": cards}
+    text = yaml.safe_dump(data, sort_keys=False, width=100, allow_unicode=True)
+    (folder / HUB_FILE).write_text(text)
+
+
+def _card(spec: EncoderSpec) -> dict[str, Any]:
+    card = dataclasses.asdict(spec)
+    card["pretraining"] = dict(spec.pretraining)
+    for key, value in card.items():
+        if isinstance(value, tuple):
+            card[key] = list(value)
+    return {key: value for key, value in card.items() if value is not None}
+
+
+def _hub_file(hub: str) -> Path | None:
+    if re.fullmatch(r"[A-Za-z0-9_-]+", hub) and (BUILT_IN_HUBS / hub / HUB_FILE).is_file():
+        return BUILT_IN_HUBS / hub / HUB_FILE
+    path = Path(hub)
+    if path.is_dir() and (path / HUB_FILE).is_file():
+        return path / HUB_FILE
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        return path
+    return None
+
+
+def _read_hub(file: Path) -> HubSpec:
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"hub file {file} is not valid YAML: {reason}") from None
+    _check_keys(data, HubSpec, f"hub file {file}", without={"folder"})
+    cards = data["encoders"]
+    if not isinstance(cards, list):
+        raise ValueError(f"hub file {file}: encoders must be a list of cards")
+    encoders = tuple(_read_card(card, file) for card in cards)
+    return HubSpec(
+        name=str(data["name"]),
+        encoders=encoders,
+        description=str(data.get("description", "")),
+        folder=file.parent,
+    )
+
+
+def _read_card(card: Any, file: Path) -> EncoderSpec:
+    name = card.get("name", "?") if isinstance(card, dict) else "?"
+    where = f"hub file {file}, encoder {name!r}"
+    _check_keys(card, EncoderSpec, where)
+    fields: dict[str, Any] = dict(card)
+    for key, value in card.items():
+        if isinstance(value, list):
+            fields[key] = tuple(value)
+        elif key in ("mean", "std") and isinstance(value, (int, float)):
+            fields[key] = (float(value),)
+    try:
+        return EncoderSpec(**fields)
+    except TypeError as error:
+        raise ValueError(f"{where}: a value has the wrong type ({error})") from None
+
+
+def _check_keys(
+    data: Any, cls: type, where: str, without: frozenset[str] | set[str] = frozenset()
+) -> None:
+    """Every key is a field of the dataclass, and every field without a default is there."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must be a mapping of keys to values")
+    fields = [field for field in dataclasses.fields(cls) if field.name not in without]
+    names = [field.name for field in fields]
+    for key in data:
+        if key not in names:
+            raise ValueError(
+                f"{where} has an unknown key {key!r}{_closest(str(key), names)}; "
+                f"keys: {', '.join(names)}"
+            )
+    for field in fields:
+        required = (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        )
+        if required and field.name not in data:
+            raise ValueError(f"{where} lacks the key {field.name!r}")
+
+
+def _closest(word: str, allowed: tuple[str, ...] | list[str]) -> str:
+    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f" (closest: {matches[0]!r})" if matches else ""

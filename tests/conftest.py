@@ -1,0 +1,48 @@
+"""Fixtures of all rooms: hubs in temporary folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from small_hubs import BatchNormTrunk, nature_spec, write_hub
+
+from hubrl.encoders import ARCHITECTURES, Architecture
+from hubrl.specs import EncoderSpec
+
+
+@pytest.fixture
+def hub5(tmp_path: Path) -> Path:
+    """Folder of a hub of five encoders for (4, 36, 36) images."""
+    return write_hub(tmp_path / "hub5", [nature_spec(name) for name in "abcde"])
+
+
+@pytest.fixture
+def batch_norm_architecture(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of an architecture with BatchNorm and dropout; 8 features."""
+    build = Architecture(lambda spec: BatchNormTrunk(spec.channels))
+    monkeypatch.setitem(ARCHITECTURES, "batch_norm", build)
+    return "batch_norm"
+
+
+@pytest.fixture
+def mixed_hub(tmp_path: Path, batch_norm_architecture: str) -> Path:
+    """Folder of a hub whose encoders differ in architecture, size, channels and features_dim."""
+    rgb = EncoderSpec(
+        name="rgb",
+        architecture=batch_norm_architecture,
+        features_dim=8,
+        image_size=(24, 20),
+        channels=3,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.2, 0.1),
+        frames="last",
+        license="MIT",
+        source="random numbers",
+    )
+    grey = dataclasses.replace(
+        rgb, name="grey", channels=4, mean=(0.0,), std=(1.0,), frames="stack"
+    )
+    specs = [nature_spec("conv"), nature_spec("cnn", 44, "nature_cnn"), rgb, grey]
+    return write_hub(tmp_path / "mixed", specs)

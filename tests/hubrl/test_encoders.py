@@ -1,0 +1,211 @@
+"""Encoders: preprocessing by hand, verified weights, and a contract over every architecture."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from safetensors.torch import load_file
+from small_hubs import nature_spec, write_hub
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import NatureCNN as SB3NatureCNN
+from torch.nn import functional as F
+
+from hubrl.encoders import (
+    ARCHITECTURES,
+    Encoder,
+    NatureConv,
+    build_encoder,
+    check_image_shape,
+    file_sha256,
+    orthogonal_init,
+)
+from hubrl.specs import HubSpec, load_hub
+
+
+def encoder_of(spec, **changes) -> Encoder:
+    spec = dataclasses.replace(spec, **changes)
+    return build_encoder(HubSpec(name="h", encoders=(spec,)), spec)
+
+
+@pytest.mark.parametrize("architecture", ["nature_conv", "nature_cnn"])
+def test_contract_of_every_architecture(architecture: str) -> None:
+    spec = nature_spec("x", architecture=architecture)
+    encoder = encoder_of(spec)
+    images = torch.randint(0, 256, (3, 4, 36, 36), dtype=torch.uint8)
+    features = encoder(images)
+    assert features.shape == (3, spec.features_dim)
+    assert torch.isfinite(features).all()
+    features.square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_contract_covers_every_architecture() -> None:
+    assert set(ARCHITECTURES) == {"nature_conv", "nature_cnn"}
+
+
+def test_nature_cnn_is_sb3s() -> None:
+    space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    theirs = SB3NatureCNN(space)
+    ours = encoder_of(nature_spec("x", 84, "nature_cnn"))
+    ours.trunk.load_state_dict(theirs.state_dict())
+    images = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    torch.testing.assert_close(ours(images), theirs(images / 255.0), atol=1e-6, rtol=0)
+
+
+def test_uint8_and_unit_floats_are_the_same_image() -> None:
+    encoder = encoder_of(nature_spec("x"))
+    images = torch.randint(0, 256, (2, 4, 36, 36), dtype=torch.uint8)
+    assert torch.equal(encoder.preprocess(images), encoder.preprocess(images / 255.0))
+
+
+def test_bfloat16_preprocessing_rounds_once() -> None:
+    encoder = encoder_of(nature_spec("x"))
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 4, 16, 16)
+    pixels = F.pad(pixels, (0, 20, 0, 20))
+    once = (pixels.float() / 255.0).to(torch.bfloat16)
+    assert torch.equal(encoder.preprocess(pixels, torch.bfloat16), once)
+
+
+def test_mean_and_std_by_hand(mixed_hub: Path) -> None:
+    hub = load_hub(mixed_hub)
+    encoder = build_encoder(hub, hub.only("rgb").encoders[0])
+    image = torch.full((1, 3, 24, 20), 0.5)
+    expected = torch.tensor([(0.5 - 0.5) / 0.2, (0.5 - 0.4) / 0.2, (0.5 - 0.3) / 0.1])
+    torch.testing.assert_close(encoder.preprocess(image)[0, :, 7, 9], expected)
+
+
+def test_rgb_encoder_sees_the_newest_grey_frame(mixed_hub: Path) -> None:
+    hub = load_hub(mixed_hub)
+    encoder = build_encoder(hub, hub.only("rgb").encoders[0])
+    stack = torch.rand(2, 4, 24, 20)
+    newest = stack[:, 3:].expand(-1, 3, -1, -1)
+    torch.testing.assert_close(encoder(stack), encoder(newest))
+
+
+def test_grey_encoder_sees_luma_of_rgb() -> None:
+    encoder = encoder_of(nature_spec("x"), channels=1)
+    pure = torch.zeros(3, 3, 36, 36)
+    pure[[0, 1, 2], [0, 1, 2]] = 1.0
+    assert encoder.preprocess(pure)[:, 0, 0, 0].tolist() == pytest.approx([0.299, 0.587, 0.114])
+
+
+def test_images_are_resized_to_the_card() -> None:
+    encoder = encoder_of(nature_spec("x"))
+    images = torch.rand(2, 4, 72, 50)
+    expected = F.interpolate(images, (36, 36), mode="bilinear", antialias=True)
+    torch.testing.assert_close(encoder.preprocess(images), expected)
+
+
+def test_weights_are_the_files(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    encoder = build_encoder(hub, hub.encoders[0])
+    stored = load_file(hub5 / "a.safetensors")
+    assert stored.keys() == encoder.trunk.state_dict().keys()
+    for key, tensor in encoder.trunk.state_dict().items():
+        assert torch.equal(tensor, stored[key])
+
+
+def test_convolutions_of_a_whole_agent_fit(tmp_path: Path) -> None:
+    hub = load_hub(write_hub(tmp_path / "h", [nature_spec("x", architecture="nature_cnn")]))
+    spec = dataclasses.replace(hub.encoders[0], architecture="nature_conv", features_dim=64)
+    whole, convolutions = build_encoder(hub, hub.encoders[0]), build_encoder(hub, spec)
+    assert torch.equal(whole.trunk.cnn[0].weight, convolutions.trunk.cnn[0].weight)
+
+
+def test_without_pretraining_weights_are_orthogonal(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    encoder = build_encoder(hub, hub.encoders[0], pretrained=False)
+    rows = encoder.trunk.cnn[0].weight.flatten(1)
+    torch.testing.assert_close(rows @ rows.T, 2 * torch.eye(32), atol=1e-5, rtol=0)
+
+
+def test_orthogonal_init_is_sb3s() -> None:
+    ours, theirs = NatureConv(4), NatureConv(4)
+    torch.manual_seed(3)
+    orthogonal_init(ours)
+    torch.manual_seed(3)
+    theirs.apply(partial(ActorCriticPolicy.init_weights, gain=np.sqrt(2)))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_statistics_and_dropout_stay_as_they_are(mixed_hub: Path) -> None:
+    hub = load_hub(mixed_hub)
+    encoder = build_encoder(hub, hub.only("grey").encoders[0]).train()
+    before = {key: tensor.clone() for key, tensor in encoder.state_dict().items()}
+    images = torch.rand(1, 4, 24, 20)  # a single row
+    assert torch.equal(encoder(images), encoder(images))
+    for key, tensor in encoder.state_dict().items():
+        assert torch.equal(tensor, before[key])
+
+
+def corrupt(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "encoder 'a': its weight file .*a.safetensors is missing; put it there"),
+        (lambda file: file.write_bytes(file.read_bytes()[:1000]), "sha256 .* truncated or not"),
+        (corrupt, "encoder 'a': .* has sha256 .*, its card says"),
+    ],
+)
+def test_damaged_weight_file(hub5: Path, damage, message: str) -> None:
+    damage(hub5 / "a.safetensors")
+    hub = load_hub(hub5)
+    with pytest.raises(ValueError, match=message):
+        build_encoder(hub, hub.encoders[0])
+
+
+def test_file_that_is_not_safetensors(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    file = hub5 / "a.safetensors"
+    file.write_bytes(b"not tensors at all")
+    spec = dataclasses.replace(hub.encoders[0], sha256=file_sha256(file))
+    with pytest.raises(ValueError, match=r"encoder 'a': .* is not safetensors"):
+        build_encoder(hub, spec)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architecture": "nature_con"},
+            r"architecture 'nature_con' is unknown \(closest: 'nature_conv'\); architectures: ",
+        ),
+        ({"architecture": "nature_cnn"}, "does not fit architecture 'nature_cnn': .*linear.0"),
+        ({"features_dim": 65}, r"features_dim is 65 in its card, but the architecture gives \(64,"),
+    ],
+)
+def test_card_that_does_not_describe_the_file(hub5: Path, changes, message: str) -> None:
+    hub = load_hub(hub5)
+    with pytest.raises(ValueError, match=message):
+        build_encoder(hub, dataclasses.replace(hub.encoders[0], **changes))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((17,), r"observation space has shape \(17,\), but encoder 'x' takes images \(C, H, W\)"),
+        ((4, 10, 84), "images of 10x84 px, but encoder 'x' takes 84x84 px and no less than half"),
+        ((3, 84, 84), "has 3 channels, but encoder 'x' takes 4; stack 4 grey frames"),
+    ],
+)
+def test_observations_that_no_encoder_takes(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_image_shape(nature_spec("x", 84), shape)
+
+
+def test_observations_that_can_be_adapted(mixed_hub: Path) -> None:
+    rgb = load_hub(mixed_hub).only("rgb").encoders[0]
+    for shape in [(3, 24, 20), (4, 84, 84), (1, 12, 10), (7, 24, 20)]:
+        check_image_shape(rgb, shape)

@@ -1,0 +1,402 @@
+"""The extractor inside untouched SB3 agents: weights, gradients, noise, ratio, save and load."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from safetensors.torch import load_file
+from sb3_contrib import QRDQN
+from small_hubs import nature_spec, write_hub
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+
+import hubrl
+import hubrl.extractor
+from hubrl.losses import attach_loss
+from hubrl.specs import load_hub
+
+ON_POLICY: list[Any] = [(PPO, {"n_steps": 32, "batch_size": 16}), (A2C, {"n_steps": 8})]
+OFF_POLICY: list[Any] = [
+    (algorithm, {"buffer_size": 64, "learning_starts": 8, "batch_size": 8, "train_freq": 4})
+    for algorithm in (DQN, QRDQN)
+]
+
+
+def make(
+    algorithm: type[BaseAlgorithm], settings: dict[str, Any], hub: Path | str, **extractor: Any
+) -> BaseAlgorithm:
+    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=4, channel_first=True)
+    return algorithm(
+        "CnnPolicy",
+        env,
+        seed=0,
+        device="cpu",
+        policy_kwargs={
+            "features_extractor_class": hubrl.HubFeaturesExtractor,
+            "features_extractor_kwargs": {"hub": str(hub), "precision": "float32", **extractor},
+            "net_arch": [],
+        },
+        **settings,
+    )
+
+
+def extractor_of(model: BaseAlgorithm) -> hubrl.HubFeaturesExtractor:
+    network = getattr(model.policy, "q_net", None) or getattr(model.policy, "quantile_net", None)
+    found = (network or model.policy).features_extractor
+    assert isinstance(found, hubrl.HubFeaturesExtractor)
+    return found
+
+
+def spread_scores(model: BaseAlgorithm) -> None:
+    """Scores that differ, as after some learning: the generator's heads start at zero."""
+    torch.manual_seed(5)
+    generator = extractor_of(model).pathway.generator
+    for head in (generator.scores, generator.noise_scale):
+        torch.nn.init.normal_(head.weight, std=0.3)
+
+
+@pytest.mark.parametrize("freeze", [(), "all", ("b",)])
+@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
+def test_pretrained_weights_survive_construction(algorithm, settings, freeze, hub5: Path) -> None:
+    model = make(algorithm, settings, hub5, freeze=freeze)
+    for module in model.policy.modules():
+        if not isinstance(module, hubrl.HubFeaturesExtractor):
+            continue
+        for encoder in module.pathway.encoders:
+            stored = load_file(hub5 / f"{encoder.spec.name}.safetensors")
+            for key, tensor in encoder.trunk.state_dict().items():
+                assert torch.equal(tensor, stored[key]), (encoder.spec.name, key)
+
+
+def test_sb3s_orthogonal_init_reaches_the_rest_of_the_policy(hub5: Path) -> None:
+    # The action head's gain of 0.01 is what SB3 users compare with.
+    weight = make(PPO, {}, hub5).policy.action_net.weight
+    assert weight.norm(dim=1).max().item() == pytest.approx(0.01, rel=1e-4)
+
+
+class Twin(BaseFeaturesExtractor):
+    """The same hub without an attached loss; keeps the loss for an explicit sum."""
+
+    def __init__(self, space: spaces.Box, extractor: hubrl.HubFeaturesExtractor) -> None:
+        super().__init__(space, extractor.features_dim)
+        self.extractor = extractor
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self, observations: torch.Tensor) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            return self.extractor.pathway.route(observations, None).features
+        output = self.extractor._learn(observations)
+        self.losses.append(output.exploration_loss)
+        return output.features
+
+
+def ppo_loss(model: BaseAlgorithm, data: Any) -> torch.Tensor:
+    """PPO's loss written out (Schulman et al. 2017), as SB3 computes it."""
+    values, log_prob, entropy = model.policy.evaluate_actions(
+        data.observations, data.actions.long().flatten()
+    )
+    advantages = (data.advantages - data.advantages.mean()) / (data.advantages.std() + 1e-8)
+    ratio = (log_prob - data.old_log_prob).exp()
+    clipped = ratio.clamp(0.8, 1.2)
+    surrogate = -torch.min(advantages * ratio, advantages * clipped).mean()
+    value_loss = torch.nn.functional.mse_loss(data.returns, values.flatten())
+    return surrogate + 0.5 * value_loss - 0.01 * entropy.mean()
+
+
+def gradients(model: BaseAlgorithm, loss: torch.Tensor) -> list[torch.Tensor]:
+    parameters = [p for p in model.policy.parameters() if p.requires_grad]
+    return list(torch.autograd.grad(loss, parameters, materialize_grads=True))
+
+
+def collected(coef: float, hub: Path) -> tuple[BaseAlgorithm, Any]:
+    """A PPO agent that has collected one rollout, and a minibatch of it."""
+    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub, exploration_coef=coef)
+    spread_scores(model)
+    _, callback = model._setup_learn(32)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, n_rollout_steps=32)
+    model.policy.set_training_mode(True)
+    np.random.seed(0)
+    return model, next(model.rollout_buffer.get(16))
+
+
+def test_gradient_is_task_plus_coefficient_times_exploration(hub5: Path) -> None:
+    model, data = collected(0.7, hub5)
+    attached = gradients(model, ppo_loss(model, data))
+    extractor = extractor_of(model)
+    twin = Twin(model.observation_space, extractor)
+    model.policy.features_extractor = model.policy.pi_features_extractor = twin
+    model.policy.vf_features_extractor = twin
+    task = ppo_loss(model, data)
+    explicit = gradients(model, task + 0.7 * twin.losses[-1])
+    largest = 0.0
+    for found, expected in zip(attached, explicit, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+        largest = max(largest, found.abs().max().item())
+    assert largest > 1e-3
+
+
+def test_doubling_the_coefficient_doubles_the_difference(hub5: Path) -> None:
+    model, data = collected(0.0, hub5)
+    found = []
+    for coef in (0.0, 0.5, 1.0):
+        extractor_of(model)._coef = (coef, coef)
+        found.append(gradients(model, ppo_loss(model, data)))
+    for none, half, whole in zip(*found, strict=True):
+        torch.testing.assert_close(whole - none, 2 * (half - none), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
+def test_nothing_is_attached_without_grad(algorithm, settings, hub5, monkeypatch) -> None:
+    model = make(algorithm, settings, hub5)
+    attached = []
+    monkeypatch.setattr(
+        hubrl.extractor, "attach_loss", lambda *args: attached.append(1) or attach_loss(*args)
+    )
+    model.predict(model.observation_space.sample())
+    assert not attached
+    model.learn(32)
+    assert attached
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
+def test_predict_is_free_of_noise(algorithm, settings, hub5: Path, monkeypatch) -> None:
+    model = make(algorithm, settings, hub5)
+    seen = []
+    route = hubrl.HubPathway.route
+
+    def spy(self, images, noise_BE, activated_BK=None):
+        seen.append(noise_BE)
+        return route(self, images, noise_BE, activated_BK)
+
+    monkeypatch.setattr(hubrl.HubPathway, "route", spy)
+    for _ in range(3):
+        model.predict(model.observation_space.sample(), deterministic=False)
+    assert seen == [None] * 3
+    model.learn(16)
+    assert any(noise is not None for noise in seen)
+    seen.clear()
+    model.predict(model.observation_space.sample())
+    assert seen == [None]
+
+
+@pytest.mark.parametrize(("algorithm", "settings"), OFF_POLICY)
+def test_off_policy_has_noise_in_learning_alone(algorithm, settings, hub5, monkeypatch) -> None:
+    model = make(algorithm, settings, hub5)
+    noisy = []
+    route = hubrl.HubPathway.route
+
+    def spy(self, images, noise_BE, activated_BK=None):
+        assert (noise_BE is not None) == torch.is_grad_enabled()
+        noisy.append(noise_BE is not None)
+        return route(self, images, noise_BE, activated_BK)
+
+    monkeypatch.setattr(hubrl.HubPathway, "route", spy)
+    model.learn(32)
+    assert any(noisy)
+    assert not all(noisy)
+
+
+class FirstMinibatch:
+    """Records |ratio - 1| and the clip fraction of each iteration's first minibatch."""
+
+    def __init__(self, model: BaseAlgorithm) -> None:
+        self.errors: list[float] = []
+        self.log_prob: torch.Tensor | None = None
+        self._get, self._evaluate = model.rollout_buffer.get, model.policy.evaluate_actions
+        model.rollout_buffer.get = self.get
+        model.policy.evaluate_actions = self.evaluate
+        self._is_first = True
+
+    def get(self, batch_size: int | None = None) -> Any:
+        for data in self._get(batch_size):
+            yield data
+            if self._is_first:
+                assert self.log_prob is not None
+                self.errors.append(
+                    (self.log_prob - data.old_log_prob).exp().sub(1).abs().max().item()
+                )
+                self._is_first = False
+
+    def evaluate(self, *args: Any) -> Any:
+        values, log_prob, entropy = self._evaluate(*args)
+        self.log_prob = log_prob.detach()
+        return values, log_prob, entropy
+
+    def next(self) -> None:
+        self._is_first = True
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+@pytest.mark.parametrize("freeze", [(), "all"])
+@pytest.mark.parametrize(("algorithm", "settings"), ON_POLICY)
+def test_update_begins_with_the_rollouts_policy(
+    algorithm, settings, freeze, precision, bound, tmp_path, batch_norm_architecture
+) -> None:
+    normed = dataclasses.replace(
+        nature_spec("norm"), architecture=batch_norm_architecture, features_dim=8
+    )
+    specs = [nature_spec("a"), nature_spec("b"), normed]
+    hub = write_hub(tmp_path / "hub", specs)
+    model = make(algorithm, settings, hub, freeze=freeze, precision=precision)
+    spread_scores(model)
+    with torch.no_grad():  # far from the 0.01 gain of the start, so that a wrong routing shows
+        model.policy.action_net.weight.mul_(30)
+    first = FirstMinibatch(model)
+    for _ in range(3):
+        first.next()
+        model.learn(settings["n_steps"], reset_num_timesteps=False)
+    assert len(first.errors) == 3
+    assert max(first.errors) <= bound
+
+
+def test_without_replay_the_ratio_is_far_from_one(hub5: Path, monkeypatch) -> None:
+    """The check above can fail: with fresh noise in each forward it does."""
+    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5)
+    spread_scores(model)
+    with torch.no_grad():
+        model.policy.action_net.weight.mul_(30)
+    replay = extractor_of(model).replay
+    monkeypatch.setattr(replay, "noise", lambda hash_B: torch.randn(len(hash_B), 5))
+    monkeypatch.setattr(replay, "recall", lambda hash_B: None)
+    first = FirstMinibatch(model)
+    model.learn(32)
+    assert first.errors[0] > 1e-2
+
+
+def test_the_set_stays_and_the_weights_move_during_an_update(hub5: Path, monkeypatch) -> None:
+    model = make(PPO, {"n_steps": 32, "batch_size": 32, "n_epochs": 5, "learning_rate": 0.01}, hub5)
+    spread_scores(model)
+    seen: dict[int, set[tuple[int, ...]]] = {}
+    extractor = extractor_of(model)
+    learn = extractor._learn
+
+    def spy(observations):
+        output = learn(observations)
+        for key, row in zip(
+            extractor.replay.hash(observations).tolist(), output.activated.tolist(), strict=True
+        ):
+            seen.setdefault(key, set()).add(tuple(row))
+        return output
+
+    monkeypatch.setattr(extractor, "_learn", spy)
+    before = extractor.pathway.generator.scores.weight.clone()
+    model.learn(32)
+    assert not torch.equal(before, extractor.pathway.generator.scores.weight)
+    assert len(seen) == 32
+    assert all(len(rows) == 1 for rows in seen.values())
+
+
+def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:
+    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5)
+    spread_scores(model)
+    first = FirstMinibatch(model)
+    model.learn(32, callback=lambda *_: model.predict(model.observation_space.sample()) and True)
+    assert first.errors[0] <= 1e-5
+
+
+@pytest.mark.parametrize("freeze", [(), "all"])
+@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
+def test_learn_save_load_and_copy(algorithm, settings, freeze, hub5: Path, tmp_path: Path) -> None:
+    model = make(algorithm, settings, hub5, freeze=freeze)
+    model.learn(48)
+    observations = np.stack([model.observation_space.sample() for _ in range(8)])
+    expected, _ = model.predict(observations, deterministic=True)
+    model.save(tmp_path / "model.zip")
+    loaded = algorithm.load(tmp_path / "model.zip", device="cpu")
+    assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+    fresh = make(algorithm, settings, hub5, freeze=freeze)
+    fresh.set_parameters(model.get_parameters(), device="cpu")
+    assert np.array_equal(fresh.predict(observations, deterministic=True)[0], expected)
+    policy = copy.deepcopy(model.policy)
+    assert np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
+
+
+def test_frozen_encoders_stay_and_trained_ones_move(hub5: Path) -> None:
+    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5, freeze=["a", "b"])
+    model.learn(64)
+    for encoder in extractor_of(model).pathway.encoders:
+        stored = load_file(hub5 / f"{encoder.spec.name}.safetensors")
+        same = all(torch.equal(t, stored[key]) for key, t in encoder.trunk.state_dict().items())
+        assert same == (encoder.spec.name in "ab")
+
+
+def test_statistics_name_every_encoder(hub5: Path) -> None:
+    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5)
+    extractor = extractor_of(model)
+    assert extractor.statistics() == {}
+    model.learn(32)
+    statistics = extractor.statistics()
+    usage = [statistics[f"usage_{name}"] for name in "abcde"]
+    assert sum(usage) == pytest.approx(1.0, abs=1e-6)
+    assert 0 < statistics["entropy"] <= np.log(5) + 1e-6
+    assert -np.log(5) - 1e-6 <= statistics["exploration_loss"] < 0
+    assert extractor.statistics() == {}
+
+
+def test_schedule_by_hand(hub5: Path) -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    extractor = hubrl.HubFeaturesExtractor(
+        space, hub=hub5, exploration_coef={"start": 0.1, "end": 0.02}
+    )
+    with pytest.raises(ValueError, match=r"exploration_coef is a schedule.*hubrl\.PathwayCallback"):
+        extractor(torch.zeros(1, 4, 36, 36))
+    extractor.progress_remaining = 0.25  # three quarters are over
+    assert extractor.exploration_coef == pytest.approx(0.04)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 9}, "top_k is 9, allowed: 1..5"),
+        ({"hub": "nowhere"}, "hub 'nowhere' is unknown"),
+        ({"freeze": "z"}, "has no encoder 'z'"),
+        ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),
+        ({"exploration_coef": {"begin": 1}}, "exploration_coef is .*allowed: a number"),
+        ({"precision": "int8"}, "precision is 'int8', allowed: auto, float32, bfloat16"),
+    ],
+)
+def test_wrong_arguments(hub5: Path, arguments: dict[str, Any], message: str) -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    with pytest.raises(ValueError, match=message):
+        hubrl.HubFeaturesExtractor(space, **{"hub": hub5, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((17,), r"shape \(17,\), but encoder 'a' takes images \(C, H, W\)"),
+        ((4, 12, 12), "images of 12x12 px, but encoder 'a' takes 36x36 px"),
+        ((1, 36, 36), "has 1 channels, but encoder 'a' takes 4"),
+    ],
+)
+def test_observation_space_that_no_encoder_takes(hub5: Path, shape, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hubrl.HubFeaturesExtractor(spaces.Box(0, 255, shape, np.uint8), hub=hub5)
+
+
+def test_pixels_out_of_range_are_noticed(hub5: Path) -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    extractor = hubrl.HubFeaturesExtractor(space, hub=hub5)
+    with pytest.raises(ValueError, match=r"observations reach 255, but float images must lie in"):
+        extractor(torch.full((1, 4, 36, 36), 255.0))
+
+
+def test_random_init_has_nothing_of_the_hub(hub5: Path) -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    extractor = hubrl.HubFeaturesExtractor(space, hub=hub5, random_init=True)
+    stored = load_file(hub5 / "a.safetensors")
+    assert not torch.equal(
+        extractor.pathway.encoders[0].trunk.cnn[0].weight, stored["cnn.0.weight"]
+    )
+
+
+def test_the_hub_may_be_a_spec(hub5: Path) -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    assert hubrl.HubFeaturesExtractor(space, hub=load_hub(hub5)).pathway.top_k == 2

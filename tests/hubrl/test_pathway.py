@@ -1,0 +1,220 @@
+"""The core: routed equals dense, only activated rows run and learn, and the method's formulas."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_hubs import nature_spec, write_hub
+
+from hubrl.encoders import Encoder
+from hubrl.pathway import HubPathway, PathwayGenerator, rows_of_encoders
+from hubrl.specs import load_hub
+
+IMAGES = (4, 36, 36)
+
+
+def images_of(n_rows: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (n_rows, *IMAGES), dtype=torch.uint8, generator=generator)
+
+
+def noisy(pathway: HubPathway) -> HubPathway:
+    """With scores that differ: the generator's heads start at zero."""
+    torch.manual_seed(1)
+    for head in (pathway.generator.scores, pathway.generator.noise_scale):
+        torch.nn.init.normal_(head.weight, std=0.3)
+    return pathway
+
+
+def dense(pathway: HubPathway, images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """All encoders on all rows, weighted: what dispatch must equal."""
+    total = pathway.aggregator.bias.expand(len(images), -1)
+    for i, encoder in enumerate(pathway.encoders):
+        total = total + weights[:, i, None] * pathway.aggregator.blocks[i](encoder(images))
+    return total.relu()
+
+
+def assert_equal_to_1e_6(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hubs") / "hub5"
+    return write_hub(folder, [nature_spec(name) for name in "abcde"])
+
+
+@given(n_rows=st.integers(1, 12), top_k=st.integers(1, 5), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_routed_equals_dense_with_zeroed_weights(
+    hub: Path, n_rows: int, top_k: int, seed: int
+) -> None:
+    pathway = noisy(HubPathway(hub, top_k))
+    images, noise = images_of(n_rows, seed), torch.randn(n_rows, 5)
+    output = pathway.route(images, noise)
+    assert_equal_to_1e_6(output.features, dense(pathway, images, output.weights))
+
+
+def test_routed_and_dense_gradients_are_equal(hub: Path) -> None:
+    pathway = noisy(HubPathway(hub, top_k=2))
+    images, noise = images_of(16), torch.randn(16, 5)
+    parameters = dict(pathway.named_parameters())
+
+    def gradients(features: torch.Tensor) -> list[torch.Tensor]:
+        return torch.autograd.grad(
+            (features**2).mean(), list(parameters.values()), materialize_grads=True
+        )
+
+    output = pathway.route(images, noise)
+    routed = gradients(output.features)
+    expected = gradients(dense(pathway, images, pathway.route(images, noise).weights))
+    for name, found, wanted in zip(parameters, routed, expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_encoders_that_differ_in_everything(mixed_hub: Path) -> None:
+    pathway = noisy(HubPathway(mixed_hub, 2, image_shape=(4, 44, 44)))
+    images = torch.randint(0, 256, (9, 4, 44, 44), dtype=torch.uint8)
+    output = pathway(images)
+    assert output.features.shape == (9, 512)
+    assert_equal_to_1e_6(output.features, dense(pathway, images, output.weights))
+
+
+def test_an_encoder_runs_on_just_the_rows_that_activate_it(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, int] = {}
+    original = Encoder.forward
+
+    def forward(self: Encoder, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        seen[self.spec.name] = len(images)
+        return original(self, images, dtype)
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    pathway = HubPathway(hub, top_k=2)
+    activated = torch.tensor([[0, 1], [0, 3], [1, 3], [0, 1]])
+    output = pathway.route(images_of(4), None, activated)
+    assert seen == {"a": 3, "b": 3, "d": 2}
+    output.features.sum().backward()
+    for encoder in pathway.encoders:
+        has_learned = all(parameter.grad is not None for parameter in encoder.parameters())
+        assert has_learned == (encoder.spec.name in seen)
+
+
+def test_weights_by_hand(hub: Path) -> None:
+    pathway = HubPathway(hub, top_k=2)
+    with torch.no_grad():
+        pathway.generator.scores.bias.copy_(torch.tensor([0.5, 0.1, 0.2, 0.1, 0.1]).log())
+    output = pathway.route(images_of(3), None)
+    assert output.activated.tolist() == [[0, 2]] * 3
+    # softmax gives the probabilities back; renormalised over the top 2: 0.5 / 0.7 and 0.2 / 0.7
+    expected = torch.tensor([0.714286, 0, 0.285714, 0, 0]).expand(3, 5)
+    torch.testing.assert_close(output.weights, expected, atol=1e-6, rtol=0)
+    # 0.5 ln 0.5 + 0.2 ln 0.2 + 3 * 0.1 ln 0.1 = -0.346574 - 0.321888 - 0.690776
+    assert output.exploration_loss.item() == pytest.approx(-1.359237, abs=1e-5)
+
+
+def test_one_activated_encoder_keeps_its_probability_as_weight(hub: Path) -> None:
+    pathway = HubPathway(hub, top_k=1)
+    output = pathway.route(images_of(2), None)
+    # Renormalised it would be 1, and the task could not teach the generator.
+    torch.testing.assert_close(output.weights.sum(dim=1), torch.full((2,), 0.2))
+    output.features.sum().backward()
+    assert pathway.generator.scores.weight.grad.abs().sum() > 0
+
+
+@given(rows=st.lists(st.sets(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=20))
+def test_rows_of_encoders(rows: list[set[int]]) -> None:
+    activated = torch.tensor([sorted(row) for row in rows])
+    for encoder, found in enumerate(rows_of_encoders(activated, 6)):
+        assert found.tolist() == [i for i, row in enumerate(rows) if encoder in row]
+
+
+def test_given_activation_is_kept_and_minus_one_is_chosen(hub: Path) -> None:
+    pathway = noisy(HubPathway(hub, top_k=2))
+    images = images_of(2)
+    free = pathway.route(images, None).activated
+    given_rows = torch.tensor([[3, 4], [-1, -1]])
+    activated = pathway.route(images, None, given_rows).activated
+    assert activated[0].tolist() == [3, 4]
+    assert activated[1].tolist() == free[1].tolist()
+
+
+def test_noise_in_training_mode_only(hub: Path) -> None:
+    pathway = HubPathway(hub, top_k=2)
+    images = images_of(64)
+    assert len({tuple(row) for row in pathway.train()(images).activated.tolist()}) > 5
+    assert len({tuple(row) for row in pathway.eval()(images).activated.tolist()}) == 1
+
+
+def test_noise_is_scaled_by_the_softplus_of_the_noise_head() -> None:
+    generator = PathwayGenerator(4, (36, 36), 2)
+    with torch.no_grad():
+        generator.noise_scale.bias.copy_(torch.tensor([0.0, 1.0]))
+    scores = generator(images_of(1), torch.tensor([[1.0, -2.0]]))
+    # softplus(0) = ln 2 = 0.693147, softplus(1) = 1.313262
+    torch.testing.assert_close(scores, torch.tensor([[0.693147, -2.626523]]), atol=1e-5, rtol=0)
+
+
+def test_one_encoder_needs_no_generator(hub: Path) -> None:
+    output = HubPathway(f"{hub}:c", top_k=1)(images_of(3))
+    assert output.weights.tolist() == [[1.0]] * 3
+    assert output.exploration_loss.item() == 0.0
+
+
+def test_frozen_encoders_are_held_once_and_are_no_parameters(hub: Path) -> None:
+    first, second = HubPathway(hub, freeze="all"), HubPathway(hub, freeze="all")
+    assert first.encoders[2] is second.encoders[2] is copy.deepcopy(first).encoders[2]
+    names = [name for name, _ in first.named_parameters()]
+    assert not any(name.startswith("encoders") for name in names)
+    assert not any(key.startswith("encoders") for key in first.state_dict())
+    assert all(not parameter.requires_grad for parameter in first.encoders[0].parameters())
+
+
+def test_some_encoders_frozen(hub: Path) -> None:
+    pathway = HubPathway(hub, freeze=["b", "d"])
+    assert list(pathway.encoders.owned) == ["a", "c", "e"]
+    assert [encoder.spec.name for encoder in pathway.encoders] == list("abcde")
+
+
+def test_frozen_random_encoders_belong_to_the_model(hub: Path) -> None:
+    # No file says what they are, so a checkpoint has to.
+    pathway = HubPathway(hub, freeze="all", pretrained=False)
+    assert "encoders.owned.a.trunk.cnn.0.weight" in pathway.state_dict()
+    assert not any(parameter.requires_grad for parameter in pathway.encoders.parameters())
+
+
+def test_bfloat16_is_close_and_the_generator_stays_float32(hub: Path) -> None:
+    exact, fast = HubPathway(hub, freeze="all"), HubPathway(hub, freeze="all", precision="bfloat16")
+    fast.load_state_dict(exact.state_dict())
+    images = images_of(32)
+    expected, found = exact.route(images, None), fast.route(images, None)
+    assert found.features.dtype == torch.float32
+    assert torch.equal(found.probabilities, expected.probabilities)
+    difference = (found.features - expected.features).norm() / expected.features.norm()
+    assert 0 < difference < 0.02
+
+
+@pytest.mark.parametrize("top_k", [0, 6])
+def test_top_k_outside_its_range(hub: Path, top_k: int) -> None:
+    with pytest.raises(ValueError, match=f"top_k is {top_k}, allowed: 1..5, the number of enc"):
+        HubPathway(hub, top_k)
+
+
+def test_unknown_frozen_encoder_and_precision(hub: Path) -> None:
+    with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'f'"):
+        HubPathway(hub, freeze="f")
+    with pytest.raises(ValueError, match="precision is 'half', allowed: auto, float32, bfloat16"):
+        HubPathway(hub, precision="half")
+
+
+def test_state_dict_restores_the_features(hub: Path) -> None:
+    torch.manual_seed(0)
+    first = noisy(HubPathway(hub, pretrained=False))
+    second = HubPathway(load_hub(hub), pretrained=False)
+    second.load_state_dict(first.state_dict())
+    images = images_of(4)
+    assert torch.equal(first.route(images, None).features, second.route(images, None).features)

@@ -1,0 +1,147 @@
+"""Cards: round trip, ranges, and an error for each way a user can get one wrong."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from small_hubs import nature_spec, write_hub
+
+from hubrl.specs import EncoderSpec, HubSpec, list_hubs, load_hub, save_hub
+
+
+def test_cards_survive_writing_and_reading(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    assert hub.encoder_names == ("a", "b", "c", "d", "e")
+    assert hub.folder == hub5
+    save_hub(hub, hub5)
+    assert load_hub(hub5) == hub
+    assert pickle.loads(pickle.dumps(hub)) == hub
+
+
+def test_folder_file_and_encoder_name_the_same_hub(hub5: Path) -> None:
+    assert load_hub(str(hub5)) == load_hub(hub5 / "hub.yaml") == load_hub(load_hub(hub5))
+    one = load_hub(f"{hub5}:c")
+    assert one.encoder_names == ("c",)
+    assert one.name == "hub5:c"
+
+
+@given(
+    mean=st.lists(st.floats(-5, 5), min_size=3, max_size=3),
+    std=st.lists(st.floats(0.01, 5), min_size=3, max_size=3),
+    size=st.tuples(st.integers(1, 999), st.integers(1, 999)),
+    score=st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_any_valid_card_survives_yaml(
+    tmp_path_factory: pytest.TempPathFactory,
+    mean: list[float],
+    std: list[float],
+    size: tuple[int, int],
+    score: float,
+) -> None:
+    spec = dataclasses.replace(
+        nature_spec("x"),
+        channels=3,
+        mean=tuple(mean),
+        std=tuple(std),
+        image_size=size,
+        pretraining={"score": score},
+    )
+    folder = tmp_path_factory.mktemp("hub")
+    save_hub(HubSpec(name="x", encoders=(spec,)), folder)
+    assert load_hub(folder).encoders == (spec,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "Pong!"}, "'Pong!' must be lower case letters"),
+        ({"features_dim": 0}, "features_dim is 0, allowed: at least 1"),
+        ({"image_size": (84,)}, r"image_size is \(84,\), allowed: \[height, width\]"),
+        ({"image_size": (84, 0)}, "image_size is .* allowed: positive pixels"),
+        ({"channels": 0}, "channels is 0, allowed: at least 1"),
+        ({"mean": (0.1, 0.2)}, "mean is .* allowed: 1 number or one per channel"),
+        ({"std": (0.1, 0.2)}, "std is .* allowed: 1 number or one per channel"),
+        ({"std": (0.0,)}, "std is .* allowed: above 0"),
+        ({"frames": "first"}, "frames is 'first', allowed: stack or last"),
+        ({"weights": "a.safetensors"}, "sha256 is None, allowed: 64 hex digits"),
+        ({"weights": "a", "sha256": "abc"}, "sha256 is 'abc', allowed: 64 hex digits"),
+        ({"weights": "../a", "sha256": "0" * 64}, "weights is '../a', allowed: a file inside"),
+        ({"weights": "/etc/a", "sha256": "0" * 64}, "weights is '/etc/a', allowed: a file inside"),
+    ],
+)
+def test_card_out_of_range(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(nature_spec("x"), **changes)
+
+
+def test_hub_needs_encoders_with_different_names() -> None:
+    with pytest.raises(ValueError, match="hub 'h' has no encoders, but at least 1 is needed"):
+        HubSpec(name="h", encoders=())
+    with pytest.raises(ValueError, match="hub 'h' has two encoders named 'x'"):
+        HubSpec(name="h", encoders=(nature_spec("x"), nature_spec("x")))
+
+
+def test_unknown_hub_names_the_closest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_hub(tmp_path / "atari5", [nature_spec("pong")])
+    monkeypatch.setattr("hubrl.specs.BUILT_IN_HUBS", tmp_path)
+    assert list_hubs() == ["atari5"]
+    assert load_hub("atari5").name == "atari5"
+    with pytest.raises(ValueError, match=r"hub 'atari6' is unknown \(closest: 'atari5'\)"):
+        load_hub("atari6")
+    with pytest.raises(ValueError, match="hub 'nowhere:pong' is unknown; hubs: atari5"):
+        load_hub("nowhere:pong")
+    with pytest.raises(ValueError, match=r"no encoder 'pnog' \(closest: 'pong'\); it has: pong"):
+        load_hub("atari5:pnog")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.pop("name"), "lacks the key 'name'"),
+        (lambda data: data.update(encoder=[]), r"unknown key 'encoder' \(closest: 'encoders'\)"),
+        (lambda data: data.update(folder="/etc"), "unknown key 'folder'"),
+        (lambda data: data.update(encoders=3), "encoders must be a list of cards"),
+        (lambda data: data["encoders"].append(3), "encoder '\\?' must be a mapping"),
+        (
+            lambda data: data["encoders"][0].update(licence="MIT"),
+            r"encoder 'a' has an unknown key 'licence' \(closest: 'license'\)",
+        ),
+        (lambda data: data["encoders"][0].pop("license"), "encoder 'a' lacks the key 'license'"),
+        (
+            lambda data: data["encoders"][0].update(channels="four"),
+            "encoder 'a': a value has the wrong type",
+        ),
+    ],
+)
+def test_wrong_hub_file(hub5: Path, change: object, message: str) -> None:
+    file = hub5 / "hub.yaml"
+    data = yaml.safe_load(file.read_text())
+    change(data)
+    file.write_text(yaml.safe_dump(data))
+    with pytest.raises(ValueError, match=message):
+        load_hub(hub5)
+
+
+def test_hub_file_that_is_no_yaml(hub5: Path) -> None:
+    (hub5 / "hub.yaml").write_text("name: [")
+    with pytest.raises(ValueError, match=r"hub\.yaml is not valid YAML"):
+        load_hub(hub5)
+
+
+def test_a_mean_may_be_one_number(hub5: Path) -> None:
+    file = hub5 / "hub.yaml"
+    data = yaml.safe_load(file.read_text())
+    data["encoders"][0].update(mean=0.5, std=2)
+    file.write_text(yaml.safe_dump(data))
+    assert load_hub(hub5).encoders[0].mean == (0.5,)
+    assert load_hub(hub5).encoders[0].std == (2.0,)
+
+
+def test_specs_are_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        nature_spec("x").name = "y"  # type: ignore[misc]
+    assert EncoderSpec.__slots__
