@@ -1,5 +1,6 @@
 """hubrl: reinforcement learning that stands on a hub of pretrained encoders."""
 
+from hubrl.callback import PathwayCallback
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import HubPathway, PathwayOutput
 from hubrl.specs import EncoderSpec, HubSpec, list_hubs, load_hub
@@ -9,6 +10,7 @@ __all__ = [
     "HubFeaturesExtractor",
     "HubPathway",
     "HubSpec",
+    "PathwayCallback",
     "PathwayOutput",
     "list_hubs",
     "load_hub",

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.specs import EncoderSpec, HubSpec
+from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
 
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         """What the card asks for: range, channels, size, mean and standard deviation."""
         if images_BCHW.dtype == torch.uint8:
             # Exact in bfloat16, too: it holds the integers up to 256.
-            images_BCHW = images_BCHW.to(dtype, memory_format=torch.channels_last) / 255.0
+            images_BCHW = images_BCHW.to(dtype) / 255.0
         images_BCHW = _to_channels(images_BCHW, self.spec)
         if tuple(images_BCHW.shape[-2:]) != self.spec.image_size:
             images_BCHW = F.interpolate(
@@ -192,6 +192,54 @@ def file_sha256(path: Path) -> str:
     """The file's sha256, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def golden_features(encoder: Encoder) -> tuple[float, ...]:
+    """
+    What a card's ``golden`` holds: a weighted mean of the encoder's features for each of 8 images.
+
+    Four images have the size of the card, four are larger and pass through resizing; where the
+    encoder sees the newest frame alone, these are stacks. Write a card with
+    ``dataclasses.replace(spec, golden=golden_features(build_encoder(hub, spec)))``.
+
+    :return: numbers of 6 digits; on another machine equal to a thousandth of the largest
+    """
+    spec, n = encoder.spec, N_GOLDEN // 2
+    height, width = spec.image_size
+    larger = (height + height // 4, width + width // 4)
+    channels = max(4, spec.channels) if spec.frames == "last" else spec.channels
+    with torch.no_grad():
+        exact_BD = encoder(probe_images(n, spec.channels, spec.image_size))
+        resized_BD = encoder(probe_images(n, channels, larger))
+    # Unequal weights notice features that changed places; positive ones don't cancel.
+    weights_D = 1.0 + torch.arange(spec.features_dim) % 7
+    means_B = torch.cat([exact_BD, resized_BD]) @ (weights_D / weights_D.sum())
+    return tuple(float(f"{value:.6g}") for value in means_B.tolist())
+
+
+def probe_images(n_images: int, channels: int, image_size: tuple[int, int]) -> Tensor:
+    """
+    Made-up scenes that every machine draws alike: rectangles that move over stripes.
+
+    :param channels: moments of a scene, or its colours
+    :param image_size: (height, width); larger images show the same scenes
+    :return: (B, C, H, W) uint8
+    """
+    # Integers alone, in a square of 256 by 256.
+    index = torch.arange(n_images).view(-1, 1, 1, 1)
+    moment = torch.arange(channels).view(1, -1, 1, 1)
+    y, x = (torch.arange(size) * 256 // size for size in image_size)
+    y, x = y.view(-1, 1), x.view(1, -1)
+    stripes = (y * (index % 5) + x * (index % 3 + 1)) // 32 % 2
+    images_BCHW = (index * 37 % 96 + stripes * (index * 53 % 64)).expand(-1, channels, -1, -1)
+    for k in range(8):
+        top = index * 71 + k * 97 + moment * (k % 5 - 2) * 4
+        left = index * 113 + k * 59 + moment * (k % 3 - 1) * 6
+        rows = (y - top) % 256 < 8 + (index * 13 + k * 29) % 40
+        columns = (x - left) % 256 < 8 + (index * 31 + k * 17) % 40
+        brightness = 255 - (index * 61 + k * 83) % 200
+        images_BCHW = torch.where(rows & columns, brightness, images_BCHW)
+    return images_BCHW.to(torch.uint8)
 
 
 def orthogonal_init(module: nn.Module) -> None:

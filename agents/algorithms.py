@@ -1,0 +1,147 @@
+"""The table of algorithms, and the function that builds a model from a run's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from gymnasium import spaces
+from sb3_contrib import QRDQN
+from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.utils import get_device
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.config import HubSection, RunConfig
+from agents.policies import (
+    ActorCriticImagePolicy,
+    BaselineCNN,
+    DQNImagePolicy,
+    QRDQNImagePolicy,
+)
+from hubrl.extractor import HubFeaturesExtractor
+from hubrl.precision import resolve_precision
+from hubrl.specs import list_hubs, load_hub
+
+
+class Algorithm(NamedTuple):
+    """How an algorithm of SB3 is made from its section of the configuration."""
+
+    model: type[BaseAlgorithm]
+    policy: type[BasePolicy]
+    action_spaces: tuple[type[spaces.Space[Any]], ...]
+    #: fields of the section that SB3 takes as ``policy_kwargs``
+    policy_fields: tuple[str, ...] = ()
+    policy_kwargs: Mapping[str, Any] = {}
+
+
+ANY_ACTION = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+#: Keys are the names in ``agents.config``.
+ALGORITHMS: dict[str, Algorithm] = {
+    "ppo": Algorithm(PPO, ActorCriticImagePolicy, ANY_ACTION),
+    "a2c": Algorithm(
+        A2C,
+        ActorCriticImagePolicy,
+        ANY_ACTION,
+        # As in TensorFlow, and in rl-zoo: torch's RMSprop makes A2C unstable on Atari.
+        policy_kwargs={"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}},
+    ),
+    "dqn": Algorithm(DQN, DQNImagePolicy, (spaces.Discrete,)),
+    "qrdqn": Algorithm(QRDQN, QRDQNImagePolicy, (spaces.Discrete,), policy_fields=("n_quantiles",)),
+}
+
+
+def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
+    """
+    The untrained model of a run.
+
+    :param config: of the run
+    :param env: where it learns, or what its spaces are taken from
+    :raises ValueError: if the hub, an encoder, ``top_k`` or a space doesn't fit
+    """
+    algorithm = ALGORITHMS[config.algorithm.name]
+    if not isinstance(env.action_space, algorithm.action_spaces):
+        allowed = " or ".join(space.__name__ for space in algorithm.action_spaces)
+        raise ValueError(
+            f"algorithm.name {config.algorithm.name!r} takes {allowed} actions, "
+            f"but env {config.env.id!r} has {env.action_space}"
+        )
+    fields = {name: getattr(config.algorithm, name) for name in type(config.algorithm).model_fields}
+    del fields["name"]
+    policy_kwargs = {name: fields.pop(name) for name in algorithm.policy_fields}
+    model: BaseAlgorithm = algorithm.model(
+        algorithm.policy,
+        env,
+        **fields,
+        # SB3 gives its own NatureCNN no hidden layers, but any other extractor two layers of 64.
+        policy_kwargs={
+            **algorithm.policy_kwargs,
+            **policy_kwargs,
+            **_features_extractor(config.hub),
+            "net_arch": [],
+        },
+        seed=config.train.seed,
+        device=config.train.device,
+    )
+    return model
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """
+    The configuration that repeats the run from any folder, as fast as here.
+
+    ``precision: auto`` becomes what this machine's measurement chose, and a hub's path absolute.
+
+    :raises ValueError: if there is no such device or hub
+    """
+    dtype = resolve_precision(config.hub.precision, _device(config.train.device))
+    changes = {"precision": str(dtype).removeprefix("torch."), "name": _lasting(config.hub.name)}
+    return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
+
+
+def _device(name: str) -> torch.device:
+    """SB3 takes the CPU without a word where there is no such GPU; here that is an error."""
+    try:
+        device = get_device("auto") if name == "auto" else torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        n_gpus = torch.cuda.device_count()
+        allowed = ["auto", "cpu", "cuda"][: 3 if n_gpus else 2]
+        allowed += [f"cuda:{index}" for index in range(n_gpus)]
+        raise ValueError(
+            f"train.device is {name!r}, allowed on this machine: {', '.join(allowed)}"
+        ) from None
+    return device
+
+
+def _lasting(hub: str) -> str:
+    """The name of a hub, or its absolute path."""
+    if hub == "none" or hub.partition(":")[0] in list_hubs():
+        return hub
+    load_hub(hub)
+    path, colon, encoder = (hub, "", "") if Path(hub).exists() else hub.rpartition(":")
+    return f"{Path(path).resolve()}{colon}{encoder}"
+
+
+def _features_extractor(hub: HubSection) -> dict[str, Any]:
+    if hub.name == "none":
+        return {
+            "features_extractor_class": BaselineCNN,
+            "features_extractor_kwargs": {"precision": hub.precision},
+        }
+    return {
+        "features_extractor_class": HubFeaturesExtractor,
+        "features_extractor_kwargs": {
+            "hub": hub.name,
+            "top_k": hub.top_k,
+            "exploration_coef": hub.exploration_coef.model_dump(),
+            "freeze": "all" if hub.freeze == ("all",) else hub.freeze,
+            "random_init": hub.random_init,
+            "precision": hub.precision,
+        },
+    }

@@ -1,0 +1,248 @@
+"""Callbacks of a run: log and progress lines, evaluation, checkpoints, a stop by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.checkpoints import read_state, save_checkpoint
+from agents.config import TrainSection
+from agents.evaluation import Episodes, evaluate
+from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, CsvTable, checkpoint_dir, derive_seed
+
+#: Agent steps between two rows of ``progress.csv``: a PPO iteration of 8 environments.
+LOG_FREQ = 1024
+#: Seconds between two lines on the screen.
+LINE_SECONDS = 10.0
+
+
+class EveryN:
+    """
+    Tells when ``freq`` more agent steps are done.
+
+    :param freq: 0: never
+    :param timesteps: where counting starts
+    """
+
+    def __init__(self, freq: int, timesteps: int) -> None:
+        self._freq = freq
+        self._count = timesteps // max(freq, 1)
+
+    def is_due(self, timesteps: int) -> bool:
+        """Whether a multiple of ``freq`` was passed since the last time it was due."""
+        count = timesteps // max(self._freq, 1)
+        due = self._freq > 0 and count > self._count
+        self._count = max(count, self._count)
+        return due
+
+
+class StopSignal:
+    """
+    Remembers SIGINT and SIGTERM; a second one acts as if it was not caught.
+
+    ``number`` is None, or the signal's number.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch the signals inside."""
+        signals = (signal.SIGINT, signal.SIGTERM)
+        self._previous = {number: signal.signal(number, self._remember) for number in signals}
+        try:
+            yield
+        finally:
+            self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class ProgressCallback(BaseCallback):
+    """
+    Writes the log every ``LOG_FREQ`` steps, and a line to the screen every ``LINE_SECONDS``.
+
+    All of it happens as a rollout starts, when the last update's numbers are there.
+    """
+
+    def _on_training_start(self) -> None:
+        self._log = EveryN(LOG_FREQ, self.num_timesteps)
+        self._line = (time.monotonic(), self.num_timesteps)
+
+    def _on_rollout_start(self) -> None:
+        if self._log.is_due(self.num_timesteps):
+            self.model.dump_logs()
+        if time.monotonic() - self._line[0] >= LINE_SECONDS:
+            self._print_line()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        self.model.dump_logs()
+        self._print_line()
+
+    def _print_line(self) -> None:
+        """Time, steps, mean return of the last games, steps per second since the last line."""
+        now, (then, timesteps) = time.monotonic(), self._line
+        self._line = (now, self.num_timesteps)
+        speed = (self.num_timesteps - timesteps) / max(now - then, 1e-9)
+        games = self.model.ep_info_buffer or ()
+        mean = f"{safe_mean([game['r'] for game in games]):.2f}" if games else "no game over yet"
+        share = min(1.0, self.num_timesteps / self.model._total_timesteps)
+        _print(
+            f"{self.num_timesteps:,} steps ({share:.1%})  "
+            f"mean return of {len(games)} games: {mean}  {speed:,.0f} steps/s"
+        )
+
+
+class EpisodesCallback(BaseCallback):
+    """
+    Keeps ``episodes.csv``: steps, unclipped return, length and seconds of each whole game.
+
+    The length is the environment's: emulator frames in Atari. The seconds count from the run's
+    start, evaluations included; a resumed run goes on from its last kept row.
+
+    :param folder: of the run
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._file = folder / EPISODES_FILE
+
+    def _on_training_start(self) -> None:
+        self._table = CsvTable(self._file, "timesteps", self.num_timesteps)
+        self._start = time.monotonic() - float(self._table.last_row.get("seconds", 0.0))
+
+    def _on_step(self) -> bool:
+        for info in self.locals["infos"]:
+            if "episode" in info:
+                self._keep(info["episode"])
+        return True
+
+    def _keep(self, game: dict[str, float]) -> None:
+        row = {"timesteps": self.num_timesteps, "return": float(game["r"])}
+        seconds = round(time.monotonic() - self._start, 2)
+        self._table.append(row | {"length": int(game["l"]), "seconds": seconds})
+
+
+class EvaluationCallback(BaseCallback):
+    """
+    Plays whole games now and then; keeps the best model and ``evaluations.csv``.
+
+    :param folder: of the run
+    :param env: of its own, for evaluation: whole games, unclipped rewards
+    :param train: frequency, number of games, how actions are taken
+    :param stop: ends an evaluation early
+    """
+
+    def __init__(self, folder: Path, env: VecEnv, train: TrainSection, stop: StopSignal) -> None:
+        super().__init__()
+        self._file = folder / EVALUATIONS_FILE
+        self._best_checkpoint = checkpoint_dir(folder, "best")
+        self._env = env
+        self._train = train
+        self._stop = stop
+        self._best_mean = float("-inf")
+
+    def _on_training_start(self) -> None:
+        self._table = CsvTable(self._file, "timesteps", self.num_timesteps)
+        # An evaluation that a signal cut short is made up for when the run is resumed.
+        self._last = self._table.last_step
+        self._due = EveryN(self._train.eval_freq, self._last)
+        if self._best_checkpoint.exists():
+            self._best_mean = read_state(self._best_checkpoint)["mean_return"]
+
+    def _on_rollout_start(self) -> None:
+        if self._due.is_due(self.num_timesteps):
+            self._evaluate()
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        if self._train.eval_freq > 0 and self._last < self.num_timesteps:
+            self._evaluate()
+
+    def _evaluate(self) -> None:
+        episodes = evaluate(
+            self.model,
+            self._env,
+            self._train.n_eval_episodes,
+            deterministic=self._train.deterministic_eval,
+            seed=derive_seed(self._train.seed, "evaluation"),
+            is_stopped=lambda: self._stop.number is not None,
+        )
+        if episodes is not None:
+            self._keep(episodes)
+
+    def _keep(self, episodes: Episodes) -> None:
+        self._last = self.num_timesteps
+        for i, (score, length) in enumerate(zip(*episodes, strict=True)):
+            row = {"timesteps": self._last, "episode": i, "return": score, "length": length}
+            self._table.append(row)
+        mean = safe_mean(episodes.returns)
+        self.logger.record("eval/mean_reward", mean)
+        self.logger.record("eval/mean_ep_length", safe_mean(episodes.lengths))
+        _print(f"{self._last:,} steps  evaluation: mean return {mean:.2f}")
+        if mean > self._best_mean:
+            self._best_mean = mean
+            save_checkpoint(self.model, self._best_checkpoint, {"mean_return": mean})
+
+
+class CheckpointCallback(BaseCallback):
+    """
+    Saves the last checkpoint now and then, at the end, and when a signal stops the run.
+
+    All of it happens between rollouts: a rollout that a signal cuts short is not counted, for the
+    model did not learn from it.
+
+    :param folder: of the run
+    :param freq: agent steps between checkpoints; 0: only at the end
+    :param stop: stops the run
+    """
+
+    def __init__(self, folder: Path, freq: int, stop: StopSignal) -> None:
+        super().__init__()
+        self._checkpoint = checkpoint_dir(folder, "last")
+        self._freq = freq
+        self._stop = stop
+
+    def _on_training_start(self) -> None:
+        self._due = EveryN(self._freq, self.num_timesteps)
+        self._learned = self.num_timesteps
+
+    def _on_rollout_start(self) -> None:
+        self._learned = self.num_timesteps
+        if self._due.is_due(self.num_timesteps):
+            self._save()
+
+    def _on_step(self) -> bool:
+        return self._stop.number is None
+
+    def _on_training_end(self) -> None:
+        if self._stop.number is None:
+            self._learned = self.num_timesteps
+        self._save()
+
+    def _save(self) -> None:
+        save_checkpoint(self.model, self._checkpoint, {"num_timesteps": self._learned})
+
+
+def _print(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')}  {text}", flush=True)

@@ -1,0 +1,351 @@
+"""The configuration of a run: typed sections, read from YAML and checked before all else."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
+
+#: Complete configurations that ship with hubrl, one for each algorithm.
+BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"
+
+REFUSED_ALGORITHMS = {
+    "trpo": "it differentiates the KL divergence too, which would count the exploration loss twice",
+    "ars": "it learns without gradients, so that no encoder and no pathway generator would learn",
+}
+
+
+def _number(value: Any) -> Any:
+    """``1e6`` without a dot is a string in YAML 1.1, but a number to everyone else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Count = Annotated[Integer, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class Section(pydantic.BaseModel):
+    """Frozen data; an unknown key is an error."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Schedule(Section):
+    """
+    A number that moves linearly from ``start`` to ``end`` over the run.
+
+    In YAML: ``{start: 0.1, end: 0.01}``, or ``0.1`` for a constant, or ``{linear: 0.1}`` for
+    ``{start: 0.1, end: 0}``.
+    """
+
+    start: NonNegative
+    end: NonNegative
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        if isinstance(data, (int, float, str)):
+            return {"start": data, "end": data}
+        if isinstance(data, dict) and set(data) == {"linear"}:
+            return {"start": data["linear"], "end": 0.0}
+        return data
+
+    @pydantic.model_serializer
+    def _shorten(self) -> float | dict[str, float]:
+        if self.start == self.end:
+            return self.start
+        return {"start": self.start, "end": self.end}
+
+    def __call__(self, progress_remaining: float) -> float:
+        """
+        The value at a point of the run.
+
+        :param progress_remaining: 1 at the start, 0 at the end, as in SB3
+        """
+        # SB3's last rollout may pass the end: a learning rate must not become negative.
+        return self.end + (self.start - self.end) * max(progress_remaining, 0.0)
+
+
+class EnvSection(Section):
+    """
+    Where the agent learns.
+
+    :param id: a Gymnasium id, such as ``ALE/Breakout-v5``
+    :param n_envs: environments that are stepped side by side
+    :param sticky: probability that an Atari emulator repeats the last action
+    """
+
+    id: str
+    n_envs: Count
+    sticky: Fraction
+
+
+def _freeze(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class HubSection(Section):
+    """
+    What turns images into features.
+
+    :param name: ``none`` (SB3's NatureCNN), a hub, ``HUB:ENCODER``, a folder or a YAML file
+    :param top_k: encoders that run for an observation; nothing to choose for ``none``
+    :param exploration_coef: weight of the pathway exploration loss
+    :param freeze: names of encoders that stay as they are, or ``all``
+    :param random_init: orthogonal initialization in the place of the pretrained weights
+    :param precision: what the encoders compute in
+    """
+
+    name: str
+    top_k: Count
+    exploration_coef: Schedule
+    freeze: Annotated[tuple[str, ...], BeforeValidator(_freeze)]
+    random_init: bool
+    precision: Precision
+
+
+class PPOSection(Section):
+    """Hyperparameters of SB3's ``PPO``."""
+
+    name: Literal["ppo"]
+    learning_rate: Schedule
+    n_steps: Count
+    batch_size: Annotated[Integer, Field(ge=2)]
+    n_epochs: Count
+    gamma: Fraction
+    gae_lambda: Fraction
+    clip_range: Schedule
+    ent_coef: NonNegative
+    vf_coef: NonNegative
+    max_grad_norm: Positive
+    normalize_advantage: bool
+
+
+class A2CSection(Section):
+    """Hyperparameters of SB3's ``A2C``."""
+
+    name: Literal["a2c"]
+    learning_rate: Schedule
+    n_steps: Count
+    gamma: Fraction
+    gae_lambda: Fraction
+    ent_coef: NonNegative
+    vf_coef: NonNegative
+    max_grad_norm: Positive
+    normalize_advantage: bool
+
+
+class DQNSection(Section):
+    """Hyperparameters of SB3's ``DQN``."""
+
+    name: Literal["dqn"]
+    learning_rate: Schedule
+    buffer_size: Count
+    learning_starts: Annotated[Integer, Field(ge=0)]
+    batch_size: Count
+    tau: Fraction
+    gamma: Fraction
+    train_freq: Count
+    gradient_steps: Annotated[Integer, Field(ge=-1)]
+    target_update_interval: Count
+    exploration_fraction: Fraction
+    exploration_initial_eps: Fraction
+    exploration_final_eps: Fraction
+    max_grad_norm: Positive
+
+
+class QRDQNSection(DQNSection):
+    """Hyperparameters of SB3-Contrib's ``QRDQN``."""
+
+    name: Literal["qrdqn"]  # type: ignore[assignment]
+    max_grad_norm: Positive | None  # type: ignore[assignment]
+    n_quantiles: Count
+
+
+AnySection = PPOSection | A2CSection | DQNSection | QRDQNSection
+AlgorithmSection = Annotated[AnySection, Field(discriminator="name")]
+
+
+class TrainSection(Section):
+    """
+    How long to train, what to save and when to evaluate.
+
+    :param n_timesteps: agent steps, summed over all environments
+    :param seed: everything random follows from it
+    :param eval_freq: agent steps between two evaluations; 0: none
+    :param n_eval_episodes: whole games of an evaluation
+    :param deterministic_eval: take the best action, or sample as in training (rl-zoo's choice for
+        Atari, where a deterministic agent can be stuck for a whole game)
+    :param save_freq: agent steps between two checkpoints; 0: only at the end
+    :param device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
+    """
+
+    n_timesteps: Count
+    seed: Annotated[Integer, Field(ge=0, lt=2**32)]
+    eval_freq: Annotated[Integer, Field(ge=0)]
+    n_eval_episodes: Count
+    deterministic_eval: bool
+    save_freq: Annotated[Integer, Field(ge=0)]
+    device: str
+
+
+class RunConfig(Section):
+    """All settings of a run, by owner."""
+
+    env: EnvSection
+    hub: HubSection
+    algorithm: AlgorithmSection
+    train: TrainSection
+
+    @pydantic.model_validator(mode="after")
+    def _check_rollout(self) -> Self:
+        if isinstance(self.algorithm, PPOSection) and self.algorithm.n_steps * self.env.n_envs < 2:
+            raise ValueError(
+                "algorithm.n_steps * env.n_envs is 1, but PPO needs a rollout of at least 2 steps"
+            )
+        return self
+
+
+def algorithm_names() -> list[str]:
+    """The names that ``algorithm.name`` may have."""
+    return list(_algorithm_sections())
+
+
+def built_in_config(algorithm: str) -> Path:
+    """
+    The configuration that ships for an algorithm.
+
+    :raises ValueError: if there is no such algorithm
+    """
+    _check_algorithm(algorithm)
+    return BUILT_IN_CONFIGS / f"{algorithm}-atari.yaml"
+
+
+def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """
+    Read a complete configuration.
+
+    :param file: YAML
+    :param overrides: values by key path, such as ``{"train.seed": 3}``; they win over the file
+    :raises ValueError: if the file can't be read, or a key or a value is wrong; one line
+    """
+    data = read_mapping(file)
+    for path, value in (overrides or {}).items():
+        section, key = path.split(".")
+        if isinstance(data.get(section), dict):
+            data[section][key] = value
+    return parse_config(data)
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """
+    :raises ValueError: if the file can't be read as a mapping of keys to values; one line
+    """
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config file {file} is not valid YAML: {reason}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"config file {file} must be a mapping of keys to values")
+    return data
+
+
+def parse_config(data: Mapping[str, Any]) -> RunConfig:
+    """
+    Check plain data.
+
+    :raises ValueError: one line for the first wrong key or value: its key path, the value, what is
+        allowed, and the closest key
+    """
+    algorithm = data.get("algorithm")
+    if isinstance(algorithm, dict) and "name" in algorithm:
+        _check_algorithm(algorithm["name"])
+    try:
+        return RunConfig.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ValueError(_explain(error)) from None
+
+
+def dump_config(config: RunConfig) -> str:
+    """YAML that ``load_config`` reads back to an equal configuration."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def closest(word: str, allowed: Sequence[str]) -> str:
+    """``" (closest: 'x')"``, or nothing where no allowed word is near."""
+    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f" (closest: {matches[0]!r})" if matches else ""
+
+
+def _algorithm_sections() -> dict[str, type[Section]]:
+    sections: tuple[type[Section], ...] = get_args(AnySection)
+    return {get_args(section.model_fields["name"].annotation)[0]: section for section in sections}
+
+
+def _check_algorithm(name: Any) -> None:
+    if name in REFUSED_ALGORITHMS:
+        raise ValueError(f"algorithm.name {name!r} can't train a hub: {REFUSED_ALGORITHMS[name]}")
+    allowed = algorithm_names()
+    if name not in allowed:
+        raise ValueError(
+            f"algorithm.name is {name!r}{closest(str(name), allowed)}, "
+            f"allowed: {', '.join(allowed)}"
+        )
+
+
+def _explain(error: pydantic.ValidationError) -> str:
+    """The first error in one line; unknown keys first, for they explain missing ones."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    loc = [str(part) for part in first["loc"]]
+    algorithm = loc.pop(1) if loc[0] == "algorithm" and len(loc) > 1 else ""
+    path = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        keys = list(_owner(loc, algorithm).model_fields)
+        return f"unknown key {path}{closest(loc[-1], keys)}, keys: {', '.join(keys)}"
+    if first["type"] == "missing":
+        return f"key {path} is missing: a configuration is complete"
+    allowed = _range(_owner(loc, algorithm).model_fields.get(loc[-1]))
+    allowed = allowed or first["msg"].removeprefix("Input should be ")
+    return f"{path} is {first['input']!r}, allowed: {allowed}"
+
+
+def _owner(loc: Sequence[str], algorithm: str) -> type[Section]:
+    """The section that the last key of a path belongs to."""
+    owner: type[Section] = RunConfig
+    for key in loc[:-1]:
+        if key == "algorithm":
+            owner = _algorithm_sections()[algorithm]
+        else:
+            owner = owner.model_fields[key].annotation  # type: ignore[assignment]
+    return owner
+
+
+def _range(field: FieldInfo | None) -> str:
+    """``"a number above 0"`` and the like; empty for a field without bounds."""
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in (field.metadata if field else [])
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    kind = "a whole number" if field and field.annotation is int else "a number"
+    return f"{kind} {' and '.join(bounds)}" if bounds else ""

@@ -1,0 +1,18 @@
+"""
+Environments as Stable-Baselines3 VecEnvs of images: ``make_vec_env`` makes any of them.
+
+For tests there are two tiny image environments (solved by a CNN policy in seconds, random return 2,
+best 8): ``"hubrl/TinyImage-v0"`` (4 discrete actions, with ``action_masks``) and
+``"hubrl/TinyImageContinuous-v0"`` (2 continuous actions). Importing ``envs`` registers both.
+"""
+
+import gymnasium as gym
+
+from envs.atari import AtariVecEnv
+from envs.images import ImageFormat, make_vec_env
+from envs.seeds import episode_seed
+
+__all__ = ["AtariVecEnv", "ImageFormat", "episode_seed", "make_vec_env"]
+
+gym.register("hubrl/TinyImage-v0", "envs.tiny:TinyImage")
+gym.register("hubrl/TinyImageContinuous-v0", "envs.tiny:TinyImage", kwargs={"continuous": True})

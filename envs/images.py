@@ -1,0 +1,180 @@
+"""Any image environment of Gymnasium as an SB3 VecEnv of the images that a hub's card asks for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.wrappers import (
+    FrameStackObservation,
+    GrayscaleObservation,
+    ReshapeObservation,
+    ResizeObservation,
+    TransformObservation,
+)
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnv
+
+from envs.atari import AtariVecEnv, is_atari
+from envs.seeds import EpisodeSeeds, check_seed
+
+MINIGRID_PREFIXES = ("MiniGrid-", "BabyAI-")
+GREY_CHANNELS, COLOUR_CHANNELS = 1, 3
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """
+    The observations that an agent gets: (stack * channels, size, size) uint8, newest image last.
+
+    :param size: height and width, in pixels
+    :param grey: one channel for an image instead of red, green and blue
+    :param stack: number of successive images in an observation
+    :raises ValueError: if ``size`` or ``stack`` is below 1
+    """
+
+    size: int = 84
+    grey: bool = True
+    stack: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("size", "stack"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but at least 1 is needed")
+
+
+def make_vec_env(
+    env_id: str,
+    n_envs: int,
+    *,
+    seed: int = 0,
+    sticky: float = 0.0,
+    training: bool = True,
+    image: ImageFormat = ImageFormat(),
+) -> VecEnv:
+    """
+    Make the environments of a run; true returns are in ``infos[i]["episode"]`` of finished ones.
+
+    :param env_id: ``ALE/Name-v5``, or any registered environment that observes images;
+        ``module:Name-v0`` imports a module that registers it
+    :param n_envs: number of environments
+    :param seed: seed of the run; each episode starts from ``episode_seed(seed, index, episode)``
+    :param sticky: probability that an Atari emulator repeats the last action, per frame
+    :param training: in Atari, report a lost life as an end and the reward's sign as the reward
+    :param image: format of the observations
+    :raises ValueError: if the id is unknown or an argument does not fit the environment
+    """
+    check_seed(seed)
+    if n_envs < 1:
+        raise ValueError(f"n_envs is {n_envs}, but at least 1 is needed")
+    if is_atari(env_id):
+        return AtariVecEnv(
+            env_id,
+            n_envs,
+            seed=seed,
+            sticky=sticky,
+            life_loss_ends_episode=training,
+            clip_reward=training,
+            grey=image.grey,
+            frame_stack=image.stack,
+            screen_size=image.size,
+        )
+    if sticky > 0.0:
+        raise ValueError(f"sticky is {sticky}, but {env_id} is no Atari game: only 0 is allowed")
+    check_registered(env_id)
+    return DummyVecEnv([lambda i=i: _make_env(env_id, seed, i, image) for i in range(n_envs)])  # type: ignore[misc]
+
+
+def check_registered(env_id: str) -> None:
+    """
+    Find the environment in Gymnasium's registry, importing the module that its id names.
+
+    :raises ValueError: if there is none (the message has the closest ids), or if it is an Atari
+        game under an id that brings a frame skip of its own
+    """
+    module, _, name = env_id.rpartition(":")
+    if env_id.startswith(MINIGRID_PREFIXES):
+        module = "minigrid"
+    if module:
+        _import(module, env_id)
+    if name not in gym.registry:
+        ids = [known for known, spec in gym.registry.items() if not _is_old_atari(known, spec)]
+        closest = difflib.get_close_matches(name, ids, n=3, cutoff=0.4)
+        hint = f"closest: {', '.join(closest)}" if closest else "e.g. ALE/Breakout-v5"
+        raise ValueError(f"env {env_id!r} is not registered in Gymnasium ({hint})")
+    if _is_old_atari(name, gym.registry[name]):
+        raise ValueError(
+            f"env {env_id!r} has its own frame skip, and here 4 frames are skipped already: "
+            "use the game's id ALE/Name-v5"
+        )
+
+
+def _import(module: str, env_id: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"env {env_id!r} needs the module {module!r}, which is not installed "
+            f"(pip install {module.partition('.')[0]})"
+        ) from error
+
+
+def _is_old_atari(name: str, spec: gym.envs.registration.EnvSpec) -> bool:
+    return spec.entry_point == "ale_py.env:AtariEnv" and not is_atari(name)
+
+
+def _make_env(env_id: str, seed: int, index: int, image: ImageFormat) -> gym.Env[Any, Any]:
+    env: gym.Env[Any, Any] = gym.make(env_id, disable_env_checker=True)
+    if env_id.rpartition(":")[2].startswith(MINIGRID_PREFIXES):
+        from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
+
+        env = ImgObsWrapper(RGBImgObsWrapper(env))  # type: ignore[no-untyped-call]
+    _check_image(env_id, env.observation_space, image)
+    env = EpisodeSeeds(Monitor(env), seed, index)
+    return _to_format(env, image)
+
+
+def _check_image(env_id: str, space: gym.Space[Any], image: ImageFormat) -> None:
+    """Only (H, W), (H, W, 1) and (H, W, 3) uint8 of 0..255 are images without a doubt."""
+    is_image = (
+        isinstance(space, gym.spaces.Box)
+        and space.dtype == np.uint8
+        and (space.low == 0).all()
+        and (space.high == 255).all()
+        and (
+            len(space.shape) == 2
+            or (len(space.shape) == 3 and space.shape[2] in (GREY_CHANNELS, COLOUR_CHANNELS))
+        )
+    )
+    if not is_image:
+        raise ValueError(
+            f"env {env_id!r} observes {space}, but only images are allowed: "
+            "a Box of 0..255, uint8, (height, width), (height, width, 1) or (height, width, 3)"
+        )
+    if not image.grey and not _has_colour(space):
+        raise ValueError(f"grey is False, but env {env_id!r} observes grey images: use grey=True")
+
+
+def _to_format(env: gym.Env[Any, Any], image: ImageFormat) -> gym.Env[Any, Any]:
+    """Gymnasium's wrappers from (H, W), (H, W, 1) or (H, W, 3) to the format."""
+    if image.grey and _has_colour(env.observation_space):
+        env = GrayscaleObservation(env)
+    channels = GREY_CHANNELS if image.grey else COLOUR_CHANNELS
+    env = ResizeObservation(env, (image.size, image.size))
+    env = ReshapeObservation(env, (image.size, image.size, channels))
+    env = TransformObservation(
+        env,
+        lambda observation: observation.transpose(2, 0, 1),
+        gym.spaces.Box(0, 255, (channels, image.size, image.size), np.uint8),
+    )
+    env = FrameStackObservation(env, image.stack, padding_type="zero")
+    return ReshapeObservation(env, (image.stack * channels, image.size, image.size))
+
+
+def _has_colour(space: gym.Space[Any]) -> bool:
+    return space.shape is not None and space.shape[2:] == (COLOUR_CHANNELS,)

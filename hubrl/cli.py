@@ -1,0 +1,64 @@
+"""What all commands share: one line for the user's mistakes, exit codes, and our own modules."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import click
+
+
+def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
+    """
+    Run a command and exit: 0 done, 2 the user's input is wrong (one line), 130 interrupted.
+
+    A command exits with another code by ``sys.exit``; any other exception keeps its traceback.
+
+    :param name: how the user called it, such as ``hubrl train``
+    :param args: the command line without the name; None: that of the process
+    """
+    try:
+        code = command.main(args, prog_name=name, standalone_mode=False)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        print(f"{name}: error: {_one_line(error.format_message())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextlib.contextmanager
+def user_errors() -> Iterator[None]:
+    """Inside, a ValueError or an OSError is the user's mistake: one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.UsageError(str(error)) from error
+
+
+def refuse_foreign_modules(*names: str) -> None:
+    """
+    Exit 2 if another module has the name of one of ours.
+
+    ``python -m`` puts the current folder first on the path, where a user may have an ``envs``.
+    """
+    ours = Path(__file__).resolve().parents[1]
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin is None or origin != ours / name / "__init__.py":
+            print(
+                f"hubrl: error: module {name!r} is {origin}, which hides that of hubrl "
+                f"({ours / name}); run the command from another folder, or use `hubrl ...` "
+                "instead of `python -m hubrl...`",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

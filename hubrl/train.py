@@ -1,0 +1,204 @@
+"""``hubrl train``: trains an agent, with a hub or without, and keeps the run in a folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from hubrl import cli
+from hubrl.callback import PathwayCallback
+from hubrl.specs import load_hub
+
+cli.refuse_foreign_modules("agents", "envs")
+
+from agents.algorithms import build_model, resolve  # noqa: E402
+from agents.callbacks import (  # noqa: E402
+    CheckpointCallback,
+    EpisodesCallback,
+    EvaluationCallback,
+    ProgressCallback,
+    StopSignal,
+)
+from agents.checkpoints import load_checkpoint, read_state  # noqa: E402
+from agents.config import RunConfig, built_in_config, load_config  # noqa: E402
+from agents.runs import (  # noqa: E402
+    check_new_run,
+    checkpoint_dir,
+    create_run,
+    default_run_dir,
+    derive_seed,
+    make_logger,
+    note_command,
+    open_run,
+)
+from envs import ImageFormat, make_vec_env  # noqa: E402
+
+#: The keys of the configuration that options override.
+KEYS = {
+    "env": "env.id",
+    "n_envs": "env.n_envs",
+    "sticky": "env.sticky",
+    "hub": "hub.name",
+    "top_k": "hub.top_k",
+    "exploration_coef": "hub.exploration_coef",
+    "freeze": "hub.freeze",
+    "random_init": "hub.random_init",
+    "n_timesteps": "train.n_timesteps",
+    "seed": "train.seed",
+    "eval_freq": "train.eval_freq",
+    "save_freq": "train.save_freq",
+    "device": "train.device",
+}
+HUB_OPTIONS = ("top_k", "exploration_coef", "freeze", "random_init")
+FILE = click.Path(path_type=Path)
+EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+@click.command("train")
+@click.option("--algo", help="ppo, a2c, dqn or qrdqn.  [default: ppo]")
+@click.option("--env", help="Gymnasium id.  [default: ALE/Breakout-v5]")
+@click.option("--hub", help="none, HUB, HUB:ENCODER, FOLDER or FILE.yaml.  [default: atari5]")
+@click.option("--top-k", help="Encoders that run for an observation.  [default: 2]")
+@click.option("-n", "--n-timesteps", help="Agent steps of the whole run.  [default: 1000000]")
+@click.option("--seed", help="Everything random follows from it.  [default: 0]")
+@click.option("--n-envs", help="Environments side by side.  [default: the algorithm's]")
+@click.option("--sticky", help="Probability that Atari repeats the last action.  [default: 0]")
+@click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
+@click.option("--freeze", multiple=True, help="An encoder that stays as it is, or all.")
+@click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
+@click.option("--eval-freq", help="Agent steps between evaluations; 0: none.")
+@click.option("--save-freq", help="Agent steps between checkpoints; 0: only at the end.")
+@click.option("--device", help="auto, cpu, cuda ...  [default: auto]")
+@click.option("--config", type=EXISTING, help="Complete YAML configuration.")
+@click.option("--run-dir", type=FILE, help="A new folder.  [default: runs/...]")
+@click.option("--resume", type=FILE, metavar="RUN", help="Continue the run in this folder.")
+def command(**options: Any) -> int:
+    """
+    Train an agent; options win over the configuration file.
+
+    Without --config the settings are those of configs/agents/ALGO-atari.yaml.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    if "resume" in given:
+        return _resume(given)
+    return _start(given)
+
+
+def _start(given: dict[str, Any]) -> int:
+    with cli.user_errors():
+        config = resolve(_configure(given))
+        folder = given.get("run_dir") or default_run_dir(config)
+        check_new_run(folder)
+        env, eval_env = _make_envs(config)
+        model = build_model(config, env)
+        create_run(folder, config)
+    return _learn(model, config, folder, eval_env)
+
+
+def _resume(given: dict[str, Any]) -> int:
+    folder = given.pop("resume")
+    with cli.user_errors():
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
+        config = open_run(folder)
+        checkpoint = checkpoint_dir(folder, "last")
+        timesteps = read_state(checkpoint)["num_timesteps"]
+        if timesteps >= config.train.n_timesteps:
+            print(f"{folder} is complete: {timesteps:,} steps")
+            return 0
+        env, eval_env = _make_envs(config)
+        model = build_model(config, env)
+        load_checkpoint(model, checkpoint)
+    model._update_current_progress_remaining(timesteps, config.train.n_timesteps)
+    # The games and the generators are not saved: go on with fresh ones.
+    model.set_random_seed(derive_seed(config.train.seed, "resume", timesteps))
+    return _learn(model, config, folder, eval_env)
+
+
+def _configure(given: dict[str, Any]) -> RunConfig:
+    """The file's configuration with the options that were given."""
+    hub = given.get("hub", "")
+    for option in HUB_OPTIONS:
+        if hub == "none" and option in given:
+            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --hub none")
+    file = given.get("config") or built_in_config(given.get("algo", "ppo"))
+    overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    if hub and hub != "none" and "top_k" not in given and len(load_hub(hub).encoders) == 1:
+        overrides["hub.top_k"] = 1
+    config = load_config(file, overrides)
+    if given.get("algo", config.algorithm.name) != config.algorithm.name:
+        raise ValueError(f"--algo {given['algo']}, but {file} is for {config.algorithm.name}")
+    return config
+
+
+def _make_envs(config: RunConfig) -> tuple[VecEnv, VecEnv]:
+    """Environments to learn in, and others of whole games for evaluation."""
+    n_eval = min(config.env.n_envs, config.train.n_eval_episodes)
+    return make_env(config, config.env.n_envs, training=True), make_env(config, n_eval)
+
+
+def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEnv:
+    """
+    The environments of a run, giving the images that its hub asks for.
+
+    :param training: clipped rewards and a lost life as an end, in Atari
+    """
+    env = config.env
+    return make_vec_env(
+        env.id,
+        n_envs,
+        seed=config.train.seed,
+        sticky=env.sticky,
+        training=training,
+        image=_image_format(config.hub.name),
+    )
+
+
+def _image_format(hub: str) -> ImageFormat:
+    """Colour where all encoders want it, else a stack of grey images; as large as the largest."""
+    if hub == "none":
+        return ImageFormat()
+    encoders = load_hub(hub).encoders
+    size = max(max(spec.image_size) for spec in encoders)
+    stacks = [spec.channels for spec in encoders if spec.channels != 3]
+    if stacks:
+        return ImageFormat(size=size, grey=True, stack=max(stacks))
+    return ImageFormat(size=size, grey=False, stack=1)
+
+
+def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path, eval_env: VecEnv) -> int:
+    """Train to the end or to a signal; returns the exit code."""
+    note_command(folder)
+    print(f"run folder: {folder}", flush=True)
+    train, stop = config.train, StopSignal()
+    logger = make_logger(folder, model.num_timesteps)
+    model.set_logger(logger)
+    callbacks: list[BaseCallback] = [
+        EpisodesCallback(folder),
+        CheckpointCallback(folder, train.save_freq, stop),
+        EvaluationCallback(folder, eval_env, train, stop),
+        ProgressCallback(),
+    ]
+    if config.hub.name != "none":
+        callbacks.insert(0, PathwayCallback())
+    with stop.caught():
+        model.learn(
+            train.n_timesteps - model.num_timesteps,
+            callback=callbacks,
+            log_interval=None,  # type: ignore[arg-type]
+            reset_num_timesteps=False,
+            progress_bar=sys.stdout.isatty(),
+        )
+    logger.close()
+    return 0 if stop.number is None else 128 + stop.number
+
+
+if __name__ == "__main__":
+    cli.run(command, "python -m hubrl.train")

@@ -1,0 +1,170 @@
+"""Every algorithm is built, learns, and gets its observations and its weights as it should."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from small_runs import small_config, small_env
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from agents.algorithms import ALGORITHMS, build_model, resolve
+from agents.config import algorithm_names
+from agents.policies import BaselineCNN, RawImages
+from envs import make_vec_env
+from hubrl.callback import PathwayCallback
+from hubrl.extractor import HubFeaturesExtractor
+from hubrl.specs import load_hub
+
+ALGOS = list(ALGORITHMS)
+
+
+def build(algorithm: str = "ppo", hub: object = "none", **overrides: Any) -> BaseAlgorithm:
+    values = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = small_config(algorithm, {"hub.name": str(hub), **values})
+    return build_model(config, small_env())
+
+
+def extractors(model: BaseAlgorithm, kind: type[nn.Module]) -> list[Any]:
+    return [module for module in model.policy.modules() if isinstance(module, kind)]
+
+
+def test_the_table_has_every_algorithm_of_the_configuration() -> None:
+    assert algorithm_names() == ALGOS
+
+
+@pytest.mark.parametrize("algorithm", ALGOS)
+@pytest.mark.parametrize("hub", ["none", "hub5"])
+def test_every_algorithm_learns_100_steps(algorithm: str, hub: str, hub5: Path) -> None:
+    model = build(algorithm, hub5 if hub == "hub5" else hub)
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    model.learn(100, callback=PathwayCallback() if hub == "hub5" else None)
+    after = model.policy.state_dict()
+    layer, kind = ("scores", HubFeaturesExtractor) if hub == "hub5" else ("linear", BaselineCNN)
+    assert extractors(model, kind)
+    keys = [key for key in before if layer in key and "target" not in key]
+    assert all(not torch.equal(before[key], after[key]) for key in keys)
+
+
+@pytest.mark.parametrize("algorithm", ALGOS)
+@pytest.mark.parametrize("hub", ["none", "hub5"])
+def test_heads_are_single_linear_layers(algorithm: str, hub: str, hub5: Path) -> None:
+    """SB3 would silently put two layers of 64 behind any extractor but its own NatureCNN."""
+    model = build(algorithm, hub5 if hub == "hub5" else hub)
+    names = [name for name, module in model.policy.named_modules() if isinstance(module, nn.Linear)]
+    heads = {name for name in names if "features_extractor" not in name and "target" not in name}
+    two, one = {"action_net", "value_net"}, {"q_net.q_net.0"}
+    expected = {"ppo": two, "a2c": two, "dqn": one, "qrdqn": {"quantile_net.quantile_net.0"}}
+    assert heads == expected[algorithm]
+
+
+@pytest.mark.parametrize("algorithm", ALGOS)
+def test_pretrained_weights_are_intact(algorithm: str, hub5: Path) -> None:
+    from hubrl.encoders import read_weights
+
+    hub = load_hub(hub5)
+    found = extractors(build(algorithm, hub5), HubFeaturesExtractor)
+    assert len(found) == (2 if algorithm in ("dqn", "qrdqn") else 1)
+    for extractor in found:
+        for spec, encoder in zip(hub.encoders, extractor.pathway.encoders, strict=True):
+            path = hub.weights_path(spec)
+            assert path is not None
+            for key, value in read_weights(path, spec).items():
+                assert torch.equal(encoder.trunk.state_dict()[key], value)
+
+
+def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:
+    coef = {"start": 0.2, "end": 0.1}
+    model = build(hub=hub5, hub__top_k=3, hub__freeze=["a"], hub__exploration_coef=coef)
+    (extractor,) = extractors(model, HubFeaturesExtractor)
+    extractor.progress_remaining = 0.5
+    assert extractor.exploration_coef == pytest.approx(0.15)
+    assert extractor.pathway.top_k == 3
+    names = [n for n, _ in extractor.pathway.encoders.named_parameters()]
+    assert any("b." in name for name in names)
+    assert not any("a." in name for name in names)
+    (extractor,) = extractors(build(hub=hub5, hub__freeze="all"), HubFeaturesExtractor)
+    assert not [p for p in extractor.pathway.encoders.parameters() if p.requires_grad]
+
+
+def test_the_baseline_is_sb3s() -> None:
+    """With the same seed: the same weights, and the same learning up to rounding."""
+    ours = build(train__seed=7)
+    theirs = PPO(
+        "CnnPolicy", small_env(), n_steps=16, batch_size=16, n_epochs=4, ent_coef=0.01, seed=7
+    )
+    theirs.clip_range = ours.clip_range
+    theirs.lr_schedule = ours.lr_schedule
+    for step in range(2):
+        mine, other = ours.policy.state_dict(), theirs.policy.state_dict()
+        assert mine.keys() == other.keys()
+        for key in mine:
+            torch.testing.assert_close(mine[key], other[key], atol=1e-6 * step, rtol=0)
+        for model in (ours, theirs):
+            model.set_random_seed(7)
+            model.learn(64)
+
+
+@pytest.mark.parametrize("algorithm", ALGOS)
+@pytest.mark.parametrize("hub", ["none", "hub5"])
+def test_uint8_images_give_the_features_that_sb3s_way_gives(
+    algorithm: str, hub: str, hub5: Path
+) -> None:
+    model = build(algorithm, hub5 if hub == "hub5" else hub)
+    images = torch.randint(0, 256, (6, 4, 36, 36), dtype=torch.uint8)
+    networks = [m for m in model.policy.modules() if isinstance(m, RawImages)]
+    assert networks
+    model.policy.set_training_mode(False)
+    for network in networks:
+        extractor = network.features_extractor
+        with torch.no_grad():
+            raw, ours = network.extract_features(images, extractor), extractor(images.float() / 255)
+            torch.testing.assert_close(raw, ours, atol=1e-6 * float(ours.abs().max()), rtol=0)
+
+
+def test_baseline_in_bfloat16_is_close_and_float32_outside() -> None:
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    exact, fast = BaselineCNN(space), BaselineCNN(space, precision="bfloat16")
+    fast.load_state_dict(exact.state_dict())
+    images = torch.randint(0, 256, (6, 4, 84, 84), dtype=torch.uint8)
+    expected, features = exact(images), fast(images)
+    assert features.dtype == torch.float32
+    error = (features - expected).abs().mean() / expected.abs().mean()
+    assert 0 < error < 0.02
+    features.sum().backward()
+    assert all(parameter.grad.dtype == torch.float32 for parameter in fast.parameters())
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])
+def test_actions_that_an_algorithm_cannot_take(algorithm: str) -> None:
+    env = make_vec_env("hubrl/TinyImageContinuous-v0", 1)
+    with pytest.raises(ValueError, match=f"'{algorithm}' takes Discrete actions, but env .* Box"):
+        build_model(small_config(algorithm), env)
+
+
+def test_resolve_makes_a_hubs_path_absolute(hub5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(hub5.parent)
+    for name in ("hub5", "hub5:a", "hub5/hub.yaml"):
+        config = resolve(small_config(overrides={"hub.name": name}))
+        assert config.hub.name == str(hub5.parent / name)
+        load_hub(config.hub.name)
+    assert resolve(small_config()).hub.name == "none"
+
+
+def test_resolve_measures_the_precision() -> None:
+    config = resolve(small_config(overrides={"hub.precision": "auto"}))
+    assert config.hub.precision in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_an_unknown_device(device: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"train.device is '{device}', allowed on this machine: auto, cpu"
+    ):
+        resolve(small_config(overrides={"train.device": device}))

@@ -1,0 +1,160 @@
+"""Callbacks of a run: when they act, what they write, and how a signal stops them."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import small_config, small_env
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents import callbacks
+from agents.algorithms import build_model
+from agents.callbacks import (
+    CheckpointCallback,
+    EvaluationCallback,
+    EveryN,
+    ProgressCallback,
+    StopSignal,
+)
+from agents.checkpoints import load_checkpoint, read_state
+from agents.runs import make_logger
+
+
+class SignalAt(BaseCallback):
+    """Sends SIGTERM to this process after so many steps."""
+
+    def __init__(self, timesteps: int) -> None:
+        super().__init__()
+        self._timesteps = timesteps
+
+    def _on_step(self) -> bool:
+        if self.num_timesteps == self._timesteps:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+
+def learn(folder: Path, more: list[BaseCallback] | None = None, **overrides: Any) -> BaseAlgorithm:
+    """On-policy: 32 steps are a rollout."""
+    values = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = small_config(overrides=values)
+    model, stop = build_model(config, small_env()), StopSignal()
+    if (folder / "checkpoints" / "last").exists():
+        load_checkpoint(model, folder / "checkpoints" / "last")
+    folder.mkdir(exist_ok=True)
+    model.set_logger(make_logger(folder, model.num_timesteps))
+    own = [
+        CheckpointCallback(folder, config.train.save_freq, stop),
+        EvaluationCallback(folder, small_env(training=False), config.train, stop),
+        ProgressCallback(),
+    ]
+    with stop.caught():
+        n_left = config.train.n_timesteps - model.num_timesteps
+        every = [*(more or []), *own]
+        model.learn(n_left, callback=every, reset_num_timesteps=False, log_interval=None)
+    model.logger.close()
+    return model
+
+
+def evaluated(folder: Path) -> list[int]:
+    with (folder / "evaluations.csv").open() as file:
+        return [int(row["timesteps"]) for row in csv.DictReader(file) if row["episode"] == "0"]
+
+
+def test_every_n() -> None:
+    due = EveryN(100, 0)
+    assert [n for n in range(0, 500, 32) if due.is_due(n)] == [128, 224, 320, 416]
+    due = EveryN(100, 150)
+    assert [n for n in range(160, 350, 32) if due.is_due(n)] == [224, 320]
+    assert not any(EveryN(0, 0).is_due(n) for n in range(100))
+
+
+def test_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[tuple[str, int]] = []
+    save = callbacks.save_checkpoint
+
+    def remember(model: BaseAlgorithm, folder: Path, extra: dict[str, Any]) -> None:
+        saved.append((folder.name, model.num_timesteps))
+        save(model, folder, extra)
+
+    monkeypatch.setattr(callbacks, "save_checkpoint", remember)
+    learn(tmp_path, train__eval_freq=60, train__save_freq=40, train__n_timesteps=160)
+    assert evaluated(tmp_path) == [64, 128, 160]
+    assert [n for name, n in saved if name == "last"] == [64, 96, 128, 160]
+    best = read_state(tmp_path / "checkpoints" / "best")
+    with (tmp_path / "evaluations.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    means = {
+        n: sum(float(row["return"]) for row in rows if int(row["timesteps"]) == n) / 2
+        for n in (64, 128, 160)
+    }
+    assert best["mean_return"] == max(means.values())
+    assert means[best["num_timesteps"]] == best["mean_return"]
+
+
+def test_no_evaluation_where_none_is_wanted(tmp_path: Path) -> None:
+    learn(tmp_path)
+    assert not (tmp_path / "evaluations.csv").exists()
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["last"]
+
+
+def test_a_signal_stops_after_a_checkpoint_of_what_was_learned(tmp_path: Path) -> None:
+    model = learn(tmp_path, [SignalAt(80)], train__n_timesteps=1000, train__eval_freq=50)
+    assert model.num_timesteps == 80
+    assert read_state(tmp_path / "checkpoints" / "last")["num_timesteps"] == 64
+    assert evaluated(tmp_path) == [64]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_resumed_run_goes_on_from_there(tmp_path: Path) -> None:
+    learn(tmp_path, [SignalAt(80)], train__n_timesteps=160, train__eval_freq=50)
+    model = learn(tmp_path, train__n_timesteps=160, train__eval_freq=50)
+    assert model.num_timesteps == 160
+    assert evaluated(tmp_path) == [64, 128, 160]
+
+
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) -> None:
+    class SignalInEvaluation(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps == 64:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        def _on_step(self) -> bool:
+            return True
+
+    learn(tmp_path, [SignalInEvaluation()], train__n_timesteps=160, train__eval_freq=50)
+    assert not (tmp_path / "evaluations.csv").exists()
+    assert read_state(tmp_path / "checkpoints" / "last")["num_timesteps"] == 64
+    learn(tmp_path, train__n_timesteps=160, train__eval_freq=50)
+    assert evaluated(tmp_path) == [64, 128, 160]
+
+
+def test_lines_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(callbacks, "LINE_SECONDS", 0.0)
+    learn(tmp_path, train__n_timesteps=64)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert "no game over yet" in lines[0]
+    assert " 32 steps (50.0%)  mean return of 4 games: " in lines[1]
+    assert lines[1].endswith("steps/s")
+
+
+def test_progress_has_returns_and_the_last_updates_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "LOG_FREQ", 32)
+    learn(tmp_path, train__n_timesteps=64)
+    with (tmp_path / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["time/total_timesteps"]) for row in rows][:2] == [32, 64]
+    for row in rows[:2]:
+        assert 0 <= float(row["rollout/ep_rew_mean"]) <= 8
+        assert float(row["train/value_loss"]) > 0
+        assert float(row["time/fps"]) > 0

@@ -1,0 +1,114 @@
+"""Checkpoints bring back weights, optimizers and numbers, and hold no pickle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_runs import small_config, small_env
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from agents import checkpoints
+from agents.algorithms import ALGORITHMS, build_model
+from agents.checkpoints import load_checkpoint, read_state, save_checkpoint
+
+
+def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
+    overrides = {"hub.name": str(hub), "train.seed": seed}
+    return build_model(small_config(algorithm, overrides), small_env())
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("hub", ["none", "hub5"])
+def test_every_algorithm_survives_save_and_load(
+    algorithm: str, hub: str, hub5: Path, tmp_path: Path
+) -> None:
+    name = hub5 if hub == "hub5" else hub
+    model, other = build(algorithm, name).learn(100), build(algorithm, name, seed=1)
+    save_checkpoint(model, tmp_path / "last", {"mean_return": 2.5})
+    assert {file.suffix for file in (tmp_path / "last").iterdir()} == {".safetensors", ".json"}
+    assert [file.name for file in tmp_path.iterdir() if "last" in file.name] == ["last"]
+
+    state = load_checkpoint(other, tmp_path / "last")
+    assert state["mean_return"] == 2.5
+    assert other.num_timesteps == model.num_timesteps >= 100
+    assert other._n_updates == model._n_updates > 0
+    assert list(other.ep_info_buffer or ()) == list(model.ep_info_buffer or ()) != []
+    for mine, loaded in zip(
+        model.policy.state_dict().values(), other.policy.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, loaded)
+    images = np.random.default_rng(0).integers(256, size=(8, 4, 36, 36)).astype(np.uint8)
+    expected = model.predict(images, deterministic=True)[0]
+    np.testing.assert_array_equal(other.predict(images, deterministic=True)[0], expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_optimizer_goes_on_as_if_nothing_had_been(algorithm: str, tmp_path: Path) -> None:
+    model, other = build(algorithm).learn(100), build(algorithm, seed=1)
+    save_checkpoint(model, tmp_path / "last", {})
+    load_checkpoint(other, tmp_path / "last")
+    for agent in (model, other):
+        assert agent.policy.optimizer.state_dict()["state"]
+        agent.policy.optimizer.zero_grad()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in agent.policy.optimizer.param_groups[0]["params"]:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        agent.policy.optimizer.param_groups[0]["lr"] = 0.01
+        agent.policy.optimizer.step()
+    for mine, loaded in zip(model.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(mine, loaded)
+
+
+def test_shared_tensors_are_stored_once(tmp_path: Path) -> None:
+    """PPO's state dict names its features extractor three times."""
+    model = build("ppo")
+    save_checkpoint(model, tmp_path / "last", {})
+    keys = load_file(tmp_path / "last" / "policy.safetensors")
+    assert len([key for key in keys if key.endswith("cnn.0.weight")]) == 1
+    assert len(keys) == len(list(model.policy.parameters()))
+
+
+def test_dqn_keeps_its_exploration_rate(tmp_path: Path) -> None:
+    model, other = build("dqn").learn(100), build("dqn")
+    assert model.exploration_rate == pytest.approx(0.01)
+    save_checkpoint(model, tmp_path / "last", {})
+    load_checkpoint(other, tmp_path / "last")
+    assert other.exploration_rate == model.exploration_rate
+
+
+def test_a_crash_while_saving_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("a2c")
+    save_checkpoint(model, tmp_path / "last", {"number": 1})
+    monkeypatch.setattr(checkpoints, "save_file", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(model, tmp_path / "last", {"number": 2})
+    monkeypatch.undo()
+    assert load_checkpoint(model, tmp_path / "last")["number"] == 1
+    save_checkpoint(model, tmp_path / "last", {"number": 3})
+    assert read_state(tmp_path / "last")["number"] == 3
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path, hub5: Path) -> None:
+    model, folder = build("ppo").learn(32), tmp_path / "last"
+    with pytest.raises(ValueError, match=r"there is no checkpoint in .*last \(no readable state"):
+        load_checkpoint(model, folder)
+    save_checkpoint(model, folder, {})
+
+    with pytest.raises(ValueError, match=r"policy.safetensors can't be loaded: '?no tensor"):
+        load_checkpoint(build("ppo", hub5), folder)
+    file = folder / "policy.safetensors"
+    save_file(load_file(file) | {"more": torch.zeros(1)}, file)
+    with pytest.raises(ValueError, match=r"can't be loaded: '?unknown tensor"):
+        load_checkpoint(model, folder)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"policy.safetensors can't be loaded: Error while des"):
+        load_checkpoint(model, folder)
+    file.unlink()
+    with pytest.raises(ValueError, match=r"policy.safetensors can't be loaded: No such file"):
+        load_checkpoint(model, folder)

@@ -1,0 +1,114 @@
+"""The run folder's files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import small_config
+
+from agents.runs import (
+    CsvTable,
+    check_new_run,
+    create_run,
+    default_run_dir,
+    derive_seed,
+    make_logger,
+    note_command,
+    open_run,
+)
+
+
+def read(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_a_new_column_keeps_the_old_rows(tmp_path: Path) -> None:
+    table = CsvTable(tmp_path / "a.csv", "step", 0)
+    table.append({"step": 1, "x": 0.5})
+    table.append({"step": 2, "x": 0.25, "name": 'a,"b'})
+    table.append({"step": 3})
+    assert read(tmp_path / "a.csv") == [
+        {"step": "1", "x": "0.5", "name": ""},
+        {"step": "2", "x": "0.25", "name": 'a,"b'},
+        {"step": "3", "x": "", "name": ""},
+    ]
+
+
+def test_a_resumed_table_forgets_later_rows(tmp_path: Path) -> None:
+    table = CsvTable(tmp_path / "a.csv", "step", 0)
+    assert table.last_step == 0
+    for step in (10, 20, 30):
+        table.append({"step": step})
+    table = CsvTable(tmp_path / "a.csv", "step", 20)
+    assert table.last_step == 20
+    table.append({"step": 25, "x": 1})
+    assert [row["step"] for row in read(tmp_path / "a.csv")] == ["10", "20", "25"]
+    assert CsvTable(tmp_path / "a.csv", "step", 5).last_step == 0
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_the_log_goes_on_after_a_resume(tmp_path: Path) -> None:
+    logger = make_logger(tmp_path, 0)
+    for step in (100, 200):
+        logger.record("time/total_timesteps", step, exclude="tensorboard")
+        logger.record("x/loss", step / 1000)
+        logger.dump(step)
+    logger.close()
+    logger = make_logger(tmp_path, 100)
+    logger.record("time/total_timesteps", 150)
+    logger.dump(150)
+    logger.close()
+    assert [row["time/total_timesteps"] for row in read(tmp_path / "progress.csv")] == [
+        "100",
+        "150",
+    ]
+    assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"env.id": "ALE/Pong-v5", "train.seed": 3}, "ppo-Pong-v5-none-s3-2"),
+        ({"hub.name": "hub5/hub.yaml"}, "ppo-hubrl_TinyImage-v0-hub5-s0-2"),
+        ({"hub.name": "hub5:a"}, "ppo-hubrl_TinyImage-v0-hub5_a-s0-2"),
+        (
+            {"hub.name": "hub5", "hub.random_init": True},
+            "ppo-hubrl_TinyImage-v0-hub5-random-s0-2",
+        ),
+    ],
+)
+def test_default_run_dir(
+    overrides: dict[str, Any], name: str, hub5: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hub5.parent)
+    assert str(default_run_dir(small_config(overrides=overrides))).startswith(f"runs/{name}")
+
+
+def test_a_run_is_opened_as_it_was_created(tmp_path: Path) -> None:
+    config = small_config()
+    check_new_run(tmp_path)
+    create_run(tmp_path / "run", config)
+    assert open_run(tmp_path / "run") == config
+    note_command(tmp_path / "run")
+    note_command(tmp_path / "run")
+    first, second = (tmp_path / "run" / "command.txt").read_text().splitlines()
+    assert first == second != ""
+    with pytest.raises(ValueError, match=r"run-dir .*run exists; .* continue it by --resume"):
+        check_new_run(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"is not the folder of a run: it has no config.yaml"):
+        open_run(tmp_path)
+
+
+def test_derived_seeds_differ() -> None:
+    seeds = {
+        derive_seed(seed, purpose, timesteps)
+        for seed in (0, 1)
+        for purpose in ("evaluate", "resume")
+        for timesteps in (0, 1)
+    }
+    assert len(seeds) == 8
+    assert derive_seed(0, "resume", 1) == derive_seed(0, "resume", 1)

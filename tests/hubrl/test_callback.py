@@ -1,0 +1,75 @@
+"""``PathwayCallback`` with users' own SB3 agents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import small_env
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from hubrl.callback import PathwayCallback
+from hubrl.extractor import HubFeaturesExtractor
+
+
+class Memory(KVWriter):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+        self.rows.append(dict(key_values))
+
+
+def policy_kwargs(hub: Path, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "features_extractor_class": HubFeaturesExtractor,
+        "features_extractor_kwargs": {"hub": hub, **kwargs},
+        "net_arch": [],
+    }
+
+
+def log(model: BaseAlgorithm, n_timesteps: int) -> list[dict[str, Any]]:
+    memory = Memory()
+    model.set_logger(Logger(None, [memory]))
+    model.learn(n_timesteps, callback=PathwayCallback())
+    return memory.rows
+
+
+def test_statistics_and_schedule_are_logged(hub5: Path) -> None:
+    coef = {"start": 0.1, "end": 0.0}
+    model = PPO(
+        "CnnPolicy",
+        small_env(),
+        n_steps=16,
+        batch_size=16,
+        policy_kwargs=policy_kwargs(hub5, exploration_coef=coef),
+    )
+    rows = log(model, 96)
+    assert "pathway/entropy" not in rows[0], "SB3 logs the first rollout before it learned"
+    for row, coefficient in zip(rows[1:], [0.1 * 2 / 3, 0.1 * 1 / 3], strict=True):
+        usage = [row[f"pathway/usage_{name}"] for name in "abcde"]
+        assert sum(usage) == pytest.approx(1.0)
+        assert 0 <= row["pathway/entropy"] <= 1.6095
+        assert -1.6095 <= row["pathway/exploration_loss"] <= 0
+        assert row["pathway/exploration_coef"] == pytest.approx(coefficient)
+
+
+def test_off_policy_agents_log_what_their_online_network_learns(hub5: Path) -> None:
+    model = DQN(
+        "CnnPolicy",
+        small_env(),
+        buffer_size=100,
+        learning_starts=8,
+        policy_kwargs=policy_kwargs(hub5, top_k=1),
+    )
+    last = log(model, 100)[-1]
+    assert sum(last[f"pathway/usage_{name}"] for name in "abcde") == pytest.approx(1.0)
+
+
+def test_a_model_without_a_hub() -> None:
+    model = PPO("CnnPolicy", small_env(), n_steps=16, batch_size=16)
+    with pytest.raises(ValueError, match="PathwayCallback needs a model whose features_extractor"):
+        model.learn(32, callback=PathwayCallback())

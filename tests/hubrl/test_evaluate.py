@@ -1,0 +1,86 @@
+"""``hubrl evaluate`` on the folder of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import write_small_config
+
+from hubrl import cli, evaluate, train
+
+
+@pytest.fixture
+def finished_run(tmp_path: Path, hub5: Path) -> Path:
+    """A run with both checkpoints."""
+    folder, config = tmp_path / "run", write_small_config(tmp_path / "c.yaml")
+    args = ["--config", config, "--hub", hub5, "--run-dir", folder, "--eval-freq", 64]
+    train.command.main([str(arg) for arg in args], standalone_mode=False)
+    return folder
+
+
+def run(*args: object) -> object:
+    with pytest.raises(SystemExit) as exit:
+        cli.run(evaluate.command, "hubrl evaluate", [str(arg) for arg in args])
+    return exit.value.code
+
+
+def test_evaluation_of_a_run(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(finished_run) == 0
+    output = capsys.readouterr().out
+    result = json.loads((finished_run / "evaluation.json").read_text())
+    assert len(result["returns"]) == len(result["lengths"]) == 20
+    mean = sum(result["returns"]) / 20
+    assert result["mean_return"] == pytest.approx(mean)
+    low, high = result["interval_95"]
+    assert low < mean < high
+    assert f"20 games: mean return {mean:.2f} (95% interval {low:.2f} to {high:.2f})" in output
+    assert result["checkpoint"] == "best"
+    assert result["timesteps"] in (64, 128)
+
+
+def test_options(finished_run: Path, tmp_path: Path) -> None:
+    def returns(*args: object) -> list[float]:
+        file = tmp_path / "e.json"
+        assert run(finished_run, "--episodes", 6, "--json", file, *args) == 0
+        result = json.loads(file.read_text())
+        assert len(result["returns"]) == 6
+        values: list[float] = result["returns"]
+        return values
+
+    assert returns("--seed", 1) == returns("--seed", 1)
+    assert returns("--seed", 1) != returns("--seed", 2)
+    returns("--checkpoint", "last")
+    assert json.loads((tmp_path / "e.json").read_text())["timesteps"] == 128
+    assert not (finished_run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere"], "nowhere is not the folder of a run: it has no config.yaml"),
+        (["RUN", "--episodes", "0"], "Invalid value for '--episodes': 0 is not in the range"),
+        (["RUN", "--checkpoint", "first"], "'first' is not one of 'best', 'last'"),
+        (["RUN", "--json", "no/e.json"], "--json no/e.json: there is no folder no"),
+        ([], "Missing argument 'RUN'"),
+    ],
+)
+def test_wrong_input(
+    finished_run: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(*[arg.replace("RUN", str(finished_run)) if arg == "RUN" else arg for arg in args]) == 2
+    )
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (finished_run / "evaluation.json").exists()
+
+
+def test_a_damaged_checkpoint(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = finished_run / "checkpoints" / "best" / "policy.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    assert run(finished_run) == 2
+    assert "policy.safetensors can't be loaded" in capsys.readouterr().err

@@ -1,0 +1,232 @@
+"""``hubrl train`` from the command line to the run folder."""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from small_runs import write_small_config
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.checkpoints import read_state
+from agents.config import load_config
+from hubrl import cli, train
+
+FILES = {"config.yaml", "command.txt", "checkpoints"} | {
+    f"{name}.csv" for name in ("progress", "evaluations", "episodes")
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("agents.callbacks.LOG_FREQ", 32)
+
+
+def run(*args: object) -> object:
+    with pytest.raises(SystemExit) as exit:
+        cli.run(train.command, "hubrl train", [str(arg) for arg in args])
+    return exit.value.code
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return load_file(folder / "checkpoints" / "last" / "policy.safetensors")
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+@pytest.mark.parametrize("hub", ["none", "hub5"])
+def test_a_run_with_all_its_files(algorithm: str, hub: str, hub5: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml", algorithm)
+    code = run("--config", config, "--hub", hub, "--run-dir", "r", "--eval-freq", 50, "--n-envs", 1)
+    assert code == 0
+    names = {path.name for path in Path("r").iterdir()}
+    (events,) = names - FILES
+    assert events.startswith("events.out.tfevents.")
+    assert names - {events} == FILES
+    assert read_state(Path("r/checkpoints/last"))["num_timesteps"] >= 100
+    assert read_state(Path("r/checkpoints/best"))["num_timesteps"] >= 50
+    assert list(rows(Path("r/evaluations.csv"))[0]) == ["timesteps", "episode", "return", "length"]
+    logged = EventAccumulator("r")
+    logged.Reload()
+    scalars = logged.Tags()["scalars"]
+    expected = ["rollout/ep_rew_mean", "time/fps", "eval/mean_reward"]
+    if hub == "hub5":
+        expected += [f"pathway/usage_{name}" for name in "abcde"]
+        expected += ["pathway/entropy", "pathway/exploration_loss"]
+    assert set(expected) <= set(scalars)
+    saved = yaml.safe_load(Path("r/config.yaml").read_text())
+    assert saved["env"]["n_envs"] == 1
+    assert saved["hub"]["name"] == (str(hub5) if hub == "hub5" else "none")
+    pickles = (".zip", ".pkl", ".pt", ".pth")
+    assert not [path for path in Path("r").rglob("*") if path.suffix in pickles]
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_a_saved_configuration_repeats_the_run(algorithm: str, hub5: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml", algorithm)
+    assert run("--config", config, "--hub", hub5, "--seed", 3, "--run-dir", "a") == 0
+    assert run("--config", "a/config.yaml", "--run-dir", "b", "--eval-freq", 40) == 0
+    assert run("--config", "a/config.yaml", "--run-dir", "c", "--seed", 4) == 0
+    a, b, c = last(Path("a")), last(Path("b")), last(Path("c"))
+    assert all(a[key].equal(b[key]) for key in a), "evaluations don't change what is learned"
+    assert not all(a[key].equal(c[key]) for key in a)
+
+
+def test_options_win_over_the_file(hub5: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml")
+    options = ["--hub", hub5, "--top-k", 3, "--freeze", "a", "--freeze", "b", "-n", "64"]
+    options += ["--exploration-coef", "0.2", "--random-init", "--save-freq", 32, "--device", "cpu"]
+    assert run("--config", config, "--run-dir", "r", *options) == 0
+    resolved = load_config(Path("r/config.yaml"))
+    assert resolved.train.n_timesteps == 64
+    assert resolved.hub.top_k == 3
+    assert resolved.hub.freeze == ("a", "b")
+    assert resolved.hub.random_init
+    assert resolved.hub.exploration_coef(0.5) == 0.2
+
+
+def test_one_encoder_of_a_hub(hub5: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml")
+    assert run("--config", config, "--run-dir", "r", "--hub", f"{hub5}:b") == 0
+    assert load_config(Path("r/config.yaml")).hub.top_k == 1
+
+
+def test_the_default_run_dir_tells_what_it_is(tmp_path: Path) -> None:
+    assert run("--config", write_small_config(tmp_path / "c.yaml"), "--seed", 5) == 0
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("ppo-hubrl_TinyImage-v0-none-s5-")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_then_resume(
+    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopper(train.ProgressCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 80:
+                os.kill(os.getpid(), number)
+            return True
+
+    config = write_small_config(tmp_path / "c.yaml", train__n_timesteps=160)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "ProgressCallback", Stopper)
+        assert run("--config", config, "--run-dir", "r") == code
+    assert read_state(Path("r/checkpoints/last"))["num_timesteps"] == 64
+    before, text = last(Path("r")), Path("r/config.yaml").read_text()
+
+    assert run("--resume", "r") == 0
+    state = read_state(Path("r/checkpoints/last"))
+    assert state["num_timesteps"] == 160
+    assert state["_n_updates"] == 5 * 4
+    assert not all(last(Path("r"))[key].equal(before[key]) for key in before)
+    assert Path("r/config.yaml").read_text() == text
+    assert len(Path("r/command.txt").read_text().splitlines()) == 2
+    logged = [int(row["time/total_timesteps"]) for row in rows(Path("r/progress.csv"))]
+    assert logged == sorted(logged)
+    assert {32, 64, 96, 128, 160} <= set(logged)
+    rates = {
+        row["time/total_timesteps"]: row["train/learning_rate"]
+        for row in rows(Path("r/progress.csv"))
+    }
+    assert float(rates["96"]) == pytest.approx(2.5e-4 * 64 / 160), "the schedule goes on, too"
+
+
+def test_resuming_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--config", write_small_config(tmp_path / "c.yaml"), "--run-dir", "r") == 0
+    assert run("--resume", "r") == 0
+    assert capsys.readouterr().out.endswith("r is complete: 128 steps\n")
+
+
+HUB_MESSAGES = [
+    (["--hub", "HUB", "--top-k", "6"], "top_k"),
+    (["--hub", "HUB", "--freeze", "z"], "'z'"),
+    (["--hub", "HUB:z"], "has no encoder 'z'"),
+    (["--hub", "atarii5"], "hub 'atarii5' is unknown"),
+]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--env", "ALE/Breakot-v5", "--hub", "none"], "(closest: ALE/Breakout-v5"),
+        (["--env", "TinyImage"], "env 'TinyImage' is not registered"),
+        (["--env", "CartPole-v1"], "but only images are allowed"),
+        (["--algo", "pppo"], "algorithm.name is 'pppo' (closest: 'ppo')"),
+        (["--algo", "trpo"], "'trpo' can't train a hub: it differentiates the KL"),
+        (["--algo", "dqn", "--config", "c.yaml"], "--algo dqn, but c.yaml is for ppo"),
+        (["-n", "0"], "train.n_timesteps is '0', allowed: a whole number at least 1"),
+        (["--sticky", "2"], "env.sticky is '2', allowed: a number at least 0 and at most 1"),
+        (["--top-k", "0", "--hub", "none"], "--top-k has no meaning with --hub none"),
+        (["--random-init", "--hub", "none"], "--random-init has no meaning with --hub none"),
+        (["--device", "gpu"], "train.device is 'gpu', allowed on this machine: auto, cpu"),
+        (["--config", "missing.yaml"], "'--config': File 'missing.yaml' does not exist"),
+        (["--seeed", "1"], "No such option"),
+        (["--run-dir", "used"], "run-dir used exists"),
+        (["--resume", "used"], "used is not the folder of a run"),
+        (["--resume", "used", "--seed", "1"], "--seed and --resume"),
+        *HUB_MESSAGES,
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_is_written(
+    args: list[str],
+    message: str,
+    hub5: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_small_config(Path("c.yaml"))
+    Path("used").mkdir()
+    Path("used/file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    if not {"--config", "--algo", "--resume"} & set(args):
+        args = ["--config", "c.yaml", *args]
+    if "--run-dir" not in args and "--resume" not in args:
+        args = ["--run-dir", "new", *args]
+    assert run(*[arg.replace("HUB", str(hub5)) for arg in args]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("hubrl train: error: ")
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_broken_weight_file_is_one_line(
+    hub5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = hub5 / "c.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    config = write_small_config(tmp_path / "c.yaml")
+    assert run("--config", config, "--hub", hub5, "--run-dir", "r") == 2
+    assert "sha256" in capsys.readouterr().err
+    assert not Path("r").exists()
+
+
+def test_errors_while_learning_are_not_masked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object) -> bool:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(train.ProgressCallback, "_on_step", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        train.command.main(
+            ["--config", str(write_small_config(tmp_path / "c.yaml"))], standalone_mode=False
+        )
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "dqn", "qrdqn"])
+def test_atari_with_the_shipped_configuration(algorithm: str) -> None:
+    args = ["--algo", algorithm, "--env", "ALE/Pong-v5", "--hub", "none", "-n", 256]
+    assert run(*args, "--n-envs", 2, "--eval-freq", 0, "--run-dir", "r") == 0
+    assert read_state(Path("r/checkpoints/last"))["num_timesteps"] == 256 + 4 * (algorithm == "a2c")

@@ -1,0 +1,54 @@
+"""Small runs for the tests of training: every algorithm on a tiny image environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.config import RunConfig, built_in_config, dump_config, load_config
+from envs import ImageFormat, make_vec_env
+
+SMALL: dict[str, Any] = {
+    "env.id": "hubrl/TinyImage-v0",
+    "env.n_envs": 2,
+    "hub.name": "none",
+    "hub.precision": "float32",
+    "train.n_timesteps": 100,
+    "train.eval_freq": 0,
+    "train.save_freq": 0,
+    "train.n_eval_episodes": 2,
+    "train.device": "cpu",
+}
+SMALL_ON_POLICY = {"algorithm.n_steps": 16}
+SMALL_OFF_POLICY = {
+    "algorithm.buffer_size": 200,
+    "algorithm.learning_starts": 20,
+    "algorithm.batch_size": 8,
+    "algorithm.target_update_interval": 10,
+}
+SMALL_OF: dict[str, dict[str, Any]] = {
+    "ppo": SMALL_ON_POLICY | {"algorithm.batch_size": 16},
+    "a2c": SMALL_ON_POLICY,
+    "dqn": SMALL_OFF_POLICY,
+    "qrdqn": SMALL_OFF_POLICY,
+}
+
+
+def small_config(algorithm: str = "ppo", overrides: dict[str, Any] | None = None) -> RunConfig:
+    """A run of 100 steps on TinyImage."""
+    values = SMALL | SMALL_OF[algorithm] | (overrides or {})
+    return load_config(built_in_config(algorithm), values)
+
+
+def write_small_config(file: Path, algorithm: str = "ppo", **overrides: Any) -> Path:
+    """The same as a YAML file; ``train__seed=3`` overrides ``train.seed``."""
+    values = {key.replace("__", "."): value for key, value in overrides.items()}
+    file.write_text(dump_config(small_config(algorithm, values)))
+    return file
+
+
+def small_env(n_envs: int = 2, **options: Any) -> VecEnv:
+    """TinyImage with observations of (4, 36, 36)."""
+    return make_vec_env("hubrl/TinyImage-v0", n_envs, image=ImageFormat(size=36), **options)
