@@ -47,9 +47,12 @@ class LazyGroup(click.Group):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-@click.group(cls=LazyGroup)
-def group() -> None:
+@click.group(cls=LazyGroup, invoke_without_command=True)
+@click.pass_context
+def group(ctx: click.Context) -> None:
     """Reinforcement learning that stands on a hub of pretrained encoders."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main() -> NoReturn:

@@ -154,7 +154,7 @@ def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -
             f"architectures: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[spec.architecture]
-    trunk = architecture.build(spec)
+    trunk = _build_trunk(spec)
     orthogonal_init(trunk)
     path = hub.weights_path(spec)
     if pretrained and path is not None:
@@ -292,14 +292,30 @@ def _load_weights(
         ) from None
 
 
+def _build_trunk(spec: EncoderSpec) -> nn.Module:
+    try:
+        trunk = ARCHITECTURES[spec.architecture].build(spec)
+        _features_shape(trunk, spec)
+    except RuntimeError:  # a convolution without a pixel left
+        raise ValueError(
+            f"encoder {spec.name!r}: image_size {list(spec.image_size)} in its card is too small "
+            f"for architecture {spec.architecture!r}; correct the card"
+        ) from None
+    return trunk
+
+
+@torch.no_grad()
+def _features_shape(trunk: nn.Module, spec: EncoderSpec) -> tuple[int, ...]:
+    return tuple(trunk(torch.zeros(1, spec.channels, *spec.image_size)).shape[1:])
+
+
 def _check_features_dim(encoder: Encoder) -> None:
     spec = encoder.spec
-    with torch.no_grad():
-        found = encoder.trunk(torch.zeros(1, spec.channels, *spec.image_size)).shape[1:]
-    if tuple(found) != (spec.features_dim,):
+    found = _features_shape(encoder.trunk, spec)
+    if found != (spec.features_dim,):
         raise ValueError(
             f"encoder {spec.name!r}: features_dim is {spec.features_dim} in its card, but the "
-            f"architecture gives {tuple(found)} at {spec.image_size[0]}x{spec.image_size[1]} px"
+            f"architecture gives {found} at {spec.image_size[0]}x{spec.image_size[1]} px"
         )
 
 

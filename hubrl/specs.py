@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ FramePolicy = Literal["stack", "last"]
 #: The hubs that ship with hubrl; found from this file, so a user's own ``configs`` can't clash.
 BUILT_IN_HUBS = Path(__file__).resolve().parents[1] / "configs" / "hubs"
 HUB_FILE = "hub.yaml"
+N_GOLDEN = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +38,8 @@ class EncoderSpec:
     :param source: where the weights come from: a command, a paper or a URL
     :param weights: safetensors file, relative to the hub's folder; None: no pretrained weights
     :param sha256: of the weight file, 64 hex digits; required with ``weights``
+    :param golden: what ``hubrl.encoders.golden_features`` gave when the card was written, 8
+        numbers; ``hubrl hubs check`` compares
     :param pretraining: free facts: games, objective, steps or frames, score, command, commit
     :raises ValueError: if a field is out of its range
     """
@@ -52,6 +56,7 @@ class EncoderSpec:
     frames: FramePolicy = "stack"
     weights: str | None = None
     sha256: str | None = None
+    golden: tuple[float, ...] | None = None
     pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,6 +77,9 @@ class EncoderSpec:
             self._require(bool(is_hash), "sha256", "64 hex digits, for a card that has weights")
             inside = not Path(self.weights).is_absolute() and ".." not in Path(self.weights).parts
             self._require(inside, "weights", "a file inside the hub's folder")
+        if self.golden is not None:
+            is_golden = len(self.golden) == N_GOLDEN and all(map(math.isfinite, self.golden))
+            self._require(is_golden, "golden", f"{N_GOLDEN} finite numbers")
 
     def _require(self, holds: bool, field: str, allowed: str) -> None:
         if not holds:

@@ -1,6 +1,7 @@
 """Encoders: preprocessing by hand, verified weights, and a contract over every architecture."""
 
 import dataclasses
+import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from small_hubs import nature_spec, write_hub
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import NatureCNN as SB3NatureCNN
+from torch import nn
 from torch.nn import functional as F
 
 from hubrl.encoders import (
@@ -21,7 +23,9 @@ from hubrl.encoders import (
     build_encoder,
     check_image_shape,
     file_sha256,
+    golden_features,
     orthogonal_init,
+    probe_images,
 )
 from hubrl.specs import HubSpec, load_hub
 
@@ -183,6 +187,7 @@ def test_file_that_is_not_safetensors(hub5: Path) -> None:
             r"architecture 'nature_con' is unknown \(closest: 'nature_conv'\); architectures: ",
         ),
         ({"architecture": "nature_cnn"}, "does not fit architecture 'nature_cnn': .*linear.0"),
+        ({"image_size": (20, 20)}, r"image_size \[20, 20\] in its card is too small for arch"),
         ({"features_dim": 65}, r"features_dim is 65 in its card, but the architecture gives \(64,"),
     ],
 )
@@ -209,3 +214,63 @@ def test_observations_that_can_be_adapted(mixed_hub: Path) -> None:
     rgb = load_hub(mixed_hub).only("rgb").encoders[0]
     for shape in [(3, 24, 20), (4, 84, 84), (1, 12, 10), (7, 24, 20)]:
         check_image_shape(rgb, shape)
+
+
+def test_probe_images_never_change() -> None:
+    # The golden features of every published card stand on these pixels.
+    pixels = probe_images(4, 4, (84, 84)).numpy().tobytes()
+    expected = "a9feb73c498bc8b2c2c92f7058b1ec989c9313b9a6a5ace2fe66965fe9533239"
+    assert hashlib.sha256(pixels).hexdigest() == expected
+
+
+def test_probe_images_are_scenes_of_any_size() -> None:
+    images = probe_images(8, 4, (84, 60))
+    assert images.shape == (8, 4, 84, 60)
+    assert images.dtype == torch.uint8
+    flat = images.flatten(0, 1).flatten(1)
+    assert len(flat.unique(dim=0)) == 8 * 4
+    assert flat.float().std(dim=1).min() > 10
+    large = probe_images(8, 4, (256, 256))
+    assert torch.equal(probe_images(8, 4, (128, 64)), large[:, :, ::2, ::4])
+
+
+class MeanAndMax(nn.Module):
+    """Two features of an image that can be worked out by hand."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return torch.stack([images_BCHW.mean(dim=(1, 2, 3)), images_BCHW.amax(dim=(1, 2, 3))], 1)
+
+
+def test_golden_features_by_hand() -> None:
+    spec = dataclasses.replace(nature_spec("x"), features_dim=2, mean=(0.5,), std=(0.25,))
+    golden = golden_features(Encoder(spec, MeanAndMax()))
+    assert len(golden) == 8
+    for number, image in zip(golden, probe_images(4, 4, (36, 36)).numpy(), strict=False):
+        pixels = (image / 255 - 0.5) / 0.25
+        assert number == pytest.approx((1 * pixels.mean() + 2 * pixels.max()) / 3, rel=1e-5)
+    for number, image in zip(golden[4:], probe_images(4, 4, (45, 45)), strict=True):
+        resized = F.interpolate(image[None] / 255, (36, 36), mode="bilinear", antialias=True)
+        pixels = (resized.double().numpy() - 0.5) / 0.25
+        assert number == pytest.approx((1 * pixels.mean() + 2 * pixels.max()) / 3, rel=1e-5)
+
+
+def test_golden_features_are_those_of_exact_arithmetic(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    encoder = build_encoder(hub, hub.encoders[0])
+    golden = golden_features(encoder)[:4]
+    images = encoder.preprocess(probe_images(4, 4, (36, 36))).double()
+    with torch.no_grad():
+        features = encoder.trunk.double()(images)
+    weights = torch.tensor([1.0 + i % 7 for i in range(64)]).double()
+    exact = (features * weights).sum(dim=1) / weights.sum()
+    assert golden == pytest.approx(exact.tolist(), rel=1e-5)  # cards are compared to 1e-3
+
+
+def test_golden_features_see_the_newest_of_a_stack(mixed_hub: Path) -> None:
+    hub = load_hub(mixed_hub)
+    encoder = build_encoder(hub, hub.only("rgb").encoders[0])
+    with torch.no_grad():
+        features = encoder(probe_images(4, 4, (30, 25))[:, 3:].expand(-1, 3, -1, -1))
+    weights = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1.0]
+    expected = (features * torch.tensor(weights)).sum(dim=1) / sum(weights)
+    assert golden_features(encoder)[4:] == pytest.approx(expected.tolist(), rel=1e-4)

@@ -34,6 +34,7 @@ def test_folder_file_and_encoder_name_the_same_hub(hub5: Path) -> None:
     std=st.lists(st.floats(0.01, 5), min_size=3, max_size=3),
     size=st.tuples(st.integers(1, 999), st.integers(1, 999)),
     score=st.floats(allow_nan=False, allow_infinity=False),
+    golden=st.none() | st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * 8),
 )
 def test_any_valid_card_survives_yaml(
     tmp_path_factory: pytest.TempPathFactory,
@@ -41,6 +42,7 @@ def test_any_valid_card_survives_yaml(
     std: list[float],
     size: tuple[int, int],
     score: float,
+    golden: tuple[float, ...] | None,
 ) -> None:
     spec = dataclasses.replace(
         nature_spec("x"),
@@ -48,6 +50,7 @@ def test_any_valid_card_survives_yaml(
         mean=tuple(mean),
         std=tuple(std),
         image_size=size,
+        golden=golden,
         pretraining={"score": score},
     )
     folder = tmp_path_factory.mktemp("hub")
@@ -69,6 +72,8 @@ def test_any_valid_card_survives_yaml(
         ({"frames": "first"}, "frames is 'first', allowed: stack or last"),
         ({"weights": "a.safetensors"}, "sha256 is None, allowed: 64 hex digits"),
         ({"weights": "a", "sha256": "abc"}, "sha256 is 'abc', allowed: 64 hex digits"),
+        ({"golden": (1.0,) * 7}, r"golden is \(1.0, .* allowed: 8 finite numbers"),
+        ({"golden": (float("nan"),) * 8}, "golden is .* allowed: 8 finite numbers"),
         ({"weights": "../a", "sha256": "0" * 64}, "weights is '../a', allowed: a file inside"),
         ({"weights": "/etc/a", "sha256": "0" * 64}, "weights is '/etc/a', allowed: a file inside"),
     ],
@@ -113,6 +118,10 @@ def test_unknown_hub_names_the_closest(monkeypatch: pytest.MonkeyPatch, tmp_path
         (lambda data: data["encoders"][0].pop("license"), "encoder 'a' lacks the key 'license'"),
         (
             lambda data: data["encoders"][0].update(channels="four"),
+            "encoder 'a': a value has the wrong type",
+        ),
+        (
+            lambda data: data["encoders"][0].update(golden=["one"] * 8),
             "encoder 'a': a value has the wrong type",
         ),
     ],

@@ -1,0 +1,273 @@
+"""``hubrl hubs``: lists hubs, shows their cards, and checks that a hub means what it says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import click
+import torch
+from torch import Tensor
+
+from hubrl import cli
+from hubrl.encoders import Encoder, build_encoder, golden_features, probe_images
+from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub
+
+N_PROBES = 32
+GOLDEN_TOLERANCE = 1e-3  # of the largest golden number: processors add in another order
+MIN_CHANGE = 0.01  # of the features' length
+MAX_CONSTANT = 0.75  # share of the features; agents of 1 million steps had up to a third
+NO_LICENSE = ("", "none", "unknown", "noassertion")
+LABEL_WIDTH = 16
+
+
+class Check(NamedTuple):
+    """The outcome of one check of an encoder."""
+
+    name: str
+    holds: bool
+    finding: str
+
+
+@click.group("hubs", invoke_without_command=True)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """List, show and check hubs; HUB is a name, NAME:ENCODER, a folder or a YAML file."""
+    if context.invoked_subcommand is None:
+        context.fail(f"a command is missing, commands: {', '.join(command.commands)}")
+
+
+@command.command("list")
+def list_command() -> None:
+    """One line for each hub that ships with hubrl."""
+    with cli.user_errors():
+        hubs = [load_hub(name) for name in list_hubs()]
+    if not hubs:
+        click.echo(f"no hubs in {BUILT_IN_HUBS}")
+        return
+    rows = [[*_summary(hub), _first_sentence(hub.description)] for hub in hubs]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo(_cut("  ".join(padded).rstrip()))
+
+
+@command.command("show")
+@click.argument("hub")
+def show_command(hub: str) -> None:
+    """The cards of HUB: what each encoder is, what it wants to see, where it comes from."""
+    with cli.user_errors():
+        spec = load_hub(hub)
+    click.echo(f"hub {', '.join(_summary(spec))}\n{spec.folder}")
+    if spec.description:
+        click.echo("\n" + _wrapped(spec.description))
+    for encoder in spec.encoders:
+        click.echo("\n" + click.style(encoder.name, bold=True))
+        for label, text in _card_rows(spec, encoder):
+            click.echo(_wrapped(text, f"  {label:<{LABEL_WIDTH}} ").rstrip())
+
+
+@command.command("check")
+@click.argument("hub")
+def check_command(hub: str) -> None:
+    """
+    Prove that HUB loads and means what it says; one line for each check.
+
+    Weight files are compared with the sha256 of their cards, features of made-up images with the
+    golden ones; features must be finite, alive, and change with the image. Exit code 0: all holds,
+    1: a check failed, 2: the hub doesn't load.
+    """
+    with cli.user_errors():
+        spec = load_hub(hub)
+    encoders = _load(spec)
+    width = max(map(len, spec.encoder_names))
+    n_checks = n_failed = 0
+    for encoder in encoders:
+        for check in check_encoder(encoder):
+            word = click.style("ok    ") if check.holds else click.style("FAILED", fg="red")
+            click.echo(f"{word}  {encoder.spec.name:<{width}}  {check.name:<12}  {check.finding}")
+            n_checks += 1
+            n_failed += not check.holds
+    click.echo(f"hub {spec.name}: {n_checks} checks, {n_failed or 'none'} failed")
+    sys.exit(1 if n_failed else 0)
+
+
+def check_encoder(encoder: Encoder) -> Iterator[Check]:
+    """
+    Whether an encoder that could be loaded is what its card says, and is alive.
+
+    :param encoder: as ``build_encoder`` gives it, which compares sha256, tensors and features_dim
+    """
+    spec = encoder.spec
+    yield _check_weights(spec)
+    n_numbers = sum(parameter.numel() for parameter in encoder.trunk.parameters())
+    yield Check("tensors", True, f"fit {spec.architecture}: {n_numbers:,} numbers")
+    yield Check("features_dim", True, f"{spec.features_dim}, as the card says")
+    licensed = str(spec.license).strip().lower() not in NO_LICENSE
+    yield Check("license", licensed, f"{spec.license!r}" + ("" if licensed else ", must be stated"))
+    # A stack, where only the newest frame counts: another order then shows another frame.
+    channels = max(4, spec.channels) if spec.frames == "last" else spec.channels
+    images = probe_images(N_PROBES, channels, spec.image_size)
+    with torch.no_grad():
+        features_BD = encoder(images)
+        yield _check_finite(features_BD)
+        yield _check_golden(encoder)
+        yield _check_alive(features_BD)
+        shift = max(1, spec.image_size[1] // 16)
+        shifted_BD = encoder(images.roll(shift, dims=-1))
+        yield _check_change("shift", f"by {shift} px", features_BD, shifted_BD)
+        if channels > 1:
+            reversed_BD = encoder(images.flip(1))
+            yield _check_change("order", "of channels reversed", features_BD, reversed_BD)
+
+
+def _load(hub: HubSpec) -> list[Encoder]:
+    """All encoders, or exit 2 with one line for each that doesn't load."""
+    encoders, errors = [], []
+    for spec in hub.encoders:
+        try:
+            encoders.append(build_encoder(hub, spec))
+        except (ValueError, OSError) as error:
+            errors.append(f"{click.get_current_context().command_path}: error: {error}")
+    for line in errors:
+        click.echo(line, err=True)
+    if errors:
+        sys.exit(2)
+    return encoders
+
+
+def _check_weights(spec: EncoderSpec) -> Check:
+    if spec.weights is None:
+        return Check("weights", False, "the card names no file: nothing pretrained is loaded")
+    return Check("weights", True, f"{spec.weights} has the card's sha256 {str(spec.sha256)[:12]}")
+
+
+def _check_finite(features_BD: Tensor) -> Check:
+    n_wrong = int((~torch.isfinite(features_BD)).sum())
+    finding = f"{n_wrong} of {features_BD.numel():,} features are NaN or infinite"
+    return Check("finite", n_wrong == 0, finding)
+
+
+def _check_golden(encoder: Encoder) -> Check:
+    if encoder.spec.golden is None:
+        return Check("golden", False, "not in the card; hubrl.encoders.golden_features gives it")
+    golden = torch.tensor(encoder.spec.golden)
+    difference = (torch.tensor(golden_features(encoder)) - golden).abs().max()
+    relative = float(difference / golden.abs().max().clamp_min(1e-30))
+    holds = relative <= GOLDEN_TOLERANCE
+    finding = f"features differ by {relative:.2g} from the card's, at most {GOLDEN_TOLERANCE:g}"
+    return Check("golden", holds, finding + ("" if holds else ": other weights or preprocessing"))
+
+
+def _check_alive(features_BD: Tensor) -> Check:
+    varies_D = features_BD.amax(dim=0) - features_BD.amin(dim=0) > 0
+    constant = 1.0 - float(varies_D.float().mean())
+    finding = f"{constant:.1%} of the features are constant over {len(features_BD)} images"
+    return Check("alive", constant <= MAX_CONSTANT, f"{finding}, at most {MAX_CONSTANT:.0%}")
+
+
+def _check_change(name: str, what: str, features_BD: Tensor, others_BD: Tensor) -> Check:
+    """Whether other images give other features."""
+    lengths_B = features_BD.norm(dim=1).clamp_min(1e-30)
+    change = float(((others_BD - features_BD).norm(dim=1) / lengths_B).mean())
+    finding = f"{what}: features change by {change:.1%}, at least {MIN_CHANGE:.0%}"
+    return Check(name, change >= MIN_CHANGE, finding)
+
+
+def _summary(hub: HubSpec) -> tuple[str, str, str, str]:
+    """Name, number of encoders, size of the weight files, what it wants to see."""
+    n = len(hub.encoders)
+    sizes = [_file_size(hub, encoder) for encoder in hub.encoders]
+    total = "weights missing" if None in sizes else _megabytes(sum(size or 0 for size in sizes))
+    wanted = dict.fromkeys(_input(encoder) for encoder in hub.encoders)
+    return hub.name, f"{n} encoder" + "s" * (n > 1), total, " / ".join(wanted)
+
+
+def _input(spec: EncoderSpec) -> str:
+    height, width = spec.image_size
+    return f"{spec.channels} channel" + "s" * (spec.channels > 1) + f" of {height}x{width} px"
+
+
+def _file_size(hub: HubSpec, spec: EncoderSpec) -> int | None:
+    """Bytes; 0 for a card without weights, None where the file is missing."""
+    path = hub.weights_path(spec)
+    if path is None:
+        return 0
+    return path.stat().st_size if path.is_file() else None
+
+
+def _megabytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:.2f} MB"
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])\s", " ".join(text.split()), maxsplit=1)[0]
+
+
+def _card_rows(hub: HubSpec, spec: EncoderSpec) -> Iterator[tuple[str, str]]:
+    """Label and text of each line of a card; the free facts last, under their heading."""
+    policy = {"stack": "all of a stack", "last": "the newest of a stack"}[spec.frames]
+    size = _file_size(hub, spec)
+    yield "architecture", spec.architecture
+    yield "features_dim", str(spec.features_dim)
+    yield "input", _input(spec)
+    yield "frames", f"{spec.frames} ({policy})"
+    yield "mean", _fact(spec.mean)
+    yield "std", _fact(spec.std)
+    yield "license", spec.license
+    yield "source", spec.source
+    if spec.weights is None:
+        yield "weights", "none"
+    else:
+        yield "weights", f"{spec.weights}, {'missing' if size is None else _megabytes(size)}"
+        yield "sha256", f"{str(spec.sha256)[:12]}..."
+    yield "golden", "none" if spec.golden is None else _fact(spec.golden)
+    if spec.pretraining:
+        yield "pretraining", ""
+    for key, value in spec.pretraining.items():
+        yield f"  {key}", _fact(value)
+
+
+def _fact(value: Any) -> str:
+    """A fact of a card as a person writes it."""
+    if isinstance(value, Mapping) and set(value) == {"mean", "interval95"}:
+        low, high = value["interval95"]
+        return f"{value['mean']} (95% interval {low} to {high})"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_fact(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_fact, value))
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _wrapped(text: str, first: str = "") -> str:
+    """The text after a label, wrapped to the terminal; one line where there is none."""
+    text = " ".join(text.split())
+    width = _terminal_width()
+    if width is None or not text:
+        return first + text
+    rest = " " * len(first)
+    return textwrap.fill(
+        text, width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+    )
+
+
+def _cut(line: str) -> str:
+    """As much of the line as the terminal shows in one row."""
+    width = _terminal_width()
+    return line if width is None or len(line) <= width else line[: width - 3] + "..."
+
+
+def _terminal_width() -> int | None:
+    """Columns; None where the output goes to a file or another program."""
+    return min(shutil.get_terminal_size().columns, 100) if sys.stdout.isatty() else None
+
+
+if __name__ == "__main__":
+    cli.run(command, "python -m hubrl.hubs")
