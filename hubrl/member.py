@@ -1,0 +1,93 @@
+"""A hub folder's member to be: its name, its weights and card, the files of its training beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from hubrl.encoders import build_encoder, file_sha256, golden_features
+from hubrl.files import save_tensors
+from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub, save_hub
+
+WORK_FOLDER = ".pretrain"
+SETTINGS_FILE = "settings.json"
+
+
+class Member:
+    """
+    An encoder that is being trained for a hub.
+
+    :param out: folder of the hub; made when the training begins
+    :param card: of the encoder, still without weights
+    :param settings: plain data that decide the result of the training
+    :raises ValueError: if the folder can't be written to or is not that of a hub, or if the name is
+        taken by an encoder that was trained by other settings
+    """
+
+    def __init__(self, out: Path, card: EncoderSpec, settings: Mapping[str, Any]) -> None:
+        self.out, self.card = out, card
+        self.work = out / WORK_FOLDER / card.name
+        self._settings = json.dumps(dict(settings), indent=1)
+        _check_writable(out)
+        self._check_settings()
+        if self.is_complete() and not self.work.is_dir():
+            raise ValueError(f"name {card.name!r} is taken in the hub {out}; give another --name")
+
+    def is_complete(self) -> bool:
+        """Whether the hub has this encoder."""
+        has_hub = (self.out / HUB_FILE).exists()
+        return has_hub and self.card.name in load_hub(self.out).encoder_names
+
+    def open(self) -> None:
+        """Make the folders."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        (self.work / SETTINGS_FILE).write_text(self._settings)
+
+    def add(self, tensors: dict[str, Tensor], pretraining: Mapping[str, Any]) -> Path:
+        """
+        Write the weights, then the card; returns the weight file.
+
+        :param tensors: of the encoder, named as in SB3's NatureCNN
+        :param pretraining: facts for the card
+        """
+        file = self.out / f"{self.card.name}.safetensors"
+        save_tensors(tensors, file)
+        card = dataclasses.replace(
+            self.card, weights=file.name, sha256=file_sha256(file), pretraining=dict(pretraining)
+        )
+        alone = HubSpec(name=card.name, encoders=(card,), folder=self.out)
+        card = dataclasses.replace(card, golden=golden_features(build_encoder(alone, card)))
+        if (self.out / HUB_FILE).exists():
+            # Read now: another command may have added a member in the meantime.
+            hub = load_hub(self.out)
+            hub = dataclasses.replace(hub, encoders=(*hub.encoders, card))
+        else:
+            hub = HubSpec(name=self.out.resolve().name, encoders=(card,))
+        save_hub(hub, self.out)
+        return file
+
+    def _check_settings(self) -> None:
+        file = self.work / SETTINGS_FILE
+        if not file.exists():
+            return
+        before = json.loads(file.read_text())
+        for key, value in json.loads(self._settings).items():
+            if before.get(key) != value:
+                raise ValueError(
+                    f"{key} is {value!r}, but the encoder {self.card.name!r} in {self.out} was "
+                    f"begun with {before.get(key)!r}; give another --name, or remove {self.work}"
+                )
+
+
+def _check_writable(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out {out} is a file, allowed: a folder, new or of a hub")
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"out {out} can't be written to; give another folder")

@@ -1,0 +1,349 @@
+"""``hubrl pretrain``: resuming, the hub that it writes, what it refuses, and that it learns."""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from safetensors.torch import load_file
+from small_runs import write_small_config
+
+from hubrl import load_hub, pretrain, train, trainer
+from hubrl.encoders import build_encoder
+from hubrl.member import Member
+from hubrl.pretext import PRETEXTS
+from hubrl.pretrain import Settings, command
+from hubrl.trainer import Budget, Trainer
+
+GAMES = ("ALE/Pong-v5", "ALE/Qbert-v5")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Small batches and little play, on one thread."""
+    monkeypatch.setattr(trainer, "BATCH", 16)
+    monkeypatch.setattr(trainer, "FIRST_STEPS", 48)
+    monkeypatch.setattr(pretrain, "N_ENVS", 2)
+    monkeypatch.setattr(pretrain, "MEMORY", 40_000_000)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_trainer(objective: str, games: tuple[str, ...] = GAMES, seed: int = 0) -> Trainer:
+    settings = Settings(envs=games, objective=objective, n_frames=1000, seed=seed)
+    players = pretrain._make_players(settings)
+    return Trainer(objective, players, Budget(settings.n_frames), seed=seed)
+
+
+def run(*args: str) -> str:
+    """The command's output; it has to succeed."""
+    result = CliRunner().invoke(command, args, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("objective", PRETEXTS)
+def test_a_resumed_run_has_the_same_weights_as_one_in_one_go(objective, tmp_path):
+    games = GAMES if objective == "contrast" else GAMES[1:]
+    straight, first, second = (make_trainer(objective, games) for _ in range(3))
+    for _ in range(4):
+        straight.update()
+    for _ in range(2):
+        first.update()
+    first.save(tmp_path / "state.safetensors")
+    second.load(tmp_path / "state.safetensors")
+    for _ in range(2):
+        second.update()
+    assert second.progress.update == 4
+    expected = straight.pretext.state_dict()
+    for key, tensor in second.pretext.state_dict().items():
+        assert tensor.equal(expected[key]), key
+
+
+@pytest.mark.parametrize("objective", PRETEXTS)
+def test_every_parameter_learns(objective):
+    training = make_trainer(objective)
+    training.update()
+    for name, parameter in training.pretext.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+def test_the_encoder_is_as_loud_as_a_random_one_and_says_the_same():
+    training = make_trainer("inverse")
+    training.update()
+    with torch.no_grad():
+        training.pretext.encoder.cnn[2].weight *= 3.0
+    calibrated = copy.deepcopy(training.pretext)
+    calibrated.encoder.load_state_dict(training.encoder())
+    images = training._sample(np.random.default_rng((0, 1))).images
+    first = float(training.pretext.first_loudness)
+    assert float(calibrated.loudness(images)) == pytest.approx(first, rel=0.02)
+    pixels = images.float() / 255
+    before, after = training.pretext.encoder(pixels), calibrated.encoder(pixels)
+    torch.testing.assert_close(after, after.norm() / before.norm() * before, rtol=1e-3, atol=1e-4)
+
+
+def test_another_seed_gives_other_weights():
+    one, other = make_trainer("inverse", seed=0), make_trainer("inverse", seed=1)
+    assert not one.pretext.encoder.cnn[0].weight.equal(other.pretext.encoder.cnn[0].weight)
+
+
+def test_the_callers_random_numbers_are_left_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    make_trainer("inverse").update()
+    assert torch.rand(1).equal(expected)
+
+
+def test_the_rate_falls_to_zero_at_the_end():
+    training = make_trainer("inverse")
+    while training.share_done < 1:
+        training.update()
+    assert training.n_frames >= 1000
+    assert training._optimizer.param_groups[0]["lr"] < 0.3 * trainer.LEARNING_RATE
+
+
+def test_the_command_writes_a_hub_that_loads(tmp_path):
+    out = tmp_path / "mine"
+    arguments = ("--env", GAMES[0], "--objective", "inverse", "--out", str(out), "-n", "160")
+    run(*arguments)
+    hub = load_hub(out)
+    assert hub.name == "mine"
+    assert hub.encoder_names == ("pong",)
+    encoder = build_encoder(hub, hub.encoders[0])
+    assert encoder(torch.zeros(2, 4, 84, 84, dtype=torch.uint8)).shape == (2, 3136)
+    tensors = load_file(out / "pong.safetensors")
+    assert sorted(tensors) == [f"cnn.{i}.{kind}" for i in (0, 2, 4) for kind in ("bias", "weight")]
+    assert encoder.trunk.cnn[0].weight.equal(tensors["cnn.0.weight"])
+    facts = hub.encoders[0].pretraining
+    assert facts["games"] == [GAMES[0]]
+    assert (facts["objective"], facts["frames"], facts["updates"]) == ("inverse", 160, 2)
+    assert set(facts["losses"]) == {"inverse", "accuracy"}
+    with (out / ".pretrain" / "pong" / "losses.csv").open() as file:
+        assert [row["update"] for row in csv.DictReader(file)] == ["2"]
+    assert list((out / ".pretrain" / "pong").glob("events.*"))
+    assert "complete" not in run(*arguments, "--name", "another")
+    assert load_hub(out).encoder_names == ("pong", "another")
+    assert "already" in run(*arguments)
+
+
+def test_an_unfinished_run_goes_on(tmp_path, monkeypatch):
+    arguments = ("--env", GAMES[0], "--objective", "inverse", "--out", str(tmp_path / "hub"))
+    arguments = (*arguments, "-n", "224")
+    update, seen = Trainer.update, []
+
+    def stop_after_two(training):
+        seen.append(training.progress.update)
+        if len(seen) == 3:
+            raise RuntimeError("power cut")
+        return update(training)
+
+    monkeypatch.setattr(Trainer, "update", stop_after_two)
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0.0)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*arguments)
+    assert not (tmp_path / "hub" / "hub.yaml").exists()
+    run(*arguments)
+    assert seen == [0, 1, 2, 2, 3]
+    assert load_hub(tmp_path / "hub").encoders[0].pretraining["updates"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"envs": ("ALE/Breakut-v5",)}, r"env 'ALE/Breakut-v5' .*closest: ALE/Breakout-v5"),
+        ({"envs": ("CarRacing-v3",)}, r"env 'CarRacing-v3' is not an Atari game"),
+        ({"envs": (GAMES[0], GAMES[0])}, "env 'ALE/Pong-v5' is given twice"),
+        ({"objective": "contrats"}, r"objective 'contrats' .*closest: 'contrast'.*allowed: .*ppo"),
+        ({"n_frames": 10}, "n-frames is 10, allowed: at least"),
+        ({"minutes": 0.0}, "minutes is 0.0, allowed: above 0"),
+        ({"minutes": math.nan}, "minutes is nan, allowed: above 0"),
+        ({"seed": -1}, "seed is -1, allowed: 0 or more"),
+        ({"objective": "ppo", "envs": GAMES}, "env is given 2 times, but objective ppo takes 1"),
+        ({"objective": "ppo", "minutes": 1.0}, "minutes is 1.0, but objective ppo takes --n-fram"),
+    ],
+)
+def test_settings_that_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{"envs": (GAMES[0],), "objective": "contrast", **changes})
+
+
+def make_member(out: Path, name: str = "pong", seed: int = 0) -> Member:
+    settings = Settings(envs=(GAMES[0],), objective="contrast", n_frames=9999, seed=seed)
+    return Member(out, pretrain._card(name, settings), dataclasses.asdict(settings))
+
+
+def test_an_out_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"out .*file is a file, allowed: a folder"):
+        make_member(tmp_path / "file")
+    with pytest.raises(ValueError, match=r"out .*inside can't be written to"):
+        make_member(tmp_path / "file" / "inside")
+
+
+def test_a_name_of_other_settings_is_refused(tmp_path):
+    make_member(tmp_path).open()
+    with pytest.raises(ValueError, match=r"seed is 1, but the encoder 'pong' .* begun with 0"):
+        make_member(tmp_path, seed=1)
+
+
+def test_a_name_that_the_hub_has_from_elsewhere_is_refused(tmp_path):
+    member = make_member(tmp_path)
+    member.add({"cnn.0.weight": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match=r"name 'pong' is taken .*--name"):
+        make_member(tmp_path)
+
+
+def test_a_wrong_name_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="encoder name 'Pong!' must be lower case"):
+        make_member(tmp_path, "Pong!")
+
+
+def test_a_damaged_state_is_refused(tmp_path):
+    (tmp_path / "state.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ValueError, match=r"state.safetensors is damaged .*remove its folder"):
+        make_trainer("inverse").load(tmp_path / "state.safetensors")
+
+
+def test_mistakes_exit_2_with_one_line_and_write_nothing(tmp_path):
+    arguments = ["--env", "ALE/Pogn-v5", "--objective", "contrast", "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "hubrl.pretrain", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=Path(pretrain.__file__).resolve().parents[1],
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "ALE/Pogn-v5" in done.stderr
+    assert "ALE/Pong-v5" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_mean_score_and_its_interval():
+    score = pretrain._score([0.0, 10.0] * 50)
+    low, high = score["interval95"]
+    assert score["mean"] == 5.0
+    # The standard error is 5 / sqrt(100) = 0.5, and 1.96 of it 0.98.
+    assert (low, high) == pytest.approx((4.02, 5.98), abs=0.15)
+
+
+def test_the_settings_are_kept_beside_the_state(tmp_path):
+    make_member(tmp_path).open()
+    kept = json.loads((tmp_path / ".pretrain" / "pong" / "settings.json").read_text())
+    assert kept["envs"] == [GAMES[0]]
+    assert kept["n_frames"] == 9999
+
+
+@pytest.fixture
+def breakout_run(tmp_path, monkeypatch) -> Path:
+    """Run folder of an agent without a hub that has hardly learned."""
+    monkeypatch.setattr(pretrain, "N_EPISODES", 2)
+    overrides = {"env__id": "ALE/Breakout-v5", "train__n_timesteps": 32}
+    config = write_small_config(tmp_path / "agent.yaml", **overrides)
+    folder = tmp_path / "run"
+    arguments = ["--config", str(config), "--run-dir", str(folder)]
+    assert train.command.main(arguments, standalone_mode=False) == 0
+    return folder
+
+
+def test_the_encoder_of_an_agent_becomes_a_member(breakout_run, tmp_path):
+    arguments = ("--env", "ALE/Breakout-v5", "--objective", "ppo", "--play", str(breakout_run))
+    run(*arguments, "--out", str(tmp_path / "hub"))
+    hub = load_hub(tmp_path / "hub")
+    encoder = build_encoder(hub, hub.only("breakout").encoders[0])
+    agent = load_file(breakout_run / "checkpoints" / "last" / "policy.safetensors")
+    assert encoder.trunk.cnn[0].weight.equal(agent["features_extractor.cnn.0.weight"])
+    tensors = load_file(tmp_path / "hub" / "breakout.safetensors")
+    kept, expected = tensors["linear.0.weight"], agent["features_extractor.linear.0.weight"]
+    torch.testing.assert_close(kept.float(), expected, rtol=1e-3, atol=1e-7)
+    facts = hub.encoders[0].pretraining
+    assert facts["frames"] == 32
+    for score in (facts["score"], facts["random_score"]):
+        assert score["interval95"][0] <= score["mean"] <= score["interval95"][1]
+
+
+def test_an_agent_plays_for_another_objective(breakout_run, tmp_path):
+    arguments = ("--env", "ALE/Breakout-v5", "--objective", "inverse", "--play", str(breakout_run))
+    run(*arguments, "--out", str(tmp_path / "hub"), "-n", "160")
+    assert load_hub(tmp_path / "hub").encoders[0].pretraining["play"] == str(breakout_run)
+
+
+@pytest.mark.parametrize("objective", ["ppo", "inverse"])
+def test_a_player_of_another_game_or_no_player_is_refused(objective, breakout_run, tmp_path):
+    for play, message in (
+        (str(breakout_run), r"an agent of ALE/Breakout-v5, but env is ALE/Pong-v5"),
+        (str(tmp_path), "is not the folder of a run"),
+    ):
+        arguments = ["--env", GAMES[0], "--objective", objective, "--out", str(tmp_path / "hub")]
+        result = CliRunner().invoke(command, [*arguments, "--play", play])
+        assert result.exit_code == 2
+        assert re.search(message, result.output)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_the_encoder_of_an_agent_with_a_hub_is_refused(hub_run, tmp_path):
+    arguments = ["--env", "ALE/Breakout-v5", "--objective", "ppo", "--play", str(hub_run)]
+    result = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "hub")])
+    assert result.exit_code == 2
+    assert "only the encoder of one without a hub can be taken" in result.output
+
+
+@pytest.fixture
+def hub_run(breakout_run, hub5) -> Path:
+    """The same run, but its configuration says that it has a hub."""
+    file = breakout_run / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["hub"]["name"] = str(hub5)
+    file.write_text(yaml.safe_dump(config))
+    return breakout_run
+
+
+@pytest.mark.slow
+def test_an_agent_is_trained_and_its_encoder_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "N_EPISODES", 2)
+    arguments = ("--env", "ALE/Breakout-v5", "--objective", "ppo", "-n", "1024")
+    run(*arguments, "--out", str(tmp_path / "hub"))
+    facts = load_hub(tmp_path / "hub").encoders[0].pretraining
+    assert (facts["objective"], facts["frames"]) == ("ppo", 1024)
+
+
+@pytest.mark.slow
+def test_contrast_learns_to_tell_observations_apart(monkeypatch):
+    logs = learn(monkeypatch, "ALE/Pong-v5", "contrast", batch=64, n_updates=150)
+    assert mean(logs[-20:], "image") < 0.6 * math.log(64)
+    assert mean(logs[-20:], "place") < 0.9 * math.log(64)
+
+
+@pytest.mark.slow
+def test_inverse_dynamics_gets_better_than_chance(monkeypatch):
+    logs = learn(monkeypatch, "ALE/Boxing-v5", "inverse", batch=128, n_updates=300)
+    assert mean(logs[-50:], "accuracy") > 2 / 18
+
+
+def learn(monkeypatch, env: str, objective: str, batch: int, n_updates: int) -> list[dict]:
+    monkeypatch.setattr(trainer, "BATCH", batch)
+    monkeypatch.setattr(trainer, "FIRST_STEPS", 512)
+    monkeypatch.setattr(pretrain, "N_ENVS", 8)
+    n_frames = 8 * trainer.FIRST_STEPS + n_updates * trainer.FRAMES_PER_UPDATE
+    settings = Settings(envs=(env,), objective=objective, n_frames=n_frames)
+    training = Trainer(objective, pretrain._make_players(settings), Budget(n_frames))
+    return [training.update() for _ in range(n_updates)]
+
+
+def mean(logs: list[dict], name: str) -> float:
+    return sum(log[name] for log in logs) / len(logs)
