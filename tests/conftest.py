@@ -6,10 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from small_hubs import BatchNormTrunk, nature_spec, write_hub
 
 from hubrl.encoders import ARCHITECTURES, Architecture
 from hubrl.specs import EncoderSpec
+
+# Each core runs tests of its own; threads of small networks would only wait for each other.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
