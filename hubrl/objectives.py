@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 # Shape letters: B batch, G groups whose members are told apart, N members of a group, D features,
-# A actions, C H W image, P Q rows and columns of patches, Z bins, T time steps.
+# A actions, C H W image, P Q rows and columns of patches, Z bins, T time steps or views.
 
 
 def info_nce(queries_GND: Tensor, keys_GND: Tensor, temperature: float) -> Tensor:
@@ -30,6 +30,22 @@ def info_nce(queries_GND: Tensor, keys_GND: Tensor, temperature: float) -> Tenso
     to_keys_GN = logits_GNN.logsumexp(dim=2) - positives_GN
     to_queries_GN = logits_GNN.logsumexp(dim=1) - positives_GN
     return (to_keys_GN.mean() + to_queries_GN.mean()) / 2
+
+
+def standardise(values_TGND: Tensor, eps: float = 1e-5) -> Tensor:
+    """
+    Mean 0 and variance 1 of each feature over the observations of a game, as in BatchNorm.
+
+    What all observations of a game have in common, most of the picture, would otherwise make their
+    cosines nearly 1 and their differences nearly 0, and learning would begin on a plateau.
+
+    :param values_TGND: T views of N observations of G games; a mean is taken over T and N
+    :param eps: added to the variance
+    """
+    assert values_TGND.ndim == 4, values_TGND.shape
+    centred_TGND = values_TGND - values_TGND.mean(dim=(0, 2), keepdim=True)
+    variance_1G1D = centred_TGND.square().mean(dim=(0, 2), keepdim=True)
+    return centred_TGND * (variance_1G1D + eps).rsqrt()
 
 
 def inverse_dynamics_loss(logits_BA: Tensor, actions_B: Tensor) -> Tensor:
@@ -129,6 +145,19 @@ def patch_mask(hidden_BCPQ: Tensor, size: tuple[int, int]) -> Tensor:
     rows, columns = size[0] // hidden_BCPQ.shape[2], size[1] // hidden_BCPQ.shape[3]
     assert (rows * hidden_BCPQ.shape[2], columns * hidden_BCPQ.shape[3]) == size, size
     return hidden_BCPQ.repeat_interleave(rows, dim=2).repeat_interleave(columns, dim=3)
+
+
+def mean_of_visible(images_BCHW: Tensor, mask_BCHW: Tensor) -> Tensor:
+    """
+    The images with each hidden pixel replaced by its mean over the frames that show it.
+
+    :param images_BCHW: frames as channels
+    :param mask_BCHW: bool, True where a pixel is hidden; 0 where all frames hide it
+    """
+    visible_BCHW = (~mask_BCHW).to(images_BCHW.dtype)
+    n_visible_B1HW = visible_BCHW.sum(dim=1, keepdim=True).clamp(min=1)
+    mean_B1HW = (images_BCHW * visible_BCHW).sum(dim=1, keepdim=True) / n_visible_B1HW
+    return torch.where(mask_BCHW, mean_B1HW, images_BCHW)
 
 
 def movement_weight(images_BCHW: Tensor, still: float, threshold: float = 0.02) -> Tensor:

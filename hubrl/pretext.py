@@ -16,9 +16,11 @@ from hubrl.objectives import (
     info_nce,
     inverse_dynamics_loss,
     masked_reconstruction_loss,
+    mean_of_visible,
     movement_weight,
     patch_mask,
     return_prediction_loss,
+    standardise,
 )
 
 # Shape letters: B batch (G games times N observations of each), D features, C H W image,
@@ -148,16 +150,16 @@ class ContrastPretext(Pretext):
 
     def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         assert batch.later_images is not None
-        shape = (2, len(batch.games), len(batch.images) // len(batch.games))
+        shape = _views(batch)
         with self._fast():
             maps = self._feature_map(self._pixels(torch.cat([batch.images, batch.later_images])))
-            features = self.summary(maps.flatten(1))
-            images, places = self.image_head(features), self.place_head(maps)
-            logits = self.inverse(features, batch.games)
-        now_GND, later_GND = images.float().view(*shape, -1)
+            features_TGND = _standard_features(self.summary(maps.flatten(1)), shape)
+            images_TGND, places = self.image_head(features_TGND), self.place_head(maps)
+            logits = self.inverse(features_TGND, batch.games)
+        now_GND, later_GND = standardise(images_TGND.float())
         image = info_nce(now_GND, later_GND, temperature=0.1)
         places = places.float().flatten(2).view(*shape, 64, -1).permute(0, 1, 4, 2, 3)
-        now_LND, later_LND = places.flatten(1, 2)
+        now_LND, later_LND = standardise(places.flatten(1, 2))
         place = info_nce(now_LND, later_LND, temperature=0.1)
         inverse, accuracy = _inverse_loss(logits, batch)
         log = {"image": image, "place": place, "inverse": inverse, "accuracy": accuracy}
@@ -178,7 +180,7 @@ class InversePretext(Pretext):
         images = torch.cat([batch.images, batch.later_images])
         with self._fast():
             features = self.summary(self.encoder(self._pixels(images)))
-            logits = self.inverse(features, batch.games)
+            logits = self.inverse(_standard_features(features, _views(batch)), batch.games)
         loss, accuracy = _inverse_loss(logits, batch)
         return PretextOutput(loss, {"inverse": loss, "accuracy": accuracy})
 
@@ -187,8 +189,10 @@ class ReconstructionPretext(Pretext):
     """
     Hidden patches, others in each frame, are filled in from what is around them and other frames.
 
-    The decoder sees one place of the feature map at a time, so the convolutions themselves must
-    say what is where. Half the resolution is enough of a target.
+    The network sees a hidden pixel as its mean over the frames that show it, and says what is
+    different: what stands still is given away, what moves is to be found. The decoder sees one
+    place of the feature map at a time, so the convolutions themselves must say what is where. Half
+    the resolution is enough of a target.
     """
 
     N_PATCHES = 7
@@ -197,29 +201,32 @@ class ReconstructionPretext(Pretext):
 
     def _build_heads(self, n_actions: Sequence[int]) -> None:
         side = IMAGE_SIZE[0] // 2 // self.N_PATCHES
-        self.decoder = nn.Sequential(
-            nn.Conv2d(64, N_HIDDEN, kernel_size=1),
-            nn.ReLU(),
-            nn.Conv2d(N_HIDDEN, FRAME_STACK * side * side, kernel_size=1),
-            nn.PixelShuffle(side),
-        )
+        last = nn.Conv2d(N_HIDDEN, FRAME_STACK * side * side, kernel_size=1)
+        # Random differences would teach the encoder to be silent first.
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+        first = nn.Conv2d(64, N_HIDDEN, kernel_size=1)
+        self.decoder = nn.Sequential(first, nn.ReLU(), last, nn.PixelShuffle(side))
 
     def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         pixels_BCHW = self._pixels(batch.images)
         shape = (*pixels_BCHW.shape[:2], self.N_PATCHES, self.N_PATCHES)
         hidden_BCPQ = torch.from_numpy(rng.random(shape) < self.HIDDEN_SHARE).to(pixels_BCHW.device)
-        seen_BCHW = pixels_BCHW.masked_fill(patch_mask(hidden_BCPQ, IMAGE_SIZE), 0.5)
+        mask_BCHW = patch_mask(hidden_BCPQ, IMAGE_SIZE)
+        guess_BCHW = mean_of_visible(pixels_BCHW, mask_BCHW)
         with self._fast():
-            predicted_BCHW = self.decoder(self._feature_map(seen_BCHW)).float()
-        target_BCHW = F.avg_pool2d(pixels_BCHW.float(), 2)
-        half_size = (IMAGE_SIZE[0] // 2, IMAGE_SIZE[1] // 2)
-        loss = masked_reconstruction_loss(
-            predicted_BCHW,
+            difference_BCHW = self.decoder(self._feature_map(guess_BCHW)).float()
+        guess_BCHW, target_BCHW = (
+            F.avg_pool2d(images.float(), 2) for images in (guess_BCHW, pixels_BCHW)
+        )
+        rest = (
             target_BCHW,
-            patch_mask(hidden_BCPQ, half_size),
+            F.max_pool2d(mask_BCHW.float(), 2) > 0,
             movement_weight(target_BCHW, self.STILL_WEIGHT),
         )
-        return PretextOutput(loss, {"reconstruction": loss})
+        loss = masked_reconstruction_loss(guess_BCHW + difference_BCHW, *rest)
+        guess_loss = masked_reconstruction_loss(guess_BCHW, *rest)
+        return PretextOutput(loss, {"reconstruction": loss, "guess": guess_loss})
 
 
 class ReturnsPretext(Pretext):
@@ -261,14 +268,14 @@ class InverseHead(nn.Module):
         super().__init__()
         self.games = nn.ModuleList(_mlp(2 * N_FEATURES, n) for n in n_actions)
 
-    def forward(self, features_BD: Tensor, games: Sequence[int]) -> list[Tensor]:
+    def forward(self, features_TGND: Tensor, games: Sequence[int]) -> list[Tensor]:
         """
         Logits (N, A) of each game.
 
-        :param features_BD: of observations, game by game, then of the later ones
+        :param features_TGND: of the observations, and of the later ones
         """
-        pairs_BD = torch.cat(features_BD.chunk(2), dim=1)
-        parts = zip(games, pairs_BD.chunk(len(games)), strict=True)
+        pairs_GND = torch.cat([features_TGND[0], features_TGND[1] - features_TGND[0]], dim=2)
+        parts = zip(games, pairs_GND, strict=True)
         return [self.games[game](pairs_ND) for game, pairs_ND in parts]
 
 
@@ -279,6 +286,15 @@ PRETEXTS: dict[str, type[Pretext]] = {
     "reconstruction": ReconstructionPretext,
     "returns": ReturnsPretext,
 }
+
+
+def _views(batch: Batch) -> tuple[int, int, int]:
+    """Now and later, games, observations of each game."""
+    return 2, len(batch.games), len(batch.images) // len(batch.games)
+
+
+def _standard_features(features_BD: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    return standardise(features_BD.float().view(*shape, -1))
 
 
 def _inverse_loss(logits: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor]:

@@ -314,7 +314,7 @@ def _player_config(settings: Settings) -> RunConfig:
 
 
 def _load_player(settings: Settings, config: RunConfig) -> BaseAlgorithm:
-    model = build_model(config, train.make_env(config, 1))
+    model = build_model(config, train.make_env(config, config.env.n_envs))
     load_checkpoint(model, checkpoint_dir(Path(settings.play), "last"))
     return model
 

@@ -37,6 +37,16 @@ def test_info_nce_of_features_that_carry_nothing_is_log_n():
     assert loss.item() == pytest.approx(math.log(7), abs=1e-6)
 
 
+def test_standardise_is_batch_norm_of_each_game():
+    generator = torch.Generator().manual_seed(0)
+    values_TGND = 3 + 2 * torch.randn(2, 3, 5, 4, generator=generator)
+    result_TGND = objectives.standardise(values_TGND)
+    for game in range(3):
+        rows_BD = values_TGND[:, game].reshape(10, 4)
+        expected_BD = F.batch_norm(rows_BD, None, None, training=True, eps=1e-5)
+        torch.testing.assert_close(result_TGND[:, game].reshape(10, 4), expected_BD)
+
+
 def test_inverse_dynamics_loss_by_hand():
     logits_BA = torch.tensor([[0.0, math.log(3.0)], [0.0, 0.0]])
     loss = objectives.inverse_dynamics_loss(logits_BA, torch.tensor([1, 0]))
@@ -123,6 +133,14 @@ def test_patch_mask_hides_whole_patches():
     hidden_BCPQ = torch.tensor([[[[True, False]]]])
     mask = objectives.patch_mask(hidden_BCPQ, (2, 4))
     assert mask.tolist() == [[[[True, True, False, False]] * 2]]
+
+
+def test_a_hidden_pixel_becomes_the_mean_of_the_frames_that_show_it():
+    images = torch.tensor([1.0, 2.0, 6.0]).view(1, 3, 1, 1)
+    mask = torch.tensor([False, True, False]).view(1, 3, 1, 1)
+    assert objectives.mean_of_visible(images, mask).flatten().tolist() == [1.0, 3.5, 6.0]
+    hidden = torch.ones_like(mask)
+    assert objectives.mean_of_visible(images, hidden).flatten().tolist() == [0.0, 0.0, 0.0]
 
 
 def test_movement_weight_is_one_where_the_stack_changes():
