@@ -46,7 +46,7 @@ class VariantSection(Section):
     :param seeds: its own; None: the study's
     """
 
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, Any] = Field(default_factory=dict)
     seeds: Seeds | None = None
 
 

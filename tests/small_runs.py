@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import RunConfig, built_in_config, dump_config, load_config
@@ -52,3 +54,43 @@ def write_small_config(file: Path, algorithm: str = "ppo", **overrides: Any) -> 
 def small_env(n_envs: int = 2, **options: Any) -> VecEnv:
     """TinyImage with observations of (4, 36, 36)."""
     return make_vec_env("hubrl/TinyImage-v0", n_envs, image=ImageFormat(size=36), **options)
+
+
+def small_study(folder: Path, **changes: Any) -> Path:
+    """A study file of two variants on TinyImage with its base configuration beside it."""
+    write_small_config(folder / "base.yaml")
+    study = {
+        "config": "base.yaml",
+        "n_timesteps": 64,
+        "games": ["hubrl/TinyImage-v0"],
+        "seeds": [0],
+        "control": "none",
+        "overrides": {},
+        "variants": {"none": {}, "fast": {"overrides": {"algorithm.learning_rate": 0.001}}},
+        "metric": {
+            "n_points": 4,
+            "window": 0.5,
+            "jump_start": 0.5,
+            "thresholds": [0.5, 1.0],
+            "floors": {},
+        },
+    }
+    file = folder / "small.yaml"
+    file.write_text(yaml.safe_dump(study | changes, sort_keys=False))
+    return file
+
+
+def write_complete_run(
+    folder: Path, config: RunConfig, games: list[tuple[int, float, float]]
+) -> None:
+    """
+    What a study reads of a complete run.
+
+    :param games: steps, return, seconds of each
+    """
+    last = folder / "checkpoints" / "last"
+    last.mkdir(parents=True)
+    (last / "state.json").write_text(json.dumps({"num_timesteps": config.train.n_timesteps}))
+    (folder / "config.yaml").write_text(dump_config(config))
+    lines = [f"{steps},{score},8,{seconds}" for steps, score, seconds in games]
+    (folder / "episodes.csv").write_text("\n".join(["timesteps,return,length,seconds", *lines]))

@@ -17,6 +17,7 @@ from agents import callbacks
 from agents.algorithms import build_model
 from agents.callbacks import (
     CheckpointCallback,
+    EpisodesCallback,
     EvaluationCallback,
     EveryN,
     ProgressCallback,
@@ -158,3 +159,39 @@ def test_progress_has_returns_and_the_last_updates_losses(
         assert 0 <= float(row["rollout/ep_rew_mean"]) <= 8
         assert float(row["train/value_loss"]) > 0
         assert float(row["time/fps"]) > 0
+
+
+def games(folder: Path) -> list[dict[str, str]]:
+    with (folder / "episodes.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_whole_game_is_kept(tmp_path: Path) -> None:
+    model = learn(tmp_path, [EpisodesCallback(tmp_path)], train__n_timesteps=64)
+    rows = games(tmp_path)
+    assert list(rows[0]) == ["timesteps", "return", "length", "seconds"]
+    # Two environments, whose games take 8 steps each.
+    assert [int(row["timesteps"]) for row in rows] == [16, 16, 32, 32, 48, 48, 64, 64]
+    assert {row["length"] for row in rows} == {"8"}
+    assert model.ep_info_buffer is not None
+    assert [float(row["return"]) for row in rows] == [game["r"] for game in model.ep_info_buffer]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert 0 <= seconds[0] < 60
+
+
+def test_a_resumed_run_drops_games_after_its_checkpoint_and_goes_on_counting(
+    tmp_path: Path,
+) -> None:
+    learn(tmp_path, [EpisodesCallback(tmp_path), SignalAt(90)], train__n_timesteps=160)
+    assert games(tmp_path)[-1]["timesteps"] == "80"
+    rows = games(tmp_path)
+    for row in rows:
+        row["seconds"] = "1000"
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    (tmp_path / "episodes.csv").write_text("\n".join(lines) + "\n")
+    learn(tmp_path, [EpisodesCallback(tmp_path)], train__n_timesteps=160)
+    rows = games(tmp_path)
+    assert [int(row["timesteps"]) for row in rows[::2]] == list(range(16, 161, 16))
+    assert rows[7]["timesteps"] == "64", "the checkpoint's step"
+    assert all(1000 <= float(row["seconds"]) < 1060 for row in rows[8:])

@@ -1,0 +1,231 @@
+"""Engines of a study: trainings as processes on this machine, or as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from agents.callbacks import StopSignal
+from agents.config import load_config
+from agents.runs import CONFIG_FILE, checkpoint_dir
+from agents.study_config import Run
+from hubrl.specs import load_hub
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NICENESS = 10
+POLL_SECONDS = 0.2
+
+
+class Job(NamedTuple):
+    """
+    A run of a study and its files.
+
+    :param out: of the study; absolute, for a Ray task has a folder of its own
+    """
+
+    run: Run
+    out: Path
+
+    @property
+    def folder(self) -> Path:
+        """Of the run; it may hold a checkpoint."""
+        return self.out / "runs" / self.run.path
+
+    @property
+    def config(self) -> Path:
+        """Configuration that the run starts from."""
+        return self._file(".yaml")
+
+    @property
+    def log(self) -> Path:
+        """What the process prints is added to it."""
+        return self._file(".txt")
+
+    @property
+    def facts(self) -> Path:
+        """What the run's own folder doesn't tell: commit and weights."""
+        return self._file(".json")
+
+    def _file(self, suffix: str) -> Path:
+        return (self.out / "jobs" / self.run.path).with_suffix(suffix)
+
+
+#: Told of each job that ends, with its exit code.
+OnEnd = Callable[[Job, int], None]
+
+
+def n_cores() -> int:
+    """Processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def run_local(
+    jobs: Sequence[Job], n_parallel: int, stop: StopSignal, on_end: OnEnd, lock: int
+) -> None:
+    """
+    Run jobs as processes of this machine, in their order.
+
+    :param n_parallel: at a time; the cores are shared out among them
+    :param stop: once it has a number, processes are asked to save a checkpoint and end
+    :param lock: a file descriptor that each process holds open until it ends
+    """
+    waiting, running = deque(jobs), dict[Job, subprocess.Popen[bytes]]()
+    n_threads = max(1, n_cores() // n_parallel)
+    asked = False
+    try:
+        with stop.caught():
+            while running or (waiting and stop.number is None):
+                while waiting and len(running) < n_parallel and stop.number is None:
+                    job = waiting.popleft()
+                    running[job] = start(job, n_threads, (lock,))
+                if stop.number is not None and not asked:
+                    _terminate(running)
+                    asked = True
+                for job in [job for job, process in running.items() if process.poll() is not None]:
+                    on_end(job, running.pop(job).returncode)
+                time.sleep(POLL_SECONDS)
+    finally:
+        _terminate(running)
+
+
+def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
+    """
+    Run jobs as tasks of a Ray cluster whose machines share the folders; one core for each.
+
+    The cluster is that of ``RAY_ADDRESS``; without it Ray starts one on this machine.
+
+    :param stop: once it has a number, tasks are cancelled: they save a checkpoint and end
+    :raises ValueError: if Ray is not installed
+    """
+    ray = import_ray()
+    started_here = not ray.is_initialized()
+    if started_here:
+        ray.init(log_to_driver=False, runtime_env={"env_vars": _same_code()})
+    task = ray.remote(num_cpus=1, max_retries=2)(run_job)
+    # Ray sets handlers of its own as it starts.
+    with stop.caught():
+        _await(ray, {task.remote(job): job for job in jobs}, stop, on_end)
+    if started_here:
+        ray.shutdown()
+
+
+def import_ray() -> Any:
+    """
+    :raises ValueError: if Ray is not installed
+    """
+    try:
+        return importlib.import_module("ray")
+    except ModuleNotFoundError:
+        raise ValueError("--engine ray needs Ray: pip install ray") from None
+
+
+def run_job(job: Job) -> int:
+    """Run one job to its end; an interrupt, by which Ray cancels, becomes a checkpoint."""
+    process = start(job, n_threads=1)
+    try:
+        # Ray interrupts by a flag, which a blocking wait would not notice.
+        while process.poll() is None:
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        process.terminate()
+    return process.wait()
+
+
+def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    """
+    Start a job's process, at low priority, from its checkpoint if there is one.
+
+    It has a session of its own: Ctrl-C would reach it twice otherwise, and a second signal ends a
+    training without a checkpoint.
+    """
+    if has_checkpoint(job.folder):
+        options = ["--resume", str(job.folder)]
+    else:
+        # A run that was stopped before its first checkpoint has nothing to go on from.
+        if (job.folder / CONFIG_FILE).exists():
+            shutil.rmtree(job.folder)
+        options = ["--config", str(job.config), "--run-dir", str(job.folder)]
+        hub = load_config(job.config).hub.name
+        job.facts.write_text(json.dumps({"commit": commit(), "weights": weights(hub)}) + "\n")
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            ["nice", "-n", str(NICENESS), sys.executable, "-m", "hubrl.train", *options],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"OMP_NUM_THREADS": str(n_threads)} | _same_code(),
+            start_new_session=True,
+            pass_fds=pass_fds,
+        )
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can be resumed."""
+    return checkpoint_dir(folder, "last").exists()
+
+
+def commit() -> str:
+    """The git commit of this code, ``-dirty`` with changes; ``unknown`` outside of a clone."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
+        changes = [*git, "status", "--porcelain", "--", "hubrl", "agents", "envs", "configs"]
+        dirty = subprocess.run(changes, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.decode().strip()[:12] + ("-dirty" if dirty else "")
+
+
+def weights(hub: str) -> str:
+    """What identifies the weights of a hub: they may be replaced under the same name."""
+    if hub == "none":
+        return ""
+    hashes = [encoder.sha256 or "" for encoder in load_hub(hub).encoders]
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
+
+
+def _await(ray: Any, pending: dict[Any, Job], stop: StopSignal, on_end: OnEnd) -> None:
+    asked = False
+    while pending:
+        if stop.number is not None and not asked:
+            for reference in pending:
+                ray.cancel(reference)
+            asked = True
+        ended, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
+        for reference in ended:
+            on_end(pending.pop(reference), _ray_result(ray, reference))
+
+
+def _same_code() -> dict[str, str]:
+    """Environment in which a process imports the code that this one runs, from any folder."""
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    }
+
+
+def _terminate(running: dict[Job, subprocess.Popen[bytes]]) -> None:
+    for process in running.values():
+        process.terminate()
+
+
+def _ray_result(ray: Any, reference: Any) -> int:
+    try:
+        return int(ray.get(reference))
+    except ray.exceptions.TaskCancelledError:
+        return 128 + signal.SIGTERM
+    except ray.exceptions.RayError as error:
+        print(f"Ray: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1

@@ -1,0 +1,168 @@
+"""The report of a study: ``report.md`` with the numbers, and all that it takes to repeat them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from agents.config import read_mapping
+from agents.runs import CONFIG_FILE
+from agents.study_config import StudyConfig
+from hubrl.engines import Job, commit
+from hubrl.figures import FIGURES
+from hubrl.results import ALL, AXES, CURVES_FILE, SUMMARY_FILE, Axis, Row, Table
+
+REPORT_FILE = "report.md"
+#: Columns of the tables: metric of the summary, heading.
+COLUMNS = {
+    "area": "area under the curve",
+    "final": "final return",
+    "start": "return at the start",
+    "area_ratio": "area / control's",
+    "final_ratio": "final / control's",
+    "jump_start": "jump-start",
+    "probability_of_improvement": "P(improvement)",
+    "negative_transfer": "worse than the control",
+}
+HOW_TO_READ = """\
+Numbers are means over seeds for one game, and interquartile means over games and seeds for all
+games, where an area counts in the control's mean area on that game and a final return or a start
+in the control's mean final return. In brackets: 95 % percentile intervals of the stratified
+bootstrap over seeds (Agarwal et al. 2021, arXiv 2108.13264). A cell without brackets comes from a
+game with a single seed: nothing is known about its spread. With fewer than about 5 seeds these
+intervals are too narrow. Area: mean return while learning. Jump-start: mean return at the start
+minus the control's. P(improvement): that a random seed's area is above a random one of the
+control. Worse than the control (negative transfer): the interval of the difference of the areas
+lies below 0; games and variants are not corrected for being many. At equal seconds the curves of
+a game end where its fastest run ended; seconds depend on what else the machine did."""
+
+
+def write_report(
+    study: StudyConfig, file: Path, tables: Mapping[Axis, Table], done: Sequence[Job], folder: Path
+) -> None:
+    """
+    Write ``report.md``.
+
+    :param file: of the study
+    :param done: the complete runs
+    :param folder: for the results
+    """
+    parts = [
+        f"# Study {file.stem}",
+        _origin(study, file, done),
+        *_notes(study, done),
+        *(_axis(study, table) for table in tables.values()),
+        "## How to read the numbers",
+        HOW_TO_READ,
+        f"All numbers are in [{SUMMARY_FILE}]({SUMMARY_FILE}), all curves in "
+        f"[{CURVES_FILE}]({CURVES_FILE}).",
+        "## The study",
+        f"`{file}`:",
+        f"```yaml\n{file.read_text().strip()}\n```",
+        f"`{study.config.name}`, which all runs start from:",
+        f"```yaml\n{study.config.read_text().strip()}\n```",
+    ]
+    (folder / REPORT_FILE).write_text("\n\n".join(parts) + "\n")
+
+
+def _origin(study: StudyConfig, file: Path, done: Sequence[Job]) -> str:
+    commits = sorted({_facts(job).get("commit", "unknown") for job in done})
+    seeds = {
+        name: dict.fromkeys(job.run.seed for job in done if job.run.variant == name)
+        for name in study.variants
+    }
+    variants = ", ".join(f"{name} ({' '.join(map(str, seeds[name]))})" for name in seeds)
+    return "\n".join(
+        [
+            f"- command: `{shlex.join(['python', '-m', 'hubrl.study', *sys.argv[1:]])}`",
+            f"- commit: trained at {', '.join(commits)}; measured at {commit()}",
+            f"- games: {', '.join(study.games)}; {study.n_timesteps:,} agent steps each",
+            f"- variants (seeds of complete runs): {variants}",
+            f"- control: {study.control}",
+        ]
+    )
+
+
+def _notes(study: StudyConfig, done: Sequence[Job]) -> Iterator[str]:
+    """What a reader must know before the numbers."""
+    ran = {job.run for job in done}
+    missing = [run for run in study.runs() if run not in ran]
+    if missing:
+        yield "**Not complete:** " + "; ".join(map(str, missing)) + "."
+    configs = [read_mapping(job.folder / CONFIG_FILE) for job in done]
+    precisions = {config["hub"]["precision"] for config in configs}
+    if len(precisions) > 1:
+        yield f"**Runs differ in hub.precision:** {', '.join(sorted(precisions))}."
+    for variant in study.variants:
+        weights = {_facts(job).get("weights") for job in done if job.run.variant == variant}
+        if len(weights) > 1:
+            yield f"**The hub of {variant} got other weights between its runs.**"
+
+
+def _facts(job: Job) -> dict[str, str]:
+    facts: dict[str, str] = json.loads(job.facts.read_text()) if job.facts.exists() else {}
+    return facts
+
+
+def _axis(study: StudyConfig, table: Table) -> str:
+    unit = AXES[table.axis][1]
+    parts = [f"## At equal {unit}"]
+    if len(study.games) > 1:
+        parts += ["### All games", _table(study, table, ALL), _times(study, table, ALL)]
+    for game in study.games:
+        end = f"{table.grids[game][-1]:,.0f} {unit}"
+        heading = f"### {game}, {end}"
+        parts += [heading, _table(study, table, game), _times(study, table, game)]
+    parts += [f"![{title}]({name}_{table.axis}.png)" for name, (title, _) in FIGURES.items()]
+    return "\n\n".join(parts)
+
+
+def _table(study: StudyConfig, table: Table, game: str) -> str:
+    columns = {k: v for k, v in COLUMNS.items() if any(r.metric == k for r in _of(table, game))}
+    lines = [["variant", "runs", *columns.values()]]
+    for variant in table.variants(game):
+        rows = [table.row(game, variant, metric) for metric in columns]
+        n_runs = next(str(row.n_runs) for row in rows if row)
+        lines.append([variant, n_runs, *map(_text, rows)])
+    return _markdown(lines)
+
+
+def _times(study: StudyConfig, table: Table, game: str) -> str:
+    """Median time to each threshold."""
+    levels = study.metric.thresholds
+    lines = [[f"time to ... of {study.control}'s final return", *(f"{x:g}" for x in levels)]]
+    for variant in table.variants(game):
+        rows = [table.row(game, variant, f"time_to_{level:g}") for level in levels]
+        lines.append([variant, *map(_text, rows)])
+    return _markdown(lines)
+
+
+def _of(table: Table, game: str) -> list[Row]:
+    return [row for row in table.rows if row.game == game]
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([rows[0], "|" + "---|" * len(lines[0]), *rows[1:]])
+
+
+def _text(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.metric == "negative_transfer":
+        return "unknown: 1 seed" if row.value is None else ("**yes**" if row.value else "no")
+    assert row.value is not None
+    text = _number(row.value)
+    if row.low is None or row.high is None:
+        return text
+    return f"{text} [{_number(row.low)}, {_number(row.high)}]"
+
+
+def _number(value: float) -> str:
+    if math.isinf(value):
+        return "never"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"

@@ -1,0 +1,235 @@
+"""Results of a study: hand-worked numbers of made-up runs, files, figures, the report."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_runs import small_study, write_complete_run
+
+from agents.study_config import Run, StudyConfig, load_study
+from hubrl import figures, results
+from hubrl.engines import Job
+from hubrl.report import write_report
+from hubrl.results import ALL, Table, measure
+
+GAME, OTHER = "hubrl/TinyImage-v0", "hubrl/TinyImageContinuous-v0"
+
+
+def games(*returns: float, speed: float = 1.0) -> dict[str, np.ndarray]:
+    """A game every 16 steps; ``speed`` steps in a second."""
+    steps = 16.0 * np.arange(1, len(returns) + 1)
+    return {"timesteps": steps, "return": np.array(returns), "seconds": steps / speed}
+
+
+def study_of(folder: Path, **changes: Any) -> StudyConfig:
+    """Of 64 steps, 4 points and a window and a start of half a run: two points."""
+    return load_study(small_study(folder, **{"seeds": [0, 1]} | changes))
+
+
+def value(table: Table, variant: str, metric: str, game: str = GAME) -> float | None:
+    row = table.row(game, variant, metric)
+    assert row is not None
+    return row.value
+
+
+def test_one_game_by_hand(tmp_path: Path) -> None:
+    episodes = {
+        Run("none", GAME, 0): games(0, 2, 4, 6),
+        Run("none", GAME, 1): games(0, 2, 4, 8),
+        Run("fast", GAME, 0): games(2, 4, 12, 20),
+        Run("fast", GAME, 1): games(2, 4, 4, 4),
+    }
+    table = measure(study_of(tmp_path), episodes, "steps")
+    assert table.grids[GAME].tolist() == [16, 32, 48, 64]
+    assert table.cells["none", GAME].curve_PS.T.tolist() == [[0, 1, 3, 5], [0, 1, 3, 6]]
+    assert table.cells["fast", GAME].curve_PS.T.tolist() == [[2, 3, 8, 16], [2, 3, 4, 4]]
+    assert value(table, "none", "area") == (9 / 4 + 10 / 4) / 2
+    assert value(table, "none", "final") == 5.5
+    assert value(table, "none", "start") == 1
+    assert value(table, "fast", "area_ratio") == pytest.approx((29 + 13) / (9 + 10))
+    assert value(table, "fast", "final_ratio") == pytest.approx((16 + 4) / (5 + 6))
+    assert value(table, "fast", "jump_start") == 3 - 1
+    assert value(table, "fast", "probability_of_improvement") == 1
+    assert value(table, "fast", "negative_transfer") == 0
+    # Thresholds 2.75 and 5.5: "none" at 48, 48 and never, 64; "fast" at 32, 32 and 48, never.
+    assert value(table, "none", "time_to_0.5") == 48
+    assert value(table, "none", "time_to_1") == 64
+    assert value(table, "fast", "time_to_0.5") == 32
+    row = table.row(GAME, "fast", "time_to_1")
+    assert row is not None
+    assert (row.value, row.low, row.high) == (48, 48, np.inf)
+    assert (row.unit, row.n_runs) == ("agent steps", 2)
+
+
+def test_a_floor_counts_as_nothing(tmp_path: Path) -> None:
+    episodes = {
+        Run("none", GAME, 0): games(-21, -21, -11, -11),
+        Run("fast", GAME, 0): games(-21, -1, -1, -1),
+    }
+    metric = load_study(small_study(tmp_path)).metric.model_dump() | {"floors": {GAME: -21}}
+    table = measure(study_of(tmp_path, metric=metric), episodes, "steps")
+    # Curves over -21: 0, 0, 5, 10 and 0, 10, 20, 20.
+    assert value(table, "fast", "area_ratio") == pytest.approx(50 / 15)
+    assert value(table, "fast", "final_ratio") == pytest.approx(2)
+    assert value(table, "none", "time_to_0.5") == 48
+
+
+def test_a_control_below_the_floor(tmp_path: Path) -> None:
+    episodes = {Run("none", GAME, 0): games(-21, -21, -21, -20)}
+    message = rf"metric.floors: the control's final return of {GAME} is -20.5, not above the floor"
+    with pytest.raises(ValueError, match=message):
+        measure(study_of(tmp_path), episodes, "steps")
+
+
+def test_no_game_at_the_start(tmp_path: Path) -> None:
+    late = {"timesteps": np.array([60.0]), "return": np.ones(1), "seconds": np.ones(1)}
+    with pytest.raises(ValueError, match=r"seed 0: no game ended within 32, .*metric.jump_start"):
+        measure(study_of(tmp_path), {Run("none", GAME, 0): late}, "steps")
+
+
+def test_equal_seconds_end_with_the_fastest_run(tmp_path: Path) -> None:
+    episodes = {
+        Run("none", GAME, 0): games(1, 2, 3, 4, speed=2),
+        Run("fast", GAME, 0): games(10, 20, 30, 40, speed=1),
+    }
+    table = measure(study_of(tmp_path), episodes, "seconds")
+    assert table.grids[GAME].tolist() == [8, 16, 24, 32]
+    assert table.cells["none", GAME].curve_PS[:, 0].tolist() == [1, 1.5, 2.5, 3.5]
+    assert table.cells["fast", GAME].curve_PS[:, 0].tolist() == [10, 10, 10, 20]
+
+
+def test_negative_transfer(tmp_path: Path) -> None:
+    episodes = {
+        Run("none", GAME, 0): games(4, 4, 4, 4),
+        Run("none", GAME, 1): games(5, 5, 5, 5),
+        Run("fast", GAME, 0): games(1, 1, 1, 1),
+        Run("fast", GAME, 1): games(2, 2, 2, 2),
+    }
+    study = study_of(tmp_path)
+    assert value(measure(study, episodes, "steps"), "fast", "negative_transfer") == 1
+    del episodes[Run("fast", GAME, 1)]
+    table = measure(study, episodes, "steps")
+    assert value(table, "fast", "negative_transfer") is None
+    row = table.row(GAME, "fast", "area")
+    assert row is not None
+    assert (row.low, row.high) == (None, None), "one seed has no interval"
+
+
+def test_all_games_count_alike(tmp_path: Path) -> None:
+    study = study_of(tmp_path, games=[GAME, OTHER])
+    episodes = {
+        Run("none", GAME, 0): games(1, 1, 1, 1),
+        Run("none", OTHER, 0): games(100, 100, 100, 100),
+        Run("fast", GAME, 0): games(3, 3, 3, 3),
+        Run("fast", OTHER, 0): games(200, 200, 200, 200),
+    }
+    table = measure(study, episodes, "steps")
+    assert value(table, "fast", "area", ALL) == 2.5
+    assert value(table, "fast", "area_ratio", ALL) == 2.5
+    assert value(table, "fast", "jump_start", ALL) == 1.5
+    assert value(table, "fast", "probability_of_improvement", ALL) == 1
+    assert value(table, "fast", "time_to_1", ALL) == 0.25, "share of the run"
+    del episodes[Run("fast", OTHER, 0)]
+    table = measure(study, episodes, "steps")
+    assert table.variants(ALL) == ["none"], "a variant without a game is in no aggregate"
+    assert table.variants(GAME) == ["none", "fast"]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyConfig:
+    """Two games; of "fast" only one seed."""
+    variants = {"none": {}, "fast": {"seeds": [0]}}
+    return study_of(tmp_path, games=[GAME, OTHER], variants=variants)
+
+
+def write_runs(study: StudyConfig, out: Path) -> list[Run]:
+    for i, run in enumerate(study.runs()):
+        rows = [(16 * n, float(n + i), 2.0 * n) for n in range(1, 5)]
+        write_complete_run(out / "runs" / run.path, study.run_config(run), rows)
+    return study.runs()
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def test_files_and_figures(study: StudyConfig, tmp_path: Path) -> None:
+    done = write_runs(study, tmp_path)
+    tables = results.collect(study, done, tmp_path, tmp_path / "results")
+    figures.draw(study, tables, tmp_path / "results")
+    jobs = [Job(run, tmp_path) for run in done]
+    write_report(study, tmp_path / "small.yaml", tables, jobs, tmp_path / "results")
+    curves = rows_of(tmp_path / "results" / "curves.csv")
+    assert len(curves) == 2 * len(done) * study.metric.n_points
+    assert list(curves[0].values()) == ["steps", GAME, "none", "0", "16", "1"]
+    summary = rows_of(tmp_path / "results" / "summary.csv")
+    (ratio,) = [
+        row
+        for row in summary
+        if (row["axis"], row["game"], row["metric"]) == ("steps", GAME, "area_ratio")
+    ]
+    assert ratio["variant"] == "fast"
+    assert (ratio["low"], ratio["high"], ratio["n_runs"]) == ("", "", "1")
+    images = {path.name for path in (tmp_path / "results").glob("*.png")}
+    names = ("curves", "ratios", "improvement", "thresholds")
+    assert images == {f"{name}_{axis}.png" for name in names for axis in ("steps", "seconds")}
+    report = (tmp_path / "results" / "report.md").read_text()
+    for text in ("### All games", "unknown: 1 seed", "fast (0)", "none (0 1)", "n_points: 4"):
+        assert text in report
+    assert all(f"({image})" in report for image in images)
+    assert "Not complete" not in report
+
+
+def test_the_same_runs_give_the_same_bytes(
+    study: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {"curves": figures.FIGURES["curves"]})
+    done = write_runs(study, tmp_path)
+    for name in ("a", "b"):
+        tables = results.collect(study, done, tmp_path, tmp_path / name)
+        figures.draw(study, {"steps": tables["steps"]}, tmp_path / name)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
+
+
+def test_the_report_says_what_is_missing_or_mixed(study: StudyConfig, tmp_path: Path) -> None:
+    done = write_runs(study, tmp_path)[:-1]
+    config = tmp_path / "runs" / done[0].path / "config.yaml"
+    config.write_text(config.read_text().replace("precision: float32", "precision: bfloat16"))
+    jobs = [Job(run, tmp_path) for run in done]
+    jobs[0].facts.parent.mkdir(parents=True)
+    jobs[0].facts.write_text('{"commit": "abc", "weights": "w"}')
+    tables = results.collect(study, done, tmp_path, tmp_path / "results")
+    write_report(study, tmp_path / "small.yaml", tables, jobs, tmp_path / "results")
+    report = (tmp_path / "results" / "report.md").read_text()
+    assert f"**Not complete:** none, {OTHER}, seed 1." in report
+    assert "**Runs differ in hub.precision:** bfloat16, float32." in report
+    assert "**The hub of none got other weights between its runs.**" in report
+    assert "trained at abc, unknown; measured at" in report
+
+
+def test_runs_that_cannot_be_read(study: StudyConfig, tmp_path: Path) -> None:
+    done = write_runs(study, tmp_path)
+    file = tmp_path / "runs" / done[1].path / "episodes.csv"
+    file.write_text("timesteps,return,length,seconds\n")
+    with pytest.raises(ValueError, match=rf"the run {file.parent} has no game in episodes.csv"):
+        results.collect(study, done, tmp_path, tmp_path / "results")
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"the run {file.parent} has no episodes.csv; delete it"):
+        results.collect(study, done, tmp_path, tmp_path / "results")
+    rest = [run for run in done if run.variant != "none"]
+    with pytest.raises(ValueError, match=rf"control 'none' has no complete run of {GAME} in"):
+        results.collect(study, rest, tmp_path, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_more_variants_than_colours_look_different(tmp_path: Path) -> None:
+    names = ["none", *(f"v{i}" for i in range(20))]
+    study = study_of(tmp_path, variants={name: {} for name in names})
+    looks = {tuple(figures._look(study, name).values()) for name in names}
+    assert len(looks) == len(names)

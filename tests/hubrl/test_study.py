@@ -1,0 +1,314 @@
+"""``hubrl study``: which runs it starts and how; a study from the command to its results."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import small_study, write_small_config
+
+from agents.study_config import Run
+from hubrl import cli, engines, study
+
+GAME = "hubrl/TinyImage-v0"
+FAKE_TRAINING = """#!{python} -S
+import json, os, pathlib, signal, sys, time
+arguments = sys.argv[3:]
+folder = pathlib.Path(arguments[-1])
+facts = [" ".join(arguments), os.environ["OMP_NUM_THREADS"], os.nice(0)]
+with open("{calls}", "a") as file:
+    file.write(json.dumps(facts) + "\\n")
+if "/broken/" in str(folder):
+    print("no such thing")
+    sys.exit(3)
+def stop(number, frame):
+    print("stopped")
+    sys.exit(128 + number)
+signal.signal(signal.SIGTERM, stop)
+if "/slow/" in str(folder):
+    pathlib.Path("{calls}.slow").touch()
+    time.sleep(60)
+last = folder / "checkpoints" / "last"
+last.mkdir(parents=True, exist_ok=True)
+if "--config" in arguments:
+    (folder / "config.yaml").write_text(pathlib.Path(arguments[1]).read_text())
+(last / "state.json").write_text(json.dumps(dict(num_timesteps=64)))
+(folder / "episodes.csv").write_text("timesteps,return,length,seconds\\n16,1,8,1\\n64,2,8,4\\n")
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engines, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[list[Any]]]:
+    """Training is faked: what each process was called with, its threads and its niceness."""
+    python, log = tmp_path / "python", tmp_path / "calls"
+    python.write_text(
+        FAKE_TRAINING.replace("{python}", sys.executable).replace("{calls}", str(log))
+    )
+    python.chmod(0o755)
+    monkeypatch.setattr(engines.sys, "executable", str(python))
+    return lambda: [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def run(*args: object) -> object:
+    with pytest.raises(SystemExit) as exit:
+        cli.run(study.command, "hubrl study", [str(arg) for arg in args])
+    return exit.value.code
+
+
+def variants(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: {} for name in names}
+
+
+def folder_of(variant: str, seed: int = 0) -> Path:
+    return Path("studies/small/runs") / Run(variant, GAME, seed).path
+
+
+def set_timesteps(folder: Path, timesteps: int) -> None:
+    state = folder / "checkpoints" / "last" / "state.json"
+    state.parent.mkdir(parents=True, exist_ok=True)
+    state.write_text(json.dumps({"num_timesteps": timesteps}))
+
+
+Calls = Callable[[], list[list[Any]]]
+
+
+def test_processes_share_the_cores_at_low_priority(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engines, "n_cores", lambda: 7)
+    assert run(small_study(tmp_path, seeds=[0, 1]), "--only", "run", "--jobs", 2) == 0
+    assert len(calls()) == 4
+    niceness = min(os.nice(0) + engines.NICENESS, 19)
+    assert {(threads, nice) for _, threads, nice in calls()} == {("3", niceness)}
+    config, folder = tmp_path / "studies/small/jobs", tmp_path / "studies/small/runs"
+    path = Run("fast", GAME, 1).path
+    expected = f"--config {config / path}.yaml --run-dir {folder / path}"
+    assert expected in [arguments for arguments, *_ in calls()]
+    facts = json.loads((config / "fast/hubrl_TinyImage-v0/s1.json").read_text())
+    assert facts["commit"]
+    assert not Path("docs").exists()
+
+
+def test_complete_runs_are_skipped_and_unfinished_ones_resumed(
+    calls: Calls, tmp_path: Path
+) -> None:
+    file = small_study(tmp_path, variants=variants("none", "a", "b"))
+    assert run(file, "--only", "run") == 0
+    set_timesteps(folder_of("a"), 32)
+    (folder_of("b") / "checkpoints/last/state.json").unlink()
+    (folder_of("b") / "checkpoints/last").rmdir()
+    Path("calls").unlink()
+    assert run(file, "--only", "run", "--jobs", 1) == 0
+    resumed, anew = (arguments for arguments, *_ in calls())
+    assert resumed == f"--resume {folder_of('a').absolute()}"
+    assert anew.startswith("--config ")
+    assert anew.endswith(f" --run-dir {folder_of('b').absolute()}")
+    Path("calls").unlink()
+    assert run(file, "--only", "run") == 0
+    assert not Path("calls").exists()
+
+
+def test_a_failing_run_does_not_stop_the_others(
+    calls: Calls,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    file = small_study(tmp_path, variants=variants("broken", "none"))
+    assert run(file, "--jobs", 1) == 1
+    assert len(calls()) == 2
+    log = tmp_path / "studies/small/jobs/broken/hubrl_TinyImage-v0/s0.txt"
+    message = f"FAILED broken, {GAME}, seed 0: exit code 3, {log}: no such thing\n"
+    assert message in capsys.readouterr().err
+    report = Path("docs/studies/small/report.md").read_text()
+    assert f"**Not complete:** broken, {GAME}, seed 0." in report
+
+
+def test_without_the_control_there_are_no_results(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = small_study(tmp_path, variants=variants("broken", "none"), control="broken")
+    assert run(file) == 1
+    message = f"no results: the control 'broken' has no complete run of {GAME}"
+    assert message in capsys.readouterr().err
+    assert run(file, "--only", "collect") == 2
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_the_runs(
+    number: int, code: int, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def send() -> None:
+        deadline = time.monotonic() + 30
+        while not Path("calls.slow").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send).start()
+    file = small_study(tmp_path, variants=variants("slow", "none"), control="none")
+    assert run(file, "--jobs", 1) == code
+    assert len(calls()) == 1, "nothing new was started"
+    log = Path("studies/small/jobs/slow/hubrl_TinyImage-v0/s0.txt")
+    assert log.read_text() == "stopped\n"
+    output = capsys.readouterr()
+    assert "stopped; the same command goes on in studies/small" in output.out
+    assert "FAILED" not in output.err
+    assert not Path("docs").exists()
+
+
+def test_one_study_at_a_time_in_a_folder(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = small_study(tmp_path)
+    Path("o").mkdir()
+    with Path("o/.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(file, "--out", "o") == 2
+    assert "is still at work in o: wait or stop it" in capsys.readouterr().err
+    assert run(file, "--out", "o", "--only", "run") == 0
+
+
+def test_a_changed_study_does_not_mix_with_old_runs(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(small_study(tmp_path), "--only", "run") == 0
+    changed = small_study(tmp_path, overrides={"algorithm.gamma": 0.5})
+    assert run(changed, "--only", "run") == 2
+    message = "has algorithm.gamma 0.99, but the study says 0.5: give another --out, or delete"
+    assert message in capsys.readouterr().err
+    config = folder_of("none") / "config.yaml"
+    config.write_text(config.read_text().replace("  max_grad_norm: 0.5\n", ""))
+    assert run(small_study(tmp_path), "--only", "run") == 0, "a key that is new since the run"
+
+
+@pytest.mark.parametrize(
+    ("changes", "args", "message"),
+    [
+        ({"gamse": 1}, [], "unknown key gamse (closest: 'games')"),
+        ({"overrides": {"hub.name": "atarii5"}}, [], "variant none: hub 'atarii5' is unknown"),
+        ({"overrides": {"hub.topk": 1}}, [], "variant none: unknown key hub.topk"),
+        ({"overrides": {"train.device": "gpu"}}, [], "variant none: train.device is 'gpu'"),
+        ({"games": ["ALE/Breakot-v5"]}, [], "(closest: ALE/Breakout-v5"),
+        ({}, ["--jobs", 0], "Invalid value for '--jobs': 0 is not in the range"),
+        ({}, ["--jobs", 2, "--engine", "ray"], "--jobs and --engine ray: the cluster decides"),
+        ({}, ["--engine", "slurm"], "'slurm' is not one of 'local', 'ray'"),
+        ({}, ["--only", "collect"], "control 'none' has no complete run"),
+    ],
+)
+def test_wrong_input_is_one_line_and_nothing_is_written(
+    changes: dict[str, Any],
+    args: list[object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = small_study(tmp_path, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    assert run(file, *args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("hubrl study: error: ")
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_top_k_is_checked_before_hours_of_training(
+    hub5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = {"hub.name": str(hub5), "hub.top_k": 9}
+    names = {"none": {}, "hub": {"overrides": overrides}}
+    assert run(small_study(tmp_path, variants=names)) == 2
+    assert "variant hub: top_k" in capsys.readouterr().err
+    assert not Path("studies").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "args", "message"),
+    [
+        ("matplotlib", [], "figures need matplotlib: pip install 'hubrl[plot]'"),
+        ("ray", ["--engine", "ray"], "--engine ray needs Ray: pip install ray"),
+    ],
+)
+def test_missing_packages(
+    module: str,
+    args: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    assert run(small_study(tmp_path), *args) == 2
+    assert message in capsys.readouterr().err
+    assert not Path("studies").exists()
+
+
+def test_a_study_from_the_command_to_its_results(hub5: Path, tmp_path: Path) -> None:
+    overrides = {"hub.name": str(hub5)}
+    names = {"none": {}, "hub": {"overrides": overrides}}
+    file = small_study(tmp_path, variants=names)
+    assert run(file) == 0
+    for name, hub in (("none", ""), ("hub", "weights")):
+        assert (folder_of(name) / "checkpoints/last/policy.safetensors").exists()
+        facts = json.loads(
+            (tmp_path / f"studies/small/jobs/{name}/hubrl_TinyImage-v0/s0.json").read_text()
+        )
+        assert bool(facts["weights"]) == bool(hub)
+    with Path("docs/studies/small/summary.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert {row["variant"] for row in rows} == {"none", "hub"}
+    assert {row["axis"] for row in rows} == {"steps", "seconds"}
+    before = Path("docs/studies/small/summary.csv").read_bytes()
+    assert run(file, "--only", "collect", "--results", "again") == 0
+    assert Path("again/summary.csv").read_bytes() == before
+
+
+def test_an_interrupted_ray_task_leaves_a_checkpoint_to_its_training(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: float) -> None:
+        if Path("calls.slow").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(engines.time, "sleep", interrupt)
+    job = engines.Job(Run("slow", GAME, 0), tmp_path)
+    job.config.parent.mkdir(parents=True)
+    write_small_config(job.config)
+    assert engines.run_job(job) == 143
+    assert job.log.read_text() == "stopped\n"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_a_ray_cluster_of_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        assert run(small_study(tmp_path, seeds=[0, 1]), "--engine", "ray") == 0
+    finally:
+        cluster.shutdown()
+    report = Path("docs/studies/small/report.md").read_text()
+    assert "none (0 1), fast (0 1)" in report
+    assert "Not complete" not in report
