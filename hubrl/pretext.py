@@ -67,6 +67,8 @@ class Pretext(nn.Module):
 
     #: least and most steps from an observation to the later one; None: there is no later one
     steps_ahead: ClassVar[tuple[int, int] | None] = None
+    #: whether an observation and the later one are shifted by the same pixels
+    shifts_together: ClassVar[bool] = False
 
     def __init__(self, n_actions: Sequence[int], dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -170,6 +172,7 @@ class InversePretext(Pretext):
     """Inverse dynamics alone: which action lies between two observations?"""
 
     steps_ahead = (1, 1)
+    shifts_together = True  # or the shift would hide the movement
 
     def _build_heads(self, n_actions: Sequence[int]) -> None:
         self.summary = _summary()

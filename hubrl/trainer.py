@@ -23,10 +23,10 @@ FIRST_STEPS = 256  # steps of play of each game before the first update
 FRAMES_PER_UPDATE = 32  # over all games
 BATCH = 256  # observations, and as many later ones where the objective looks ahead
 GAMES_PER_BATCH = 4
-MAX_SHIFT = 4  # pixels
+MAX_SHIFT = 8  # pixels, a place of the feature map; 4 and 1 generalised less to another game
 HORIZON = 32  # rewards that count as what follows
 DISCOUNT = 0.97
-LEARNING_RATE = 5e-4
+LEARNING_RATE = 1e-3
 WARM_UP = 100  # updates
 
 
@@ -177,10 +177,13 @@ class Trainer:
         images, later, actions, rewards, alive = (
             np.concatenate(part) for part in zip(*parts, strict=True)
         )
+        shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (2, len(images), 2))
+        if self.pretext.shifts_together:
+            shifts[1] = shifts[0]
         return Batch(
             tuple(games),
-            self._shifted(images, rng),
-            self._shifted(later, rng) if len(later) else None,
+            self._shifted(images, shifts[0]),
+            self._shifted(later, shifts[1]) if len(later) else None,
             torch.from_numpy(actions).to(self._device),
             _returns(rewards, alive).to(self._device),
         )
@@ -197,8 +200,7 @@ class Trainer:
         rewards = frames.next_rewards(places, HORIZON if ahead is None else 1)
         return frames.observations(places), later, frames.actions(places), *rewards
 
-    def _shifted(self, images: np.ndarray, rng: np.random.Generator) -> Tensor:
-        shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT + 1, (len(images), 2))
+    def _shifted(self, images: np.ndarray, shifts: np.ndarray) -> Tensor:
         return random_shift(torch.from_numpy(images), torch.from_numpy(shifts)).to(self._device)
 
 
