@@ -22,6 +22,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
+from torch import Tensor
 
 from hubrl import cli
 from hubrl.pathway import HubPathway
@@ -128,9 +129,10 @@ def interleave(sides: dict[str, Timed], rounds: int, warm_up: int = 2) -> dict[s
 
 
 def measure_dispatch() -> list[Result]:
-    """Two of five NatureCNN routed, generator included, against running all five."""
+    """Two of five NatureCNN routed, generator included, against all five; 32: in float32."""
     return [
         _dispatch("dispatch.update", goal=0.46, batch=256, backward=True),
+        _dispatch("dispatch.update32", goal=0.46, batch=256, backward=True, precision="float32"),
         _dispatch("dispatch.rollout", goal=0.55, batch=16, backward=False),
         _dispatch("dispatch.rollout8", goal=0.65, batch=8, backward=False),
     ]
@@ -157,7 +159,10 @@ def measure_ppo() -> list[Result]:
 
 #: In the order of the table.
 BENCHES = (
-    Bench(("dispatch.update", "dispatch.rollout", "dispatch.rollout8"), measure_dispatch),
+    Bench(
+        ("dispatch.update", "dispatch.update32", "dispatch.rollout", "dispatch.rollout8"),
+        measure_dispatch,
+    ),
     Bench(("ppo.trained", "ppo.none"), measure_ppo),
 )
 
@@ -191,20 +196,28 @@ def _random_hub() -> HubSpec:
     return HubSpec(name="random5", encoders=encoders)
 
 
-def _dispatch(name: str, goal: float, batch: int, backward: bool) -> Result:
+def _dispatch(
+    name: str, goal: float, batch: int, backward: bool, precision: str = "auto"
+) -> Result:
     torch.manual_seed(0)
-    routed = HubPathway(_random_hub(), top_k=2, precision="auto")
-    dense = HubPathway(_random_hub(), top_k=5, precision="auto")
+    routed = HubPathway(_random_hub(), top_k=2, precision=precision)
+    dense = HubPathway(_random_hub(), top_k=5, precision=precision)
     images = torch.randint(0, 256, (batch, 4, 84, 84), dtype=torch.uint8)
 
-    def run(pathway: HubPathway) -> None:
-        noise = torch.randn(batch, 5)
-        with torch.set_grad_enabled(backward):
-            features = pathway.route(images, noise).features
-        if backward:
-            features.sum().backward()  # type: ignore[no-untyped-call]
+    # What a user would run instead has no generator: all encoders with equal weights.
+    everyone = torch.arange(5).expand(batch, 5)
+    equal = torch.full((batch, 5), 0.2)
 
-    sides: dict[str, Timed] = {"ours": lambda: run(routed), "theirs": lambda: run(dense)}
+    def run(features: Callable[[], Tensor]) -> None:
+        with torch.set_grad_enabled(backward):
+            result = features()
+        if backward:
+            result.sum().backward()  # type: ignore[no-untyped-call]
+
+    sides: dict[str, Timed] = {
+        "ours": lambda: run(lambda: routed.route(images, torch.randn(batch, 5)).features),
+        "theirs": lambda: run(lambda: dense.aggregate(images, equal, everyone)),
+    }
     seconds = interleave(sides, rounds=15 if backward else 101)
     ours, theirs = 1e3 * seconds["ours"], 1e3 * seconds["theirs"]
     return Result(name, ours / theirs, goal, ours, theirs, "ms")
