@@ -20,13 +20,14 @@ from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from torch.utils.tensorboard import SummaryWriter
 
-from hubrl import cli, trainer
-from hubrl.files import with_prefix
-from hubrl.frames import Player, Policy
-from hubrl.member import Member
-from hubrl.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS
+from hubrl import cli
+from hubrl.pretraining import trainer
+from hubrl.pretraining.files import with_prefix
+from hubrl.pretraining.frames import Player, Policy
+from hubrl.pretraining.member import Member
+from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS
+from hubrl.pretraining.trainer import Budget, Trainer
 from hubrl.specs import EncoderSpec
-from hubrl.trainer import Budget, Trainer
 
 cli.refuse_foreign_modules("agents", "envs")
 

@@ -21,7 +21,7 @@ from agents.checkpoints import read_state  # noqa: E402
 from agents.config import RunConfig, dump_config, read_mapping  # noqa: E402
 from agents.runs import CONFIG_FILE, checkpoint_dir  # noqa: E402
 from agents.study_config import Run, StudyConfig, load_study  # noqa: E402
-from hubrl.engines import (  # noqa: E402
+from hubrl.studies.engines import (  # noqa: E402
     Job,
     has_checkpoint,
     import_ray,
@@ -29,9 +29,9 @@ from hubrl.engines import (  # noqa: E402
     run_local,
     run_ray,
 )
-from hubrl.figures import draw, import_matplotlib  # noqa: E402
-from hubrl.report import write_report  # noqa: E402
-from hubrl.results import collect  # noqa: E402
+from hubrl.studies.figures import draw, import_matplotlib  # noqa: E402
+from hubrl.studies.report import write_report  # noqa: E402
+from hubrl.studies.results import collect  # noqa: E402
 from hubrl.train import make_env  # noqa: E402
 
 FOLDER = click.Path(path_type=Path, file_okay=False)

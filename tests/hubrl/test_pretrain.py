@@ -18,12 +18,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from small_runs import write_small_config
 
-from hubrl import load_hub, pretrain, train, trainer
+from hubrl import load_hub, pretrain, train
 from hubrl.encoders import NatureConv, build_encoder
-from hubrl.member import Member
-from hubrl.pretext import PRETEXTS
 from hubrl.pretrain import Settings, command
-from hubrl.trainer import Budget, Trainer
+from hubrl.pretraining import trainer
+from hubrl.pretraining.member import Member
+from hubrl.pretraining.pretext import PRETEXTS
+from hubrl.pretraining.trainer import Budget, Trainer
 
 GAMES = ("ALE/Pong-v5", "ALE/Qbert-v5")
 

@@ -18,7 +18,8 @@ import pytest
 from small_runs import small_study, write_small_config
 
 from agents.study_config import Run
-from hubrl import cli, engines, study
+from hubrl import cli, study
+from hubrl.studies import engines
 
 GAME = "hubrl/TinyImage-v0"
 FAKE_TRAINING = """#!{python} -S

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hubrl.encoders import NatureConv, orthogonal_init
-from hubrl.objectives import (
+from hubrl.pretraining.objectives import (
     info_nce,
     inverse_dynamics_loss,
     masked_reconstruction_loss,

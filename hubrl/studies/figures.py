@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.study_config import StudyConfig
-from hubrl import statistics
-from hubrl.results import ALL, Axis, Row, Table, in_units
+from hubrl.studies import statistics
+from hubrl.studies.results import ALL, Axis, Row, Table, in_units
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -11,8 +11,8 @@ import numpy as np
 
 from agents.runs import EPISODES_FILE
 from agents.study_config import Run, StudyConfig
-from hubrl import statistics
-from hubrl.statistics import Estimate, Floats, Strata
+from hubrl.studies import statistics
+from hubrl.studies.statistics import Estimate, Floats, Strata
 
 Axis = Literal["steps", "seconds"]
 #: Of each axis: the column of ``episodes.csv``, and its name for people.

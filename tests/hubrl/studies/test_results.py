@@ -11,10 +11,10 @@ import pytest
 from small_runs import small_study, write_complete_run
 
 from agents.study_config import Run, StudyConfig, load_study
-from hubrl import figures, results
-from hubrl.engines import Job
-from hubrl.report import write_report
-from hubrl.results import ALL, Table, measure
+from hubrl.studies import figures, results
+from hubrl.studies.engines import Job
+from hubrl.studies.report import write_report
+from hubrl.studies.results import ALL, Table, measure
 
 GAME, OTHER = "hubrl/TinyImage-v0", "hubrl/TinyImageContinuous-v0"
 

@@ -22,7 +22,7 @@ from agents.runs import CONFIG_FILE, checkpoint_dir
 from agents.study_config import Run
 from hubrl.specs import load_hub
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 NICENESS = 10
 POLL_SECONDS = 0.2
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hubrl import objectives
+from hubrl.pretraining import objectives
 
 
 def test_info_nce_of_a_two_by_two_example():

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hubrl.encoders import build_encoder, file_sha256, golden_features
-from hubrl.files import save_tensors
+from hubrl.pretraining.files import save_tensors
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub, save_hub
 
 WORK_FOLDER = ".pretrain"

@@ -8,8 +8,8 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubrl import statistics
-from hubrl.statistics import Estimate, Floats, band, estimate
+from hubrl.studies import statistics
+from hubrl.studies.statistics import Estimate, Floats, band, estimate
 
 INF = np.inf
 #: 6 seeds of 3 games, and of a control.

@@ -12,9 +12,9 @@ from pathlib import Path
 from agents.config import read_mapping
 from agents.runs import CONFIG_FILE
 from agents.study_config import StudyConfig
-from hubrl.engines import Job, commit
-from hubrl.figures import FIGURES
-from hubrl.results import ALL, AXES, CURVES_FILE, SUMMARY_FILE, Axis, Row, Table
+from hubrl.studies.engines import Job, commit
+from hubrl.studies.figures import FIGURES
+from hubrl.studies.results import ALL, AXES, CURVES_FILE, SUMMARY_FILE, Axis, Row, Table
 
 REPORT_FILE = "report.md"
 #: Columns of the tables: metric of the summary, heading.

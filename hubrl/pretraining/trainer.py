@@ -13,11 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from hubrl.files import save_tensors, with_prefix
-from hubrl.frames import Player
-from hubrl.objectives import discounted_returns, random_shift
 from hubrl.precision import resolve_precision
-from hubrl.pretext import FRAME_STACK, IMAGE_SIZE, PRETEXTS, Batch
+from hubrl.pretraining.files import save_tensors, with_prefix
+from hubrl.pretraining.frames import Player
+from hubrl.pretraining.objectives import discounted_returns, random_shift
+from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, PRETEXTS, Batch
 
 FIRST_STEPS = 256  # steps of play of each game before the first update
 FRAMES_PER_UPDATE = 32  # over all games

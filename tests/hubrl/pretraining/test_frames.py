@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from envs import AtariVecEnv
-from hubrl.frames import FrameStore, Places, Player
+from hubrl.pretraining.frames import FrameStore, Places, Player
 
 
 def numbered(n_kept: int, n_steps: int, episode: int, n_envs: int = 2) -> FrameStore:
@@ -81,7 +81,7 @@ def keep(seen: list[np.ndarray], player: Player) -> None:
 
 
 def test_play_is_the_same_after_a_resume_though_old_chapters_are_skipped(monkeypatch):
-    monkeypatch.setattr("hubrl.frames.CHAPTER", 40)
+    monkeypatch.setattr("hubrl.pretraining.frames.CHAPTER", 40)
     straight, resumed = make_player(), make_player()
     for n_steps in (30, 77, 130):
         straight.play_until(n_steps)

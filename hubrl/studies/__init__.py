@@ -1,0 +1,1 @@
+"""What ``hubrl study`` is made of: engines, results, statistics, figures, report."""
