@@ -41,7 +41,10 @@ class PathwayGenerator(nn.Module):
 
     Its first layer projects patches that leave out no pixel, since a ball may be 2x2; of 14 pixels,
     for which the gradient is three times as fast as for 4 or 12 on a CPU.
-    Scores start at zero: before learning all encoders are equally likely and noise alone decides.
+    Routing starts as a random function of the image and little noise: similar images activate the
+    same encoders from the first step. (Scores of zero, where noise alone decides, hid from PPO what
+    the encoders see: on Breakout at 20,000 steps the value function explained 0.28 of the returns'
+    variance instead of 0.82; one seed each.)
     Hub-Pathway uses a ResNet-10 at 224 px and a second one for the noise; for small observations
     this light network, whose two heads give scores and noise scales, is our choice.
 
@@ -51,6 +54,7 @@ class PathwayGenerator(nn.Module):
     """
 
     PATCH = 14
+    NOISE_START = -2.0  # before the softplus, which makes it 0.13
 
     def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
         super().__init__()
@@ -64,9 +68,10 @@ class PathwayGenerator(nn.Module):
         orthogonal_init(self)
         self.scores = nn.Linear(64, n_encoders)
         self.noise_scale = nn.Linear(64, n_encoders)
-        for head in (self.scores, self.noise_scale):
-            nn.init.zeros_(head.weight)
-            nn.init.zeros_(head.bias)
+        nn.init.orthogonal_(self.scores.weight)
+        nn.init.zeros_(self.scores.bias)
+        nn.init.zeros_(self.noise_scale.weight)
+        nn.init.constant_(self.noise_scale.bias, self.NOISE_START)
 
     def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
         """

@@ -55,7 +55,7 @@ def extractor_of(model: BaseAlgorithm) -> hubrl.HubFeaturesExtractor:
 
 
 def spread_scores(model: BaseAlgorithm) -> None:
-    """Scores that differ, as after some learning: the generator's heads start at zero."""
+    """Scores and noise that differ much between images, as after some learning."""
     torch.manual_seed(5)
     generator = extractor_of(model).pathway.generator
     for head in (generator.scores, generator.noise_scale):
@@ -320,6 +320,7 @@ def test_learn_save_load_and_copy(algorithm, settings, freeze, hub5: Path, tmp_p
 
 def test_frozen_encoders_stay_and_trained_ones_move(hub5: Path) -> None:
     model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5, freeze=["a", "b"])
+    spread_scores(model)  # so that each encoder is activated
     model.learn(64)
     for encoder in extractor_of(model).pathway.encoders:
         stored = load_file(hub5 / f"{encoder.spec.name}.safetensors")

@@ -21,8 +21,15 @@ def images_of(n_rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (n_rows, *IMAGES), dtype=torch.uint8, generator=generator)
 
 
+def undecided(generator: PathwayGenerator) -> PathwayGenerator:
+    """With scores of zero and noise of scale ln 2, whatever the image."""
+    for parameter in (*generator.scores.parameters(), *generator.noise_scale.parameters()):
+        torch.nn.init.zeros_(parameter)
+    return generator
+
+
 def noisy(pathway: HubPathway) -> HubPathway:
-    """With scores that differ: the generator's heads start at zero."""
+    """With scores and noise that differ much between images."""
     torch.manual_seed(1)
     for head in (pathway.generator.scores, pathway.generator.noise_scale):
         torch.nn.init.normal_(head.weight, std=0.3)
@@ -106,6 +113,7 @@ def test_an_encoder_runs_on_just_the_rows_that_activate_it(
 
 def test_weights_by_hand(hub: Path) -> None:
     pathway = HubPathway(hub, top_k=2)
+    undecided(pathway.generator)
     with torch.no_grad():
         pathway.generator.scores.bias.copy_(torch.tensor([0.5, 0.1, 0.2, 0.1, 0.1]).log())
     output = pathway.route(images_of(3), None)
@@ -119,6 +127,7 @@ def test_weights_by_hand(hub: Path) -> None:
 
 def test_one_activated_encoder_keeps_its_probability_as_weight(hub: Path) -> None:
     pathway = HubPathway(hub, top_k=1)
+    undecided(pathway.generator)
     output = pathway.route(images_of(2), None)
     # Renormalised it would be 1, and the task could not teach the generator.
     torch.testing.assert_close(output.weights.sum(dim=1), torch.full((2,), 0.2))
@@ -145,13 +154,14 @@ def test_given_activation_is_kept_and_minus_one_is_chosen(hub: Path) -> None:
 
 def test_noise_in_training_mode_only(hub: Path) -> None:
     pathway = HubPathway(hub, top_k=2)
+    undecided(pathway.generator)
     images = images_of(64)
     assert len({tuple(row) for row in pathway.train()(images).activated.tolist()}) > 5
     assert len({tuple(row) for row in pathway.eval()(images).activated.tolist()}) == 1
 
 
 def test_noise_is_scaled_by_the_softplus_of_the_noise_head() -> None:
-    generator = PathwayGenerator(4, (36, 36), 2)
+    generator = undecided(PathwayGenerator(4, (36, 36), 2))
     with torch.no_grad():
         generator.noise_scale.bias.copy_(torch.tensor([0.0, 1.0]))
     scores = generator(images_of(1), torch.tensor([[1.0, -2.0]]))
@@ -196,6 +206,17 @@ def test_bfloat16_is_close_and_the_generator_stays_float32(hub: Path) -> None:
     assert torch.equal(found.probabilities, expected.probabilities)
     difference = (found.features - expected.features).norm() / expected.features.norm()
     assert 0 < difference < 0.02
+
+
+def test_routing_starts_with_the_image_and_little_noise() -> None:
+    torch.manual_seed(0)
+    generator = PathwayGenerator(4, (36, 36), 5)
+    images = images_of(200)
+    scores = generator(images, None)
+    assert scores.std(dim=0).min() > 0.01
+    noise = generator(images, torch.ones(200, 5)) - scores
+    # softplus(-2) = ln(1 + e^-2) = 0.126928
+    torch.testing.assert_close(noise, torch.full((200, 5), 0.126928), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
