@@ -154,14 +154,13 @@ def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -
             f"architectures: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[spec.architecture]
-    trunk = _build_trunk(spec)
+    trunk, found_shape = _build_trunk(spec)
     orthogonal_init(trunk)
     path = hub.weights_path(spec)
     if pretrained and path is not None:
         _load_weights(trunk, read_weights(path, spec), spec, architecture.unused_layers)
-    encoder = Encoder(spec, trunk)
-    _check_features_dim(encoder)
-    return encoder
+    _check_features_dim(spec, found_shape)
+    return Encoder(spec, trunk)
 
 
 def read_weights(path: Path, spec: EncoderSpec) -> dict[str, Tensor]:
@@ -292,26 +291,21 @@ def _load_weights(
         ) from None
 
 
-def _build_trunk(spec: EncoderSpec) -> nn.Module:
+@torch.no_grad()
+def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
+    """The trunk, and the shape of the features of one image."""
     try:
-        trunk = ARCHITECTURES[spec.architecture].build(spec)
-        _features_shape(trunk, spec)
+        trunk = ARCHITECTURES[spec.architecture].build(spec).eval()
+        features = trunk(torch.zeros(1, spec.channels, *spec.image_size))
     except RuntimeError:  # a convolution without a pixel left
         raise ValueError(
             f"encoder {spec.name!r}: image_size {list(spec.image_size)} in its card is too small "
             f"for architecture {spec.architecture!r}; correct the card"
         ) from None
-    return trunk
+    return trunk, tuple(features.shape[1:])
 
 
-@torch.no_grad()
-def _features_shape(trunk: nn.Module, spec: EncoderSpec) -> tuple[int, ...]:
-    return tuple(trunk(torch.zeros(1, spec.channels, *spec.image_size)).shape[1:])
-
-
-def _check_features_dim(encoder: Encoder) -> None:
-    spec = encoder.spec
-    found = _features_shape(encoder.trunk, spec)
+def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:
     if found != (spec.features_dim,):
         raise ValueError(
             f"encoder {spec.name!r}: features_dim is {spec.features_dim} in its card, but the "

@@ -80,6 +80,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self.progress_remaining: float | None = None
         self._coef = _schedule(exploration_coef)
         self._statistics: deque[Tensor] = deque(maxlen=1000)
+        self._rollout_casts: dict[tuple[int, int], Tensor] = {}
         self._is_first = True
 
     @property
@@ -115,6 +116,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         """SB3 collects in evaluation mode: entering it begins a new rollout."""
         if self.training and not mode:
             self.replay.next_rollout()
+            self._rollout_casts = {}
         return super().train(mode)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
@@ -142,7 +144,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     def _collect(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
-        output = self.pathway.route(observations_BCHW, self.replay.noise(hash_B))
+        with self.pathway.aggregator.casts_kept(self._rollout_casts):
+            output = self.pathway.route(observations_BCHW, self.replay.noise(hash_B))
         self.replay.remember(hash_B, output.activated)
         return output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -112,27 +113,35 @@ class Aggregator(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(n, features_dim, bias=False) for n in features_dims)
         self.bias = nn.Parameter(torch.zeros(features_dim))
         orthogonal_init(self.blocks)
-        self._cast: dict[int, tuple[int, Tensor]] = {}
+        self._casts: dict[tuple[int, int], Tensor] | None = None
+
+    @contextlib.contextmanager
+    def casts_kept(self, casts: dict[tuple[int, int], Tensor]) -> Iterator[None]:
+        """
+        Inside, weights in another format are kept in ``casts``; only while no weight can change.
+
+        A rollout asks for them at each step, and casting takes longer than the product with a few
+        rows. A version alone would not do: SB3's polyak updates leave no trace on a tensor.
+        """
+        self._casts = casts
+        try:
+            yield
+        finally:
+            self._casts = None
 
     def block(self, i: int, features_RD: Tensor) -> Tensor:
         """``block_i o_i`` in the format of the features, (R, O)."""
         return F.linear(features_RD, self._weight(i, features_RD.dtype))
 
     def _weight(self, i: int, dtype: torch.dtype) -> Tensor:
-        """
-        The block's weight in another format.
-
-        Without grad the copy is kept until the weight changes: a rollout asks for it at each step,
-        and casting takes longer than the product with a few rows.
-        """
         weight = self.blocks[i].weight
         assert isinstance(weight, Tensor)
-        if torch.is_grad_enabled() or dtype == weight.dtype:
+        if self._casts is None:
             return weight.to(dtype)
-        version, cast = self._cast.get(i, (-1, weight))
-        if version != weight._version or cast.dtype != dtype or cast.device != weight.device:
-            version, cast = self._cast[i] = weight._version, weight.to(dtype)
-        return cast
+        key = (i, weight._version)
+        if key not in self._casts:
+            self._casts[key] = weight.to(dtype)
+        return self._casts[key]
 
 
 class EncoderList(nn.Module):

@@ -16,6 +16,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.utils import polyak_update
 
 import hubrl
 import hubrl.extractor
@@ -299,6 +300,20 @@ def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:
     first = FirstMinibatch(model)
     model.learn(32, callback=lambda *_: model.predict(model.observation_space.sample()) and True)
     assert first.errors[0] <= 1e-5
+
+
+def test_a_target_network_follows_its_polyak_updates_in_bfloat16(hub5: Path) -> None:
+    model = make(DQN, OFF_POLICY[0][1], hub5, precision="bfloat16")
+    observations = torch.rand(4, 4, 36, 36)
+    with torch.no_grad():
+        before = model.q_net_target(observations)
+        for parameter in model.q_net.parameters():
+            parameter.mul_(1.5)
+        polyak_update(model.q_net.parameters(), model.q_net_target.parameters(), tau=1.0)
+        model.policy.set_training_mode(False)
+        after, expected = model.q_net_target(observations), model.q_net(observations)
+    assert torch.equal(after, expected)
+    assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("freeze", [(), "all"])
