@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
@@ -11,6 +10,8 @@ import pydantic
 import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
+
+from hubrl.specs import closest
 
 #: Complete configurations that ship with hubrl, one for each algorithm.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"
@@ -285,12 +286,6 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
 def dump_config(config: RunConfig) -> str:
     """YAML that ``load_config`` reads back to an equal configuration."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def closest(word: str, allowed: Sequence[str]) -> str:
-    """``" (closest: 'x')"``, or nothing where no allowed word is near."""
-    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f" (closest: {matches[0]!r})" if matches else ""
 
 
 def _algorithm_sections() -> dict[str, type[Section]]:

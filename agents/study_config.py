@@ -9,7 +9,8 @@ from typing import Annotated, Any, NamedTuple, Self
 import pydantic
 from pydantic import Field
 
-from agents.config import Count, Integer, RunConfig, Section, closest, load_config, read_mapping
+from agents.config import Count, Integer, RunConfig, Section, load_config, read_mapping
+from hubrl.specs import closest
 
 #: What a study sets itself: key of a run -> key of the study.
 OWN_KEYS = {"env.id": "games", "train.seed": "seeds", "train.n_timesteps": "n_timesteps"}

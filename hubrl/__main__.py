@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import NoReturn
 
 import click
 
 from hubrl import cli
+from hubrl.specs import closest
 
 #: Each is the function ``command`` of the module ``hubrl.<name>``.
 COMMANDS = {
@@ -37,8 +37,7 @@ class LazyGroup(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            closest = difflib.get_close_matches(args[0], COMMANDS, n=1)
-            hint = f" (closest: {closest[0]})" if closest else ""
+            hint = closest(args[0], COMMANDS).replace("'", "")  # as one types it
             ctx.fail(f"no such command {args[0]!r}{hint}, commands: {', '.join(COMMANDS)}")
         return super().resolve_command(ctx, args)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
+from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec, closest
 
 # Shape letters: B batch, D features, C H W image.
 
@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         """What the card asks for: range, channels, size, mean and standard deviation."""
         if images_BCHW.dtype == torch.uint8:
             # Exact in bfloat16, too: it holds the integers up to 256.
-            images_BCHW = images_BCHW.to(dtype) / 255.0
+            images_BCHW = images_BCHW.to(dtype).div_(255.0)
         images_BCHW = _to_channels(images_BCHW, self.spec)
         if tuple(images_BCHW.shape[-2:]) != self.spec.image_size:
             images_BCHW = F.interpolate(
@@ -130,6 +130,14 @@ class Encoder(nn.Module):
         if self.spec.mean != (0.0,) or self.spec.std != (1.0,):
             images_BCHW = (images_BCHW - self.mean) / self.std
         return images_BCHW.to(dtype)
+
+    def cast(self, dtype: torch.dtype) -> Encoder:
+        """A copy that doesn't learn, whose layers hold what ``forward`` would cast each time."""
+        encoder = copy.deepcopy(self).requires_grad_(False)
+        for layer in encoder.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(dtype)
+        return encoder
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode; whether the weights learn is ``requires_grad``'s business."""
@@ -147,17 +155,19 @@ def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -
         has another sha256 or other layers than its card says
     """
     if spec.architecture not in ARCHITECTURES:
-        closest = difflib.get_close_matches(spec.architecture, ARCHITECTURES, n=1, cutoff=0.3)
-        hint = f" (closest: {closest[0]!r})" if closest else ""
+        hint = closest(spec.architecture, ARCHITECTURES)
         raise ValueError(
             f"encoder {spec.name!r}: architecture {spec.architecture!r} is unknown{hint}; "
             f"architectures: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[spec.architecture]
-    trunk, found_shape = _build_trunk(spec)
-    orthogonal_init(trunk)
-    path = hub.weights_path(spec)
-    if pretrained and path is not None:
+    path = hub.weights_path(spec) if pretrained else None
+    # A seeded agent must not depend on whether its encoders were built before it: weights from a
+    # file draw no random numbers.
+    with torch.random.fork_rng(devices=[], enabled=path is not None):
+        trunk, found_shape = _build_trunk(spec)
+        orthogonal_init(trunk)
+    if path is not None:
         _load_weights(trunk, read_weights(path, spec), spec, architecture.unused_layers)
     _check_features_dim(spec, found_shape)
     return Encoder(spec, trunk)

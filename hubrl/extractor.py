@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from hubrl.encoders import check_image_shape
 from hubrl.losses import attach_loss
-from hubrl.pathway import HubPathway, PathwayOutput
-from hubrl.replay import RoutingReplay
+from hubrl.pathway import Casts, HubPathway, PathwayOutput
+from hubrl.replay import FeatureCache, RoutingReplay
 from hubrl.specs import HubSpec, load_hub
 
-# Shape letters: B batch, E encoders, C H W image, O features out.
+# Shape letters: B batch, E encoders, C H W image, O features out,
+# R rows of the batch that activate one encoder, D its features.
 
 Schedule = float | Mapping[str, float]
 
@@ -80,7 +81,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self.progress_remaining: float | None = None
         self._coef = _schedule(exploration_coef)
         self._statistics: deque[Tensor] = deque(maxlen=1000)
-        self._rollout_casts: dict[tuple[int, int], Tensor] = {}
+        self._casts = Casts()
+        self._cache = FeatureCache()
         self._is_first = True
 
     @property
@@ -116,7 +118,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         """SB3 collects in evaluation mode: entering it begins a new rollout."""
         if self.training and not mode:
             self.replay.next_rollout()
-            self._rollout_casts = {}
+            self._casts = Casts()
+            self._cache.clear()
         return super().train(mode)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
@@ -144,15 +147,31 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     def _collect(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
-        with self.pathway.aggregator.casts_kept(self._rollout_casts):
-            output = self.pathway.route(observations_BCHW, self.replay.noise(hash_B))
+
+        def encode(i: int, rows_R: Tensor) -> Tensor:
+            features_RD = self.pathway.encode(i, observations_BCHW, rows_R, self._casts)
+            if self.pathway.encoders.is_frozen(i):
+                self._cache.store(i, hash_B[rows_R], features_RD)
+            return features_RD
+
+        noise_BE = self.replay.noise(hash_B)
+        output = self.pathway.route(observations_BCHW, noise_BE, casts=self._casts, encode=encode)
         self.replay.remember(hash_B, output.activated)
         return output
 
     def _learn(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
+
+        def encode(i: int, rows_R: Tensor) -> Tensor:
+            known_RD = None
+            if self.pathway.encoders.is_frozen(i):
+                known_RD = self._cache.find(i, hash_B[rows_R])
+            return (
+                self.pathway.encode(i, observations_BCHW, rows_R) if known_RD is None else known_RD
+            )
+
         noise_BE, activated_BK = self.replay.noise(hash_B), self.replay.recall(hash_B)
-        output = self.pathway.route(observations_BCHW, noise_BE, activated_BK)
+        output = self.pathway.route(observations_BCHW, noise_BE, activated_BK, encode=encode)
         self._keep_statistics(output)
         return output
 

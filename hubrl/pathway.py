@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -19,6 +18,10 @@ from hubrl.specs import EncoderSpec, HubSpec, load_hub
 
 # Shape letters: B batch, E encoders, K top k, D features of one encoder, O features out,
 # C H W image, R rows of the batch that activate one encoder.
+
+
+#: Features (R, D) of encoder i for rows (R,) of the batch.
+Encode = Callable[[int, Tensor], Tensor]
 
 
 class PathwayOutput(NamedTuple):
@@ -113,35 +116,40 @@ class Aggregator(nn.Module):
         self.blocks = nn.ModuleList(nn.Linear(n, features_dim, bias=False) for n in features_dims)
         self.bias = nn.Parameter(torch.zeros(features_dim))
         orthogonal_init(self.blocks)
-        self._casts: dict[tuple[int, int], Tensor] | None = None
 
-    @contextlib.contextmanager
-    def casts_kept(self, casts: dict[tuple[int, int], Tensor]) -> Iterator[None]:
-        """
-        Inside, weights in another format are kept in ``casts``; only while no weight can change.
-
-        A rollout asks for them at each step, and casting takes longer than the product with a few
-        rows. A version alone would not do: SB3's polyak updates leave no trace on a tensor.
-        """
-        self._casts = casts
-        try:
-            yield
-        finally:
-            self._casts = None
-
-    def block(self, i: int, features_RD: Tensor) -> Tensor:
+    def block(self, i: int, features_RD: Tensor, casts: Casts | None = None) -> Tensor:
         """``block_i o_i`` in the format of the features, (R, O)."""
-        return F.linear(features_RD, self._weight(i, features_RD.dtype))
-
-    def _weight(self, i: int, dtype: torch.dtype) -> Tensor:
         weight = self.blocks[i].weight
         assert isinstance(weight, Tensor)
-        if self._casts is None:
-            return weight.to(dtype)
-        key = (i, weight._version)
-        if key not in self._casts:
-            self._casts[key] = weight.to(dtype)
-        return self._casts[key]
+        dtype = features_RD.dtype
+        return F.linear(features_RD, casts.block(i, weight, dtype) if casts else weight.to(dtype))
+
+
+class Casts:
+    """
+    Weights in the format of computation, kept for a phase in which none changes.
+
+    A rollout needs them at each step, and for a few rows casting takes as long as computing.
+    Versions of weights alone would not do: SB3's polyak updates leave no trace on a tensor.
+    """
+
+    def __init__(self) -> None:
+        self._blocks: dict[object, Tensor] = {}
+        self._encoders: dict[object, Encoder] = {}
+
+    def block(self, i: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight of aggregation block i."""
+        key = (i, dtype, weight._version)
+        if key not in self._blocks:
+            self._blocks[key] = weight.detach().to(dtype)
+        return self._blocks[key]
+
+    def encoder(self, i: int, encoder: Encoder, dtype: torch.dtype) -> Encoder:
+        """Encoder i."""
+        key = (i, dtype, *(parameter._version for parameter in encoder.parameters()))
+        if key not in self._encoders:
+            self._encoders[key] = encoder.cast(dtype)
+        return self._encoders[key]
 
 
 class EncoderList(nn.Module):
@@ -182,6 +190,10 @@ class EncoderList(nn.Module):
 
     def __iter__(self) -> Iterator[Encoder]:
         return (self[i] for i in range(len(self)))
+
+    def is_frozen(self, index: int) -> bool:
+        """Whether no weight of the encoder learns at present."""
+        return not any(parameter.requires_grad for parameter in self[index].parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -272,7 +284,13 @@ class HubPathway(nn.Module):
         return self.route(images_BCHW, noise_BE)
 
     def route(
-        self, images_BCHW: Tensor, noise_BE: Tensor | None, activated_BK: Tensor | None = None
+        self,
+        images_BCHW: Tensor,
+        noise_BE: Tensor | None,
+        activated_BK: Tensor | None = None,
+        *,
+        casts: Casts | None = None,
+        encode: Encode | None = None,
     ) -> PathwayOutput:
         """
         Route the images with given noise and, if wished, a given activated set.
@@ -281,35 +299,67 @@ class HubPathway(nn.Module):
         :param noise_BE: standard normal numbers, or None for none
         :param activated_BK: encoders to activate, -1 where the scores shall choose; the weights
             over them follow from the scores in any case
+        :param casts: cast weights, to be used and added to; only while no weight changes
+        :param encode: gives an encoder's features of some rows; default: ``encode``, which runs it
         """
         probabilities_BE = self._probabilities(images_BCHW, noise_BE)
         chosen_BK = probabilities_BE.topk(self.top_k, dim=1).indices.sort(dim=1).values
         if activated_BK is not None:
             chosen_BK = activated_BK.where(activated_BK >= 0, chosen_BK)
         weights_BE = _pathway_weights(probabilities_BE, chosen_BK)
-        features_BO = self.aggregate(images_BCHW, weights_BE, chosen_BK)
+        features_BO = self.aggregate(images_BCHW, weights_BE, chosen_BK, casts=casts, encode=encode)
         loss = pathway_exploration_loss(probabilities_BE)
         return PathwayOutput(features_BO, weights_BE, chosen_BK, probabilities_BE, loss)
 
-    def aggregate(self, images_BCHW: Tensor, weights_BE: Tensor, activated_BK: Tensor) -> Tensor:
+    def aggregate(
+        self,
+        images_BCHW: Tensor,
+        weights_BE: Tensor,
+        activated_BK: Tensor,
+        *,
+        casts: Casts | None = None,
+        encode: Encode | None = None,
+    ) -> Tensor:
         """
         Dispatch each encoder on the rows that activate it; sum the weighted blocks.
 
         :param images_BCHW: uint8 in 0..255 or float in 0..1
         :param weights_BE: pathway weights
         :param activated_BK: the encoders that run for each image
+        :param casts: as in ``route``
+        :param encode: as in ``route``
         :return: (B, O) float32
         """
-        dtype = resolve_precision(self.precision, images_BCHW.device)
         features_BO = self.aggregator.bias.expand(len(images_BCHW), -1)
         for i, rows_R in enumerate(rows_of_encoders(activated_BK, len(self.encoders))):
             if len(rows_R) == 0:
                 continue
-            features_RD = self.encoders[i](_rows(images_BCHW, rows_R), dtype)
-            features_RO = self.aggregator.block(i, features_RD)
+            if encode is None:
+                features_RD = self.encode(i, images_BCHW, rows_R, casts)
+            else:
+                features_RD = encode(i, rows_R)
+            features_RO = self.aggregator.block(i, features_RD, casts)
             weighted_RO = features_RO.float() * weights_BE[rows_R, i, None]
             features_BO = features_BO.index_add(0, rows_R, weighted_RO)
         return features_BO.relu()
+
+    def encode(
+        self, i: int, images_BCHW: Tensor, rows_R: Tensor, casts: Casts | None = None
+    ) -> Tensor:
+        """
+        Run encoder i on some rows of the batch; (R, D) in the format of computation.
+
+        :param i: index of the encoder
+        :param images_BCHW: uint8 in 0..255 or float in 0..1
+        :param rows_R: indices of the rows, ascending
+        :param casts: as in ``route``
+        """
+        dtype = resolve_precision(self.precision, images_BCHW.device)
+        encoder = self.encoders[i]
+        if casts is not None:
+            encoder = casts.encoder(i, encoder, dtype)
+        features_RD: Tensor = encoder(_rows(images_BCHW, rows_R), dtype)
+        return features_RD
 
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
         if len(self.encoders) == 1:  # nothing to choose

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import shlex
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hubrl import cli
@@ -27,7 +27,7 @@ from hubrl.pretraining.frames import Player, Policy
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
-from hubrl.specs import EncoderSpec
+from hubrl.specs import EncoderSpec, closest
 
 cli.refuse_foreign_modules("agents", "envs")
 
@@ -36,13 +36,22 @@ from agents.callbacks import StopSignal  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
-from agents.runs import CsvTable, checkpoint_dir, derive_seed, open_run  # noqa: E402
+from agents.runs import (  # noqa: E402
+    PROGRESS_FILE,
+    CsvTable,
+    checkpoint_dir,
+    derive_seed,
+    open_run,
+)
 from envs.atari import AtariVecEnv, rom_name  # noqa: E402
 from hubrl import train  # noqa: E402
+from hubrl.pretraining.figures import draw_losses, draw_returns  # noqa: E402
+from hubrl.studies.figures import import_matplotlib  # noqa: E402
 
 OBJECTIVES = (*PRETEXTS, "ppo")
 STATE_FILE = "state.safetensors"
-LOSSES_FILE = "losses.csv"
+LOSSES_FILE, LOSSES_PICTURE = "losses.csv", "losses.png"
+RETURNS_PICTURE = "returns.png"
 
 DEFAULT_FRAMES = 200_000
 DEFAULT_AGENT_FRAMES = 1_000_000
@@ -78,8 +87,7 @@ class Settings:
     def __post_init__(self) -> None:
         self._check_envs()
         if self.objective not in OBJECTIVES:
-            closest = difflib.get_close_matches(self.objective, OBJECTIVES, n=1, cutoff=0.4)
-            hint = f" (closest: {closest[0]!r})" if closest else ""
+            hint = closest(self.objective, OBJECTIVES)
             raise ValueError(
                 f"objective {self.objective!r} is unknown{hint}; allowed: {', '.join(OBJECTIVES)}"
             )
@@ -175,12 +183,13 @@ def _self_supervised(member: Member, settings: Settings, device: str) -> Callabl
         training.load(file)
 
     def run() -> int:
-        stop, log = StopSignal(), Log(member.work, training)
+        stop, log = StopSignal(), Log(member.work, training, _title(settings))
         with stop.caught():
             while training.share_done < 1 and stop.number is None:
                 log.add(training.update())
                 if log.save_is_due():
                     training.save(file)
+                    log.draw()
         training.save(file)
         log.close()
         if stop.number is not None:
@@ -195,13 +204,9 @@ def _agent(member: Member, settings: Settings, device: str) -> Callable[[], int]
     """Set up; what is returned trains an agent by ``hubrl train``, and takes its encoder."""
     if settings.play != "random":
         config = _player_config(settings)
-        if config.hub.name != "none":
-            raise ValueError(
-                f"play is {settings.play}, an agent with the hub {config.hub.name!r}, but only "
-                "the encoder of one without a hub can be taken"
-            )
+        _check_taken(settings, config)
         model = _load_player(settings, config)
-        return lambda: _add_agent(member, settings, config, model)
+        return lambda: _add_agent(member, settings, config, model, Path(settings.play))
     folder = member.work / "run"
     is_begun = checkpoint_dir(folder, "last").is_dir()
 
@@ -215,25 +220,29 @@ def _agent(member: Member, settings: Settings, device: str) -> Callable[[], int]
             arguments += ["--run-dir", str(folder)]
         code = train.command.main(arguments, prog_name="hubrl train", standalone_mode=False)
         if code:
+            _draw_returns(member, settings, folder)
             return int(code)
         played = dataclasses.replace(settings, play=str(folder))
         config = _player_config(played)
-        return _add_agent(member, settings, config, _load_player(played, config))
+        return _add_agent(member, settings, config, _load_player(played, config), folder)
 
     return run
 
 
 class Log:
     """
-    Losses on the screen, in ``losses.csv`` and for TensorBoard, every ten seconds.
+    Losses on the screen, in ``losses.csv`` and for TensorBoard, every ten seconds; and a picture.
 
     :param folder: of the training's files
     :param training: whose progress is logged
+    :param title: of the picture
     """
 
-    def __init__(self, folder: Path, training: Trainer) -> None:
+    def __init__(self, folder: Path, training: Trainer, title: str) -> None:
         update = training.progress.update
         self._training = training
+        self._folder, self._title = folder, title
+        self._can_draw = _can_draw()
         self._table = CsvTable(folder / LOSSES_FILE, "update", update)
         self._events = SummaryWriter(str(folder), purge_step=update or None)
         self._line = self._save = time.monotonic()
@@ -256,11 +265,18 @@ class Log:
             self._save = time.monotonic()
         return due
 
+    def draw(self) -> None:
+        """Draw ``losses.csv`` as ``losses.png``, anew each time."""
+        if self._can_draw:
+            table, picture = self._folder / LOSSES_FILE, self._folder / LOSSES_PICTURE
+            draw_losses(table, picture, self._title)
+
     def close(self) -> None:
-        """Write the rest."""
+        """Write and draw the rest."""
         if self._n_updates:
             self._write()
         self._events.close()
+        self.draw()
 
     def _write(self) -> None:
         self.means = {name: round(v / self._n_updates, 4) for name, v in self._sums.items()}
@@ -299,9 +315,35 @@ def _make_env(env_id: str) -> AtariVecEnv:
     )
 
 
+def _can_draw() -> bool:
+    """Whether there will be pictures; says what they need where there won't."""
+    try:
+        import_matplotlib()
+    except ValueError as error:
+        print(f"no picture will be drawn: {error}", flush=True)
+        return False
+    return True
+
+
+def _title(settings: Settings) -> str:
+    """Objective and games, such as ``contrast on Pong, Qbert``."""
+    games = [env.removeprefix("ALE/").removesuffix("-v5") for env in settings.envs]
+    return f"{settings.objective} on {', '.join(games)}"
+
+
 def _policy(settings: Settings) -> Policy:
-    """The best actions of the agent that plays."""
+    """
+    The best actions of the agent that plays.
+
+    :raises ValueError: if it wants to see other images than those that encoders are trained on
+    """
     model = _load_player(settings, _player_config(settings))
+    seen, played = model.observation_space.shape, (FRAME_STACK, *IMAGE_SIZE)
+    if seen != played:
+        raise ValueError(
+            f"play is {settings.play}, an agent that sees images of {seen}, but encoders are "
+            f"trained on {played}; give a run without a hub, or with one of such images"
+        )
     return lambda observations: model.predict(observations, deterministic=True)[0]
 
 
@@ -312,6 +354,22 @@ def _player_config(settings: Settings) -> RunConfig:
         envs = ", ".join(settings.envs)
         raise ValueError(f"play is {settings.play}, an agent of {config.env.id}, but env is {envs}")
     return config
+
+
+def _check_taken(settings: Settings, config: RunConfig) -> None:
+    """
+    :raises ValueError: if the agent that ``play`` names has no encoder that can be taken
+    """
+    if config.algorithm.name != "ppo":
+        raise ValueError(
+            f"play is {settings.play}, an agent of {config.algorithm.name}, but objective ppo "
+            "takes the encoder of a PPO agent"
+        )
+    if config.hub.name != "none":
+        raise ValueError(
+            f"play is {settings.play}, an agent with the hub {config.hub.name!r}, but only "
+            "the encoder of one without a hub can be taken"
+        )
 
 
 def _load_player(settings: Settings, config: RunConfig) -> BaseAlgorithm:
@@ -330,12 +388,14 @@ def _add_self_supervised(
         "play": settings.play,
         "losses": means,
     }
-    file = member.add(training.encoder(), _facts(settings, facts))
-    print(f"added to the hub {member.out}: {file}", flush=True)
+    _add(member, training.encoder(), _facts(settings, facts))
 
 
-def _add_agent(member: Member, settings: Settings, config: RunConfig, model: BaseAlgorithm) -> int:
+def _add_agent(
+    member: Member, settings: Settings, config: RunConfig, model: BaseAlgorithm, run: Path
+) -> int:
     """Take the agent's encoder; the card compares the agent's play with random play."""
+    _draw_returns(member, settings, run)
     env = train.make_env(config, N_ENVS)
     seed = derive_seed(config.train.seed, "evaluate")
     deterministic = config.train.deterministic_eval
@@ -351,9 +411,20 @@ def _add_agent(member: Member, settings: Settings, config: RunConfig, model: Bas
         "score": _score(games.returns),
         "random_score": _score(_random_returns(env, seed)),
     }
-    file = member.add(tensors, _facts(settings, facts))
-    print(f"added to the hub {member.out}: {file}", flush=True)
+    _add(member, tensors, _facts(settings, facts))
     return 0
+
+
+def _draw_returns(member: Member, settings: Settings, run: Path) -> None:
+    """The returns of the agent's run as a picture among the files of the member's training."""
+    if _can_draw():
+        draw_returns(run / PROGRESS_FILE, member.work / RETURNS_PICTURE, _title(settings))
+
+
+def _add(member: Member, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    with cli.user_errors():
+        file = member.add(tensors, facts)
+    print(f"added to the hub {member.out}: {file}", flush=True)
 
 
 def _facts(settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:

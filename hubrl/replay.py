@@ -1,13 +1,15 @@
-"""Routing replay: one routing for an observation, from its collection to its last update."""
+"""Routing replay: one routing of an observation, from its collection to its last update."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Shape letters: B batch, E encoders, K top k, N bytes or numbers of one observation.
+# Shape letters: B batch, E encoders, K top k, N bytes or numbers of one observation,
+# R rows of the batch that activate one encoder, D its features.
 
 # Odd 64-bit constants of SplitMix64 (Steele, Lea, Flood 2014), as signed integers.
 GOLDEN = -7046029254386353131
@@ -33,7 +35,7 @@ class RoutingReplay(nn.Module):
         self.n_encoders = n_encoders
         self.register_buffer("key", torch.randint(1 << 62, ()))
         self._collected: list[tuple[Tensor, Tensor]] = []
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._table: _Table | None = None
 
     def next_rollout(self) -> None:
         """Forget the last rollout's routing and change the key."""
@@ -72,13 +74,63 @@ class RoutingReplay(nn.Module):
         if not self._collected:
             return None
         if self._table is None:
-            hashes, activated = (torch.cat(column) for column in zip(*self._collected, strict=True))
-            order = hashes.argsort()
-            self._table = hashes[order], activated[order]
-        hashes, activated = self._table
-        place_B = torch.searchsorted(hashes, hash_B).clamp_max(len(hashes) - 1)
-        known_B = hashes[place_B] == hash_B
-        return activated[place_B].where(known_B[:, None], -1)
+            self._table = _Table.of(self._collected)
+        place_B, known_B = self._table.places(hash_B)
+        return self._table.values[place_B].where(known_B[:, None], -1)
+
+
+class FeatureCache:
+    """
+    Features of frozen encoders, from an observation's collection to its last update.
+
+    The activated encoders of a collected observation stay the same for the whole iteration, so
+    only their features are needed: top_k times features_dim numbers for each observation.
+    """
+
+    def __init__(self) -> None:
+        self._stored: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._tables: dict[int, _Table] = {}
+
+    def clear(self) -> None:
+        """Forget all features."""
+        self._stored.clear()
+        self._tables.clear()
+
+    def store(self, i: int, hash_R: Tensor, features_RD: Tensor) -> None:
+        """Keep what encoder i made of the observations with these hashes."""
+        self._stored.setdefault(i, []).append((hash_R, features_RD))
+        self._tables.pop(i, None)
+
+    def find(self, i: int, hash_R: Tensor) -> Tensor | None:
+        """What encoder i made of these observations, (R, D); None unless all of them are known."""
+        if i not in self._stored:
+            return None
+        if i not in self._tables:
+            self._tables[i] = _Table.of(self._stored[i])
+        place_R, known_R = self._tables[i].places(hash_R)
+        return self._tables[i].values[place_R] if known_R.all() else None
+
+
+class _Table(NamedTuple):
+    """Values that are found by hash."""
+
+    hashes: Tensor
+    """(N,) int64, ascending."""
+    order: Tensor
+    """Their rows in ``values``, (N,)."""
+    values: Tensor
+    """(N, ...)."""
+
+    @classmethod
+    def of(cls, collected: list[tuple[Tensor, Tensor]]) -> _Table:
+        hashes, values = (torch.cat(column) for column in zip(*collected, strict=True))
+        hashes, order = hashes.sort()
+        return cls(hashes, order, values)
+
+    def places(self, hash_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows of ``values``, and whether they are the ones asked for; (B,) each."""
+        place_B = torch.searchsorted(self.hashes, hash_B).clamp_max(len(self.hashes) - 1)
+        return self.order[place_B], self.hashes[place_B] == hash_B
 
 
 def _as_int64(rows_BN: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -126,7 +127,7 @@ class HubSpec:
         if encoder not in self.encoder_names:
             raise ValueError(
                 f"hub {self.name!r} has no encoder {encoder!r}"
-                f"{_closest(encoder, self.encoder_names)}; it has: {', '.join(self.encoder_names)}"
+                f"{closest(encoder, self.encoder_names)}; it has: {', '.join(self.encoder_names)}"
             )
         chosen = self.encoders[self.encoder_names.index(encoder)]
         return dataclasses.replace(self, name=f"{self.name}:{encoder}", encoders=(chosen,))
@@ -160,18 +161,30 @@ def load_hub(hub: str | Path | HubSpec) -> HubSpec:
     file = _hub_file(name) if name else None
     if file is None:
         raise ValueError(
-            f"hub {str(hub)!r} is unknown{_closest(str(hub), list_hubs())}; "
+            f"hub {str(hub)!r} is unknown{closest(str(hub), list_hubs())}; "
             f"hubs: {', '.join(list_hubs())}; or give a folder with a {HUB_FILE}, or a YAML file"
         )
     return _read_hub(file).only(encoder)
 
 
 def save_hub(hub: HubSpec, folder: Path) -> None:
-    """Write the hub's cards to ``folder/hub.yaml``; ``load_hub(folder)`` reads them back."""
+    """
+    Write the hub's cards to ``folder/hub.yaml``, or replace it: as a whole or not at all.
+
+    ``load_hub(folder)`` reads them back.
+    """
     cards = [_card(encoder) for encoder in hub.encoders]
     data = {"name": hub.name, "description": hub.description, "encoders": cards}
     text = yaml.safe_dump(data, sort_keys=False, width=100, allow_unicode=True)
-    (folder / HUB_FILE).write_text(text)
+    temporary = folder / f".{HUB_FILE}.new"
+    temporary.write_text(text)
+    os.replace(temporary, folder / HUB_FILE)
+
+
+def closest(word: str, allowed: Iterable[str]) -> str:
+    """``" (closest: 'x')"`` for an error message, or nothing where no allowed word is near."""
+    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
+    return f" (closest: {matches[0]!r})" if matches else ""
 
 
 def _card(spec: EncoderSpec) -> dict[str, Any]:
@@ -240,7 +253,7 @@ def _check_keys(
     for key in data:
         if key not in names:
             raise ValueError(
-                f"{where} has an unknown key {key!r}{_closest(str(key), names)}; "
+                f"{where} has an unknown key {key!r}{closest(str(key), names)}; "
                 f"keys: {', '.join(names)}"
             )
     for field in fields:
@@ -249,8 +262,3 @@ def _check_keys(
         )
         if required and field.name not in data:
             raise ValueError(f"{where} lacks the key {field.name!r}")
-
-
-def _closest(word: str, allowed: tuple[str, ...] | list[str]) -> str:
-    matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
-    return f" (closest: {matches[0]!r})" if matches else ""

@@ -1,8 +1,11 @@
-"""Tensors in files and in dictionaries: replaced as a whole, found by prefix."""
+"""Files that are replaced as a whole and locked, tensors that are found by prefix."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -14,8 +17,23 @@ def save_tensors(
 ) -> None:
     """Write a safetensors file, or replace it: as a whole or not at all."""
     temporary = file.with_name(f".{file.name}.new")
+    temporary.touch()  # with the rights that a new file has here: safetensors hides it from others
+    rights = temporary.stat().st_mode
     save_file({key: t.detach().contiguous() for key, t in tensors.items()}, temporary, metadata)
+    temporary.chmod(rights)
     os.replace(temporary, file)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """
+    Inside, no other process or thread is inside with the same file; the others wait.
+
+    :param file: made if it isn't there; it stays, for a removed one would lock nobody out
+    """
+    with file.open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from hubrl.encoders import build_encoder, file_sha256, golden_features
-from hubrl.pretraining.files import save_tensors
+from hubrl.pretraining.files import locked, save_tensors
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub, save_hub
 
 WORK_FOLDER = ".pretrain"
 SETTINGS_FILE = "settings.json"
+LOCK_FILE = ".lock"  # no encoder's name begins with a dot
 
 
 class Member:
@@ -53,9 +54,23 @@ class Member:
         """
         Write the weights, then the card; returns the weight file.
 
+        Commands that finish at the same moment take turns: each adds to what the other has written.
+
         :param tensors: of the encoder, named as in SB3's NatureCNN
         :param pretraining: facts for the card
+        :raises ValueError: if another command has added an encoder of this name in the meantime
         """
+        folder = self.out / WORK_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / LOCK_FILE):
+            if self.is_complete():
+                raise ValueError(
+                    f"name {self.card.name!r} was taken in the hub {self.out} by another command "
+                    "in the meantime, and nothing was written; give another --name"
+                )
+            return self._add(tensors, pretraining)
+
+    def _add(self, tensors: dict[str, Tensor], pretraining: Mapping[str, Any]) -> Path:
         file = self.out / f"{self.card.name}.safetensors"
         save_tensors(tensors, file)
         card = dataclasses.replace(
@@ -64,7 +79,6 @@ class Member:
         alone = HubSpec(name=card.name, encoders=(card,), folder=self.out)
         card = dataclasses.replace(card, golden=golden_features(build_encoder(alone, card)))
         if (self.out / HUB_FILE).exists():
-            # Read now: another command may have added a member in the meantime.
             hub = load_hub(self.out)
             hub = dataclasses.replace(hub, encoders=(*hub.encoders, card))
         else:

@@ -9,8 +9,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from sb3_contrib import QRDQN
 from small_runs import small_config, small_env
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
@@ -77,6 +78,20 @@ def test_pretrained_weights_are_intact(algorithm: str, hub5: Path) -> None:
             assert path is not None
             for key, value in read_weights(path, spec).items():
                 assert torch.equal(encoder.trunk.state_dict()[key], value)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn", "qrdqn"])
+def test_the_optimizer_is_sb3s_but_fused(algorithm: str) -> None:
+    plain = {"ppo": PPO, "dqn": DQN, "qrdqn": QRDQN}[algorithm]
+    theirs = plain("CnnPolicy", small_env()).policy.optimizer
+    ours = build(algorithm).policy.optimizer
+    assert type(ours) is type(theirs)
+    section = small_config(algorithm).algorithm
+    eps = 0.01 / section.batch_size if algorithm == "qrdqn" else theirs.defaults["eps"]
+    assert ours.defaults["fused"]
+    assert ours.defaults["eps"] == eps
+    assert ours.defaults["betas"] == theirs.defaults["betas"]
+    assert ours.defaults["weight_decay"] == theirs.defaults["weight_decay"] == 0
 
 
 def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:

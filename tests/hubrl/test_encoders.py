@@ -274,3 +274,26 @@ def test_golden_features_see_the_newest_of_a_stack(mixed_hub: Path) -> None:
     weights = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 1.0]
     expected = (features * torch.tensor(weights)).sum(dim=1) / sum(weights)
     assert golden_features(encoder)[4:] == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_weights_from_a_file_draw_no_random_numbers(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    build_encoder(hub, hub.encoders[0])
+    assert torch.equal(torch.rand(1), expected)
+    torch.manual_seed(3)
+    build_encoder(hub, hub.encoders[0], pretrained=False)
+    assert not torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cast_encoder_gives_the_same_numbers_and_does_not_learn(hub5: Path, dtype) -> None:
+    hub = load_hub(hub5)
+    encoder = build_encoder(hub, hub.encoders[0])
+    cast = encoder.cast(dtype)
+    images = torch.randint(0, 256, (3, 4, 36, 36), dtype=torch.uint8)
+    assert torch.equal(cast(images, dtype), encoder(images, dtype))
+    assert all(p.dtype == dtype and not p.requires_grad for p in cast.parameters())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in encoder.parameters())

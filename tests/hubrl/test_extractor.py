@@ -172,9 +172,9 @@ def test_predict_is_free_of_noise(algorithm, settings, hub5: Path, monkeypatch) 
     seen = []
     route = hubrl.HubPathway.route
 
-    def spy(self, images, noise_BE, activated_BK=None):
+    def spy(self, images, noise_BE, *args, **kwargs):
         seen.append(noise_BE)
-        return route(self, images, noise_BE, activated_BK)
+        return route(self, images, noise_BE, *args, **kwargs)
 
     monkeypatch.setattr(hubrl.HubPathway, "route", spy)
     for _ in range(3):
@@ -193,10 +193,10 @@ def test_off_policy_has_noise_in_learning_alone(algorithm, settings, hub5, monke
     noisy = []
     route = hubrl.HubPathway.route
 
-    def spy(self, images, noise_BE, activated_BK=None):
+    def spy(self, images, noise_BE, *args, **kwargs):
         assert (noise_BE is not None) == torch.is_grad_enabled()
         noisy.append(noise_BE is not None)
-        return route(self, images, noise_BE, activated_BK)
+        return route(self, images, noise_BE, *args, **kwargs)
 
     monkeypatch.setattr(hubrl.HubPathway, "route", spy)
     model.learn(32)
@@ -292,6 +292,59 @@ def test_the_set_stays_and_the_weights_move_during_an_update(hub5: Path, monkeyp
     assert not torch.equal(before, extractor.pathway.generator.scores.weight)
     assert len(seen) == 32
     assert all(len(rows) == 1 for rows in seen.values())
+
+
+def test_frozen_encoders_run_once_for_an_observation(hub5: Path, monkeypatch) -> None:
+    model = make(PPO, {"n_steps": 32, "batch_size": 8, "n_epochs": 3}, hub5, freeze=["a", "b"])
+    spread_scores(model)
+    pathway = extractor_of(model).pathway
+    rows = {(name, grad): 0 for name in "abcde" for grad in (False, True)}
+    encode = pathway.encode
+
+    def counted(i, images, rows_R, casts=None):
+        rows["abcde"[i], torch.is_grad_enabled()] += len(rows_R)
+        return encode(i, images, rows_R, casts)
+
+    monkeypatch.setattr(pathway, "encode", counted)
+    model.learn(32)
+    assert rows["a", True] == rows["b", True] == 0
+    assert rows["a", False] + rows["b", False] > 0
+    assert sum(rows[name, True] for name in "cde") > 0
+
+
+def test_cached_features_give_the_update_that_running_the_encoders_gives(
+    hub5: Path, monkeypatch
+) -> None:
+    def weights_after(is_cached: bool) -> dict[str, torch.Tensor]:
+        model = make(PPO, {"n_steps": 32, "batch_size": 8}, hub5, freeze="all")
+        spread_scores(model)
+        model.env.envs[0].unwrapped.observation_space.seed(0)
+        if not is_cached:
+            monkeypatch.setattr(extractor_of(model)._cache, "find", lambda i, hash_R: None)
+        model.learn(32)
+        return model.policy.state_dict()
+
+    cached, run = weights_after(True), weights_after(False)
+    assert cached.keys() == run.keys()
+    for key in cached:
+        torch.testing.assert_close(cached[key], run[key], atol=1e-5, rtol=0, msg=key)
+
+
+def test_an_encoder_that_is_thawed_runs_and_learns_again(hub5: Path) -> None:
+    model = make(PPO, {"n_steps": 32, "batch_size": 8}, hub5, freeze="all", random_init=True)
+    spread_scores(model)
+    model.learn(32)
+    encoders = list(extractor_of(model).pathway.encoders)
+    before = [copy.deepcopy(encoder.state_dict()) for encoder in encoders]
+    for encoder in encoders:
+        encoder.requires_grad_(True)
+    # Collected while frozen: features in the cache must not stand in for encoders that learn.
+    model.train()
+    changed = [
+        any(not torch.equal(old[key], value) for key, value in encoder.state_dict().items())
+        for old, encoder in zip(before, encoders, strict=True)
+    ]
+    assert any(changed)
 
 
 def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:

@@ -219,6 +219,31 @@ def test_routing_starts_with_the_image_and_little_noise() -> None:
     torch.testing.assert_close(noise, torch.full((200, 5), 0.126928), atol=1e-5, rtol=0)
 
 
+def images_with_a_ball(n_images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """One scene in which only a ball of 2x2 pixels moves; and whether it is on the right."""
+    scene = torch.zeros(4, 84, 84, dtype=torch.uint8)
+    scene[:, 10:30], scene[:, :, :4], scene[:, 78:80, 30:44] = 120, 90, 160
+    images = scene.repeat(n_images, 1, 1, 1)
+    top, left = torch.randint(0, 83, (2, n_images))
+    for image, y, x in zip(images, top.tolist(), left.tolist(), strict=True):
+        image[:, y : y + 2, x : x + 2] = 200
+    return images, (left > 41).long()
+
+
+def test_the_small_generator_sees_a_ball_of_2x2_pixels() -> None:
+    torch.manual_seed(0)
+    generator = PathwayGenerator(4, (84, 84), 2)
+    optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
+    for _ in range(300):
+        images, is_right = images_with_a_ball(32)
+        loss = torch.nn.functional.cross_entropy(generator(images, None), is_right)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    images, is_right = images_with_a_ball(500)
+    assert (generator(images, None).argmax(dim=1) == is_right).float().mean() > 0.8
+
+
 @pytest.mark.parametrize("top_k", [0, 6])
 def test_top_k_outside_its_range(hub: Path, top_k: int) -> None:
     with pytest.raises(ValueError, match=f"top_k is {top_k}, allowed: 1..5, the number of enc"):

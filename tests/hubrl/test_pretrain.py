@@ -1,5 +1,6 @@
 """``hubrl pretrain``: resuming, the hub that it writes, what it refuses, and that it learns."""
 
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -8,6 +9,8 @@ import math
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +19,18 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from small_runs import write_small_config
+from small_runs import small_config, write_small_config
 
 from hubrl import load_hub, pretrain, train
 from hubrl.encoders import NatureConv, build_encoder
 from hubrl.pretrain import Settings, command
+from hubrl.pretraining import member as member_module
 from hubrl.pretraining import trainer
+from hubrl.pretraining.frames import Places
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
+from hubrl.specs import save_hub
 
 GAMES = ("ALE/Pong-v5", "ALE/Qbert-v5")
 
@@ -139,6 +145,10 @@ def test_the_command_writes_a_hub_that_loads(tmp_path):
     with (out / ".pretrain" / "pong" / "losses.csv").open() as file:
         assert [row["update"] for row in csv.DictReader(file)] == ["2"]
     assert list((out / ".pretrain" / "pong").glob("events.*"))
+    assert (out / ".pretrain" / "pong" / "losses.png").is_file()
+    rights = [(out / name).stat().st_mode for name in ("pong.safetensors", "hub.yaml")]
+    assert rights[0] == rights[1]
+    assert {file.name for file in out.iterdir()} == {".pretrain", "hub.yaml", "pong.safetensors"}
     assert "complete" not in run(*arguments, "--name", "another")
     assert load_hub(out).encoder_names == ("pong", "another")
     assert "already" in run(*arguments)
@@ -157,9 +167,11 @@ def test_an_unfinished_run_goes_on(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "update", stop_after_two)
     monkeypatch.setattr(pretrain, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(pretrain, "LINE_SECONDS", 0.0)
     with pytest.raises(RuntimeError, match="power cut"):
         run(*arguments)
     assert not (tmp_path / "hub" / "hub.yaml").exists()
+    assert (tmp_path / "hub" / ".pretrain" / "pong" / "losses.png").is_file()
     run(*arguments)
     assert seen == [0, 1, 2, 2, 3]
     assert load_hub(tmp_path / "hub").encoders[0].pretraining["updates"] == 4
@@ -211,6 +223,32 @@ def test_a_name_that_the_hub_has_from_elsewhere_is_refused(tmp_path):
         make_member(tmp_path)
 
 
+def test_a_name_that_another_command_took_in_the_meantime_is_refused(tmp_path):
+    first, second = make_member(tmp_path), make_member(tmp_path)
+    first.add(NatureConv(4).state_dict(), {})
+    weights = (tmp_path / "pong.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"name 'pong' was taken .* nothing was written; give ano"):
+        second.add(NatureConv(4).state_dict(), {})
+    assert (tmp_path / "pong.safetensors").read_bytes() == weights
+
+
+def test_two_commands_that_finish_at_the_same_moment_lose_no_card(tmp_path, monkeypatch):
+    make_member(tmp_path, "first").add(NatureConv(4).state_dict(), {})
+    both_have_read = threading.Barrier(2)
+
+    def save_late(hub, folder):
+        with contextlib.suppress(threading.BrokenBarrierError):  # with the lock, one waits alone
+            both_have_read.wait(timeout=0.5)
+        save_hub(hub, folder)
+
+    monkeypatch.setattr(member_module, "save_hub", save_late)
+    members = [make_member(tmp_path, name) for name in ("left", "right")]
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(m.add, NatureConv(4).state_dict(), {}) for m in members]:
+            assert done.result().is_file()
+    assert set(load_hub(tmp_path).encoder_names) == {"first", "left", "right"}
+
+
 def test_a_wrong_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="encoder name 'Pong!' must be lower case"):
         make_member(tmp_path, "Pong!")
@@ -235,6 +273,22 @@ def test_mistakes_exit_2_with_one_line_and_write_nothing(tmp_path):
     assert "ALE/Pogn-v5" in done.stderr
     assert "ALE/Pong-v5" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_without_matplotlib_there_are_no_pictures_but_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    log = pretrain.Log(tmp_path, make_trainer("inverse"), "inverse on Pong")
+    log.add({"inverse": 1.0})
+    log.close()
+    line = "no picture will be drawn: figures need matplotlib: pip install 'hubrl[plot]'"
+    assert capsys.readouterr().out.count(line) == 1
+    assert (tmp_path / "losses.csv").is_file()
+    assert not (tmp_path / "losses.png").exists()
+
+
+def test_a_picture_is_titled_by_objective_and_games():
+    settings = Settings(envs=GAMES, objective="contrast")
+    assert pretrain._title(settings) == "contrast on Pong, Qbert"
 
 
 def test_the_mean_score_and_its_interval():
@@ -265,6 +319,8 @@ def breakout_run(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_encoder_of_an_agent_becomes_a_member(breakout_run, tmp_path):
+    rows = "time/total_timesteps,rollout/ep_rew_mean\n16,\n32,1.5\n"
+    (breakout_run / "progress.csv").write_text(rows)
     arguments = ("--env", "ALE/Breakout-v5", "--objective", "ppo", "--play", str(breakout_run))
     run(*arguments, "--out", str(tmp_path / "hub"))
     hub = load_hub(tmp_path / "hub")
@@ -276,14 +332,43 @@ def test_the_encoder_of_an_agent_becomes_a_member(breakout_run, tmp_path):
     torch.testing.assert_close(kept.float(), expected, rtol=1e-3, atol=1e-7)
     facts = hub.encoders[0].pretraining
     assert facts["frames"] == 32
+    assert (tmp_path / "hub" / ".pretrain" / "breakout" / "returns.png").is_file()
+    assert not list(breakout_run.rglob("*.png"))
     for score in (facts["score"], facts["random_score"]):
         assert score["interval95"][0] <= score["mean"] <= score["interval95"][1]
 
 
-def test_an_agent_plays_for_another_objective(breakout_run, tmp_path):
-    arguments = ("--env", "ALE/Breakout-v5", "--objective", "inverse", "--play", str(breakout_run))
+@pytest.mark.parametrize("objective", ["contrast", "inverse"])
+def test_an_agent_plays_for_another_objective(objective, breakout_run, tmp_path):
+    arguments = ("--env", "ALE/Breakout-v5", "--objective", objective, "--play", str(breakout_run))
     run(*arguments, "--out", str(tmp_path / "hub"), "-n", "160")
     assert load_hub(tmp_path / "hub").encoders[0].pretraining["play"] == str(breakout_run)
+
+
+def test_the_frames_are_those_of_the_agents_actions(breakout_run):
+    play = {"envs": ("ALE/Breakout-v5",), "play": str(breakout_run)}
+    settings = Settings(objective="contrast", **play)
+    (player,) = pretrain._make_players(settings)
+    player.play_until(20)
+    # The first environment has no random actions; a stack needs four frames to be read back.
+    places = Places(np.arange(3, 20), np.zeros(17, dtype=np.int64))
+    model = pretrain._load_player(settings, pretrain._player_config(settings))
+    best = model.predict(player.frames.observations(places), deterministic=True)[0]
+    assert player.frames.actions(places).tolist() == best.tolist()
+
+
+def test_an_agent_that_sees_other_images_is_refused(breakout_run, hub5, tmp_path, monkeypatch):
+    folder = tmp_path / "run36"
+    overrides = {"env__id": "ALE/Breakout-v5", "train__n_timesteps": 32, "hub__name": str(hub5)}
+    config = write_small_config(tmp_path / "agent36.yaml", **overrides)
+    arguments = ["--config", str(config), "--run-dir", str(folder)]
+    assert train.command.main(arguments, standalone_mode=False) == 0
+    arguments = ["--env", "ALE/Breakout-v5", "--objective", "contrast", "--play", str(folder)]
+    result = CliRunner().invoke(command, [*arguments, "--out", str(tmp_path / "hub")])
+    assert result.exit_code == 2
+    message = r"sees images of \(4, 36, 36\), but encoders are trained on \(4, 84, 84\); give a run"
+    assert re.search(message, result.output)
+    assert not (tmp_path / "hub").exists()
 
 
 @pytest.mark.parametrize("objective", ["ppo", "inverse"])
@@ -297,6 +382,12 @@ def test_a_player_of_another_game_or_no_player_is_refused(objective, breakout_ru
         assert result.exit_code == 2
         assert re.search(message, result.output)
     assert not (tmp_path / "hub").exists()
+
+
+def test_the_encoder_of_an_agent_of_another_algorithm_is_refused(breakout_run):
+    settings = Settings(envs=("ALE/Breakout-v5",), objective="ppo", play=str(breakout_run))
+    with pytest.raises(ValueError, match=r"an agent of dqn, but objective ppo takes the encoder"):
+        pretrain._check_taken(settings, small_config("dqn"))
 
 
 def test_the_encoder_of_an_agent_with_a_hub_is_refused(hub_run, tmp_path):
@@ -323,6 +414,7 @@ def test_an_agent_is_trained_and_its_encoder_taken(tmp_path, monkeypatch):
     run(*arguments, "--out", str(tmp_path / "hub"))
     facts = load_hub(tmp_path / "hub").encoders[0].pretraining
     assert (facts["objective"], facts["frames"]) == ("ppo", 1024)
+    assert (tmp_path / "hub" / ".pretrain" / "breakout" / "returns.png").is_file()
 
 
 @pytest.mark.slow

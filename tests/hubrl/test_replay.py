@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hubrl.replay import RoutingReplay
+from hubrl.replay import FeatureCache, RoutingReplay
 
 
 def python_mix(z: int) -> int:
@@ -81,3 +81,19 @@ def test_activated_encoders_are_found_again() -> None:
     assert found.tolist() == [[1, 4], [-1, -1], [2, 3], [-1, -1], [0, 1]]
     replay.next_rollout()
     assert replay.recall(torch.tensor([20])) is None
+
+
+def test_cached_features_are_found_by_hash() -> None:
+    cache = FeatureCache()
+    assert cache.find(0, torch.tensor([1])) is None
+    cache.store(0, torch.tensor([5, 3]), torch.tensor([[5.0], [3.0]]))
+    cache.store(0, torch.tensor([-4]), torch.tensor([[-4.0]]))
+    cache.store(1, torch.tensor([7]), torch.tensor([[70.0]]))
+    found = cache.find(0, torch.tensor([3, -4, 5, 3]))
+    assert found is not None
+    assert found.flatten().tolist() == [3, -4, 5, 3]
+    assert cache.find(0, torch.tensor([3, 7])) is None, "only if all of them are known"
+    cache.store(0, torch.tensor([7]), torch.tensor([[7.0]]))
+    assert cache.find(0, torch.tensor([7])).tolist() == [[7.0]]
+    cache.clear()
+    assert cache.find(0, torch.tensor([3])) is None

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_hubs import nature_spec, write_hub
 
-from hubrl.specs import EncoderSpec, HubSpec, list_hubs, load_hub, save_hub
+from hubrl.specs import EncoderSpec, HubSpec, closest, list_hubs, load_hub, save_hub
 
 
 def test_cards_survive_writing_and_reading(hub5: Path) -> None:
@@ -101,6 +101,13 @@ def test_unknown_hub_names_the_closest(monkeypatch: pytest.MonkeyPatch, tmp_path
         load_hub("nowhere:pong")
     with pytest.raises(ValueError, match=r"no encoder 'pnog' \(closest: 'pong'\); it has: pong"):
         load_hub("atari5:pnog")
+
+
+def test_the_closest_word() -> None:
+    assert closest("contrats", ("inverse", "contrast")) == " (closest: 'contrast')"
+    assert closest("inverse2", {"inverse": 1, "contrast": 2}) == " (closest: 'inverse')"
+    assert closest("zzz", ["inverse", "contrast"]) == ""
+    assert closest("zzz", []) == ""
 
 
 @pytest.mark.parametrize(
