@@ -126,6 +126,39 @@ def test_the_baseline_is_sb3s() -> None:
             model.learn(64)
 
 
+@pytest.mark.parametrize("freeze", ["", "all"])
+def test_the_fast_path_gives_the_update_of_the_plain_one(freeze: str, hub5: Path) -> None:
+    """Bytes, kept features and fused Adam against SB3's floats, encoders that run, and its Adam."""
+    ours = build(hub=hub5, hub__freeze=[freeze] if freeze else [], train__seed=7)
+    settings = {"hub": str(hub5), "precision": "float32", "freeze": freeze or ()}
+    theirs = PPO(
+        "CnnPolicy",
+        small_env(),
+        n_steps=16,
+        batch_size=16,
+        n_epochs=4,
+        ent_coef=0.01,
+        seed=7,
+        policy_kwargs={
+            "features_extractor_class": HubFeaturesExtractor,
+            "features_extractor_kwargs": settings,
+            "net_arch": [],
+        },
+    )
+    theirs.clip_range, theirs.lr_schedule = ours.clip_range, ours.lr_schedule
+    (extractor,) = extractors(theirs, HubFeaturesExtractor)
+    hash_bytes = extractor.replay.hash  # the noise follows from the bytes that the extractor gets
+    extractor.replay.hash = lambda images: hash_bytes((images * 255).round().to(torch.uint8))
+    extractor._cache.find = lambda i, hash_R: None
+    for model in (ours, theirs):
+        model.set_random_seed(7)
+        model.learn(64)
+    mine, other = ours.policy.state_dict(), theirs.policy.state_dict()
+    assert mine.keys() == other.keys()
+    for key in mine:
+        torch.testing.assert_close(mine[key], other[key], atol=1e-5, rtol=0, msg=key)
+
+
 @pytest.mark.parametrize("algorithm", ALGOS)
 @pytest.mark.parametrize("hub", ["none", "hub5"])
 def test_uint8_images_give_the_features_that_sb3s_way_gives(
