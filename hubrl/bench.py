@@ -1,67 +1,33 @@
-"""``hubrl bench``: speed against what a user would run instead, both sides in one process."""
+"""``hubrl bench``: speed against what a user would run instead, both sides in one run."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ale_py
 import click
-import gymnasium
 import torch
 from rich.console import Console
 from rich.table import Table
-from stable_baselines3 import PPO
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack
-from torch import Tensor
 
 from hubrl import cli
-from hubrl.pathway import HubPathway
 from hubrl.precision import fast_dtype
-from hubrl.specs import EncoderSpec, HubSpec
 
 cli.refuse_foreign_modules("agents", "envs")
 
-from agents.algorithms import build_model, resolve  # noqa: E402
-from agents.config import built_in_config, load_config  # noqa: E402
-from envs import make_vec_env  # noqa: E402
-
-gymnasium.register_envs(ale_py)
-
-GAME = "Breakout"
-N_ENVS = 8
-PPO_ROUNDS = 5
-ROLLOUT = 1024  # agent steps of one PPO iteration, on both sides
-
-Timed = Callable[[], Any]
-
-
-class Result(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    ratio: float
-    """Ours divided by theirs."""
-    goal: float
-    ours: float
-    """Median."""
-    theirs: float
-    """Median."""
-    unit: str
-
-    @property
-    def is_met(self) -> bool:
-        """Times should be low, speeds high."""
-        return self.ratio <= self.goal if self.unit == "ms" else self.ratio >= self.goal
+from hubrl.benches.measuring import Result  # noqa: E402
+from hubrl.benches.networks import measure_cache, measure_dispatch, measure_generator  # noqa: E402
+from hubrl.benches.processes import measure_load, measure_memory  # noqa: E402
+from hubrl.benches.training import (  # noqa: E402
+    measure_dqn,
+    measure_env,
+    measure_hub_size,
+    measure_ppo,
+)
 
 
 class Bench(NamedTuple):
@@ -84,11 +50,13 @@ def command(name: str, file: Path | None) -> None:
         chosen = _choose(name)
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+    facts = machine()
     results = []
     for bench in chosen:
+        click.echo(f"measuring {', '.join(bench.names)} ...", err=True)
         results += [result for result in bench.measure() if _matches(result.name, name)]
     if file is not None:
-        rows = [result._asdict() | {"machine": machine()} for result in results]
+        rows = [result._asdict() | {"machine": facts} for result in results]
         file.write_text(json.dumps(rows, indent=1) + "\n")
     _print(results)
 
@@ -110,60 +78,20 @@ def machine() -> dict[str, Any]:
     }
 
 
-def interleave(sides: dict[str, Timed], rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """
-    Median seconds of each side, measured in turns so that a slow phase of the machine hits all.
-
-    :param sides: what to time, by name
-    :param rounds: measurements of each
-    :param warm_up: unmeasured calls of each before them
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(warm_up + rounds):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
-def measure_dispatch() -> list[Result]:
-    """Two of five NatureCNN routed, generator included, against all five; 32: in float32."""
-    return [
-        _dispatch("dispatch.update", goal=0.46, batch=256, backward=True),
-        _dispatch("dispatch.update32", goal=0.46, batch=256, backward=True, precision="float32"),
-        _dispatch("dispatch.rollout", goal=0.55, batch=16, backward=False),
-        _dispatch("dispatch.rollout8", goal=0.65, batch=8, backward=False),
-    ]
-
-
-def measure_ppo() -> list[Result]:
-    """PPO end to end: with the hub, and without it, against plain SB3."""
-    with contextlib.ExitStack() as stack:
-        ours = {"ppo.trained": _our_ppo("atari5"), "ppo.none": _our_ppo("none")}
-        theirs = {kind.__name__: _plain_ppo(kind) for kind in (DummyVecEnv, SubprocVecEnv)}
-        for model in [*ours.values(), *theirs.values()]:
-            assert model.env is not None
-            stack.callback(model.env.close)
-        sides = {name: _iteration(model) for name, model in {**ours, **theirs}.items()}
-        seconds = interleave(sides, rounds=PPO_ROUNDS, warm_up=1)
-    speed = {name: ROLLOUT / value for name, value in seconds.items()}
-    plain = max(speed[name] for name in theirs)
-    goals = {"ppo.trained": 0.8, "ppo.none": 1.5}
-    return [
-        Result(name, speed[name] / plain, goals[name], speed[name], plain, "steps/s")
-        for name in ours
-    ]
-
-
 #: In the order of the table.
 BENCHES = (
     Bench(
         ("dispatch.update", "dispatch.update32", "dispatch.rollout", "dispatch.rollout8"),
         measure_dispatch,
     ),
-    Bench(("ppo.trained", "ppo.none"), measure_ppo),
+    Bench(("generator",), measure_generator),
+    Bench(("hub_size", "hub_size.trained", "hub_size.optimizer"), measure_hub_size),
+    Bench(("ppo.trained", "ppo.frozen", "ppo.none"), measure_ppo),
+    Bench(("dqn.trained", "dqn.frozen"), measure_dqn),
+    Bench(("env", "env.cpu"), measure_env),
+    Bench(("cache",), measure_cache),
+    Bench(("load",), measure_load),
+    Bench(("memory",), measure_memory),
 )
 
 
@@ -179,69 +107,6 @@ def _matches(result: str, name: str) -> bool:
     return name in ("all", result, result.split(".")[0])
 
 
-def _random_hub() -> HubSpec:
-    """Five NatureCNN without weights: speed doesn't depend on what they know."""
-    encoders = tuple(
-        EncoderSpec(
-            name=f"encoder{i}",
-            architecture="nature_conv",
-            features_dim=3136,
-            image_size=(84, 84),
-            channels=4,
-            license="MIT",
-            source="random numbers",
-        )
-        for i in range(5)
-    )
-    return HubSpec(name="random5", encoders=encoders)
-
-
-def _dispatch(
-    name: str, goal: float, batch: int, backward: bool, precision: str = "auto"
-) -> Result:
-    torch.manual_seed(0)
-    routed = HubPathway(_random_hub(), top_k=2, precision=precision)
-    dense = HubPathway(_random_hub(), top_k=5, precision=precision)
-    images = torch.randint(0, 256, (batch, 4, 84, 84), dtype=torch.uint8)
-
-    # What a user would run instead has no generator: all encoders with equal weights.
-    everyone = torch.arange(5).expand(batch, 5)
-    equal = torch.full((batch, 5), 0.2)
-
-    def run(features: Callable[[], Tensor]) -> None:
-        with torch.set_grad_enabled(backward):
-            result = features()
-        if backward:
-            result.sum().backward()  # type: ignore[no-untyped-call]
-
-    sides: dict[str, Timed] = {
-        "ours": lambda: run(lambda: routed.route(images, torch.randn(batch, 5)).features),
-        "theirs": lambda: run(lambda: dense.aggregate(images, equal, everyone)),
-    }
-    seconds = interleave(sides, rounds=15 if backward else 101)
-    ours, theirs = 1e3 * seconds["ours"], 1e3 * seconds["theirs"]
-    return Result(name, ours / theirs, goal, ours, theirs, "ms")
-
-
-def _our_ppo(hub: str) -> BaseAlgorithm:
-    config = resolve(load_config(built_in_config("ppo"), {"hub.name": hub}))
-    env = make_vec_env(f"ALE/{GAME}-v5", N_ENVS, seed=0, sticky=0.0, training=True)
-    return build_model(config, env)
-
-
-def _plain_ppo(vec_env: type[DummyVecEnv] | type[SubprocVecEnv]) -> BaseAlgorithm:
-    """What an SB3 user runs, with the same hyperparameters."""
-    section = load_config(built_in_config("ppo")).algorithm
-    settings = {name: getattr(section, name) for name in type(section).model_fields}
-    del settings["name"]
-    env = make_atari_env(f"{GAME}NoFrameskip-v4", N_ENVS, seed=0, vec_env_cls=vec_env)
-    return PPO("CnnPolicy", VecFrameStack(env, 4), **settings, device="cpu")
-
-
-def _iteration(model: BaseAlgorithm) -> Timed:
-    return lambda: model.learn(ROLLOUT, reset_num_timesteps=False)
-
-
 def _lines(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.exists() else []
 
@@ -249,10 +114,10 @@ def _lines(file: Path) -> list[str]:
 def _print(results: list[Result]) -> None:
     table = Table("bench", "ratio", "goal", "ours", "theirs", "unit", "")
     for result in results:
-        numbers = [f"{value:.3g}" for value in (result.ratio, result.goal)]
+        goal = "" if result.goal is None else f"{result.goal:.3g}"
         medians = [f"{value:.4g}" for value in (result.ours, result.theirs)]
-        mark = "met" if result.is_met else "MISSED"
-        table.add_row(result.name, *numbers, *medians, result.unit, mark)
+        mark = {True: "met", False: "MISSED", None: ""}[result.is_met]
+        table.add_row(result.name, f"{result.ratio:.3g}", goal, *medians, result.unit, mark)
     Console().print(table)
 
 

@@ -1,0 +1,1 @@
+"""What ``hubrl bench`` is made of: goals and medians, networks, training, whole processes."""
