@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -146,16 +146,24 @@ class EvaluationCallback(BaseCallback):
     Plays whole games now and then; keeps the best model and ``evaluations.csv``.
 
     :param folder: of the run
-    :param env: of its own, for evaluation: whole games, unclipped rewards
+    :param make_env: gives an environment of its own: whole games, unclipped rewards; called for
+        the first evaluation, so that training need not wait for it
     :param train: frequency, number of games, how actions are taken
     :param stop: ends an evaluation early
     """
 
-    def __init__(self, folder: Path, env: VecEnv, train: TrainSection, stop: StopSignal) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        make_env: Callable[[], VecEnv],
+        train: TrainSection,
+        stop: StopSignal,
+    ) -> None:
         super().__init__()
         self._file = folder / EVALUATIONS_FILE
         self._best_checkpoint = checkpoint_dir(folder, "best")
-        self._env = env
+        self._make_env = make_env
+        self._env: VecEnv | None = None
         self._train = train
         self._stop = stop
         self._best_mean = float("-inf")
@@ -180,6 +188,8 @@ class EvaluationCallback(BaseCallback):
             self._evaluate()
 
     def _evaluate(self) -> None:
+        if self._env is None:
+            self._env = self._make_env()
         episodes = evaluate(
             self.model,
             self._env,

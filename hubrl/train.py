@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,9 @@ def _start(given: dict[str, Any]) -> int:
         config = resolve(_configure(given))
         folder = given.get("run_dir") or default_run_dir(config)
         check_new_run(folder)
-        env, eval_env = _make_envs(config)
-        model = build_model(config, env)
+        model = build_model(config, make_env(config, config.env.n_envs, training=True))
         create_run(folder, config)
-    return _learn(model, config, folder, eval_env)
+    return _learn(model, config, folder)
 
 
 def _resume(given: dict[str, Any]) -> int:
@@ -113,13 +113,12 @@ def _resume(given: dict[str, Any]) -> int:
         if timesteps >= config.train.n_timesteps:
             print(f"{folder} is complete: {timesteps:,} steps")
             return 0
-        env, eval_env = _make_envs(config)
-        model = build_model(config, env)
+        model = build_model(config, make_env(config, config.env.n_envs, training=True))
         load_checkpoint(model, checkpoint)
     model._update_current_progress_remaining(timesteps, config.train.n_timesteps)
     # The games and the generators are not saved: go on with fresh ones.
     model.set_random_seed(derive_seed(config.train.seed, "resume", timesteps))
-    return _learn(model, config, folder, eval_env)
+    return _learn(model, config, folder)
 
 
 def _configure(given: dict[str, Any]) -> RunConfig:
@@ -136,12 +135,6 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     if given.get("algo", config.algorithm.name) != config.algorithm.name:
         raise ValueError(f"--algo {given['algo']}, but {file} is for {config.algorithm.name}")
     return config
-
-
-def _make_envs(config: RunConfig) -> tuple[VecEnv, VecEnv]:
-    """Environments to learn in, and others of whole games for evaluation."""
-    n_eval = min(config.env.n_envs, config.train.n_eval_episodes)
-    return make_env(config, config.env.n_envs, training=True), make_env(config, n_eval)
 
 
 def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEnv:
@@ -173,17 +166,18 @@ def _image_format(hub: str) -> ImageFormat:
     return ImageFormat(size=size, grey=False, stack=1)
 
 
-def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path, eval_env: VecEnv) -> int:
+def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:
     """Train to the end or to a signal; returns the exit code."""
     note_command(folder)
     print(f"run folder: {folder}", flush=True)
     train, stop = config.train, StopSignal()
+    n_eval_envs = min(config.env.n_envs, train.n_eval_episodes)
     logger = make_logger(folder, model.num_timesteps)
     model.set_logger(logger)
     callbacks: list[BaseCallback] = [
         EpisodesCallback(folder),
         CheckpointCallback(folder, train.save_freq, stop),
-        EvaluationCallback(folder, eval_env, train, stop),
+        EvaluationCallback(folder, partial(make_env, config, n_eval_envs), train, stop),
         ProgressCallback(),
     ]
     if config.hub.name != "none":

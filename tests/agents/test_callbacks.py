@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def learn(folder: Path, more: list[BaseCallback] | None = None, **overrides: Any
     model.set_logger(make_logger(folder, model.num_timesteps))
     own = [
         CheckpointCallback(folder, config.train.save_freq, stop),
-        EvaluationCallback(folder, small_env(training=False), config.train, stop),
+        EvaluationCallback(folder, partial(small_env, training=False), config.train, stop),
         ProgressCallback(),
     ]
     with stop.caught():
