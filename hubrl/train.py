@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -85,6 +86,9 @@ def command(**options: Any) -> int:
 
     Without --config the settings are those of configs/agents/ALGO-atari.yaml.
     """
+    # Dispatch gives encoders batches of every size, and oneDNN keeps a kernel for each size that it
+    # has seen: 1024 of them take more memory than the networks.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     given = {name: value for name, value in options.items() if value not in (None, ())}
     if "resume" in given:
         return _resume(given)
