@@ -34,8 +34,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     generator by itself: it is attached to the features wherever gradients are computed. On-policy
     agents explore pathways while they collect: the generator's noise is fixed for each observation
     of a rollout, and with it the activated encoders, until the next rollout begins (routing
-    replay), so the update sees the routing of the rollout. ``predict`` is free of noise. Off-policy
-    agents have noise only where they compute gradients.
+    replay), so the update sees the routing of the rollout. Features of frozen encoders are kept as
+    long: ``top_k`` times the encoder's features_dim numbers for each observation of a rollout.
+    ``predict`` is free of noise. Off-policy agents have noise only where they compute gradients.
 
     Give ``net_arch=[]`` beside it: SB3 adds two layers of 64 to any extractor but its own.
 
