@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,11 @@ def test_the_extractor_needs_no_agents_and_no_envs() -> None:
     for module in ("extractor", "callback", "__init__"):
         for name in imported(ROOT / "hubrl" / f"{module}.py"):
             assert name.split(".")[0] not in {"agents", "envs", "vision_tasks"}
+
+
+def test_an_installation_has_every_package() -> None:
+    """They are listed by hand, since ``configs`` holds data alone."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {file.parent for name in OURS for file in (ROOT / name).rglob("__init__.py")}
+    names = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert set(listed) == names | {"configs"}
