@@ -140,7 +140,7 @@ def _lasting(hub: str) -> str:
 
 
 def _fused_adam(algorithm: Algorithm, section: object) -> dict[str, Any]:
-    """Adam in one kernel: six times as fast on a hub's weights, and the same numbers to 1e-7."""
+    """Adam in one kernel: four times as fast on a hub's weights, and the same up to rounding."""
     if algorithm.adam_eps is None:
         return {}
     kwargs = {"eps": algorithm.adam_eps(section), "fused": True}
