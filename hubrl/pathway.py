@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -45,6 +46,8 @@ class PathwayGenerator(nn.Module):
 
     Its first layer projects patches that leave out no pixel, since a ball may be 2x2; of 14 pixels,
     for which the gradient is three times as fast as for 4 or 12 on a CPU.
+    A game's images have nearly all pixels in common, so it looks at what differs from the mean
+    image, and standardises its features: else all images have nearly the same scores.
     Routing starts as a random function of the image and little noise: similar images activate the
     same encoders from the first step. (Scores of zero, where noise alone decides, hid from PPO what
     the encoders see: on Breakout at 20,000 steps the value function explained 0.28 of the returns'
@@ -59,6 +62,7 @@ class PathwayGenerator(nn.Module):
 
     PATCH = 14
     NOISE_START = -2.0  # before the softplus, which makes it 0.13
+    MIN_VARIANCE = 1e-4  # of a feature, lest one that hardly ever changed explodes
 
     def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
         super().__init__()
@@ -70,6 +74,10 @@ class PathwayGenerator(nn.Module):
             n_features = self.patches(torch.zeros(1, channels, *image_size)).numel()
         self.hidden = nn.Linear(n_features, 64)
         orthogonal_init(self)
+        self.image_mean = RunningMean(channels, *image_size)
+        self.feature_mean = RunningMean(64)
+        self.feature_square = RunningMean(64)
+        self.feature_square.running_mean.fill_(1.0)  # until known, a variance of 1
         self.scores = nn.Linear(64, n_encoders)
         self.noise_scale = nn.Linear(64, n_encoders)
         nn.init.orthogonal_(self.scores.weight)
@@ -84,21 +92,75 @@ class PathwayGenerator(nn.Module):
         :param images_BCHW: uint8 in 0..255 or float in 0..1
         :param noise_BE: standard normal numbers; None for ``g(x)`` alone
         """
-        # Dividing the weights instead of the pixels saves a pass over the batch.
-        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            patches_BCHW = F.conv2d(
-                images_BCHW.float(),
-                self.patches.weight / scale,
-                self.patches.bias,
-                stride=self.patches.stride,
-                padding=self.patches.padding,
-            )
-            features_BD = self.hidden(patches_BCHW.relu().flatten(1)).relu()
+            patches_BCHW = self._patches(images_BCHW)
+            features_BD = self._standardise(self.hidden(patches_BCHW.relu().flatten(1)).relu())
             scores_BE: Tensor = self.scores(features_BD)
             if noise_BE is not None:
                 scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(features_BD))
         return scores_BE
+
+    def _patches(self, images_BCHW: Tensor) -> Tensor:
+        """Projected patches of images less the mean image; linear, so each is projected alone."""
+        # Dividing the weights instead of the pixels saves a pass over the batch.
+        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
+        self.image_mean.observe(images_BCHW, scale)
+        layer = self.patches
+        project = functools.partial(F.conv2d, stride=layer.stride, padding=layer.padding)
+        patches_BCHW = project(images_BCHW.float(), layer.weight / scale, layer.bias)
+        return patches_BCHW - project(self.image_mean.running_mean[None], layer.weight)
+
+    def _standardise(self, features_BD: Tensor) -> Tensor:
+        self.feature_mean.observe(features_BD)
+        self.feature_square.observe(features_BD.square())
+        mean_D = self.feature_mean.running_mean
+        variance_D = self.feature_square.running_mean - mean_D.square()
+        return (features_BD - mean_D) * variance_D.clamp(min=self.MIN_VARIANCE).rsqrt()
+
+
+class RunningMean(nn.Module):
+    """
+    Mean of rows that are observed in training mode; it counts only from when that mode is left.
+
+    So an observation's scores don't depend on the rest of its batch, nor change from when an SB3
+    agent collects, which is in evaluation mode, to the end of its update.
+
+    :param shape: of a row
+    """
+
+    HORIZON = 8192  # rows after which older ones fade
+    EVERY = 8  # this share of a batch's rows is enough
+
+    running_mean: Tensor
+    n_rows: Tensor
+    pending_sum: Tensor
+    n_pending: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(shape))
+        self.register_buffer("n_rows", torch.zeros(()))
+        self.register_buffer("pending_sum", torch.zeros(shape))
+        self.register_buffer("n_pending", torch.zeros(()))
+
+    def observe(self, rows_BN: Tensor, scale: float = 1.0) -> None:
+        """
+        Take note of rows, (B, ...), divided by ``scale``; nothing outside of training.
+        """
+        if self.training and torch.is_grad_enabled():
+            some_RN = rows_BN.detach()[:: self.EVERY]
+            self.pending_sum += some_RN.float().sum(dim=0) / scale
+            self.n_pending += len(some_RN)
+
+    def train(self, mode: bool = True) -> Self:
+        """Leaving training mode, take up what was observed in it."""
+        if self.training and not mode and self.n_pending > 0:
+            self.n_rows += self.n_pending
+            share = self.n_pending / self.n_rows.clamp(max=self.HORIZON)
+            self.running_mean.lerp_(self.pending_sum / self.n_pending, share.clamp(max=1.0))
+            self.pending_sum.zero_()
+            self.n_pending.zero_()
+        return super().train(mode)
 
 
 class Aggregator(nn.Module):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from small_hubs import nature_spec, write_hub
 
 from hubrl.encoders import Encoder
-from hubrl.pathway import HubPathway, PathwayGenerator, rows_of_encoders
+from hubrl.pathway import HubPathway, PathwayGenerator, RunningMean, rows_of_encoders
 from hubrl.specs import load_hub
 
 IMAGES = (4, 36, 36)
@@ -220,28 +220,71 @@ def test_routing_starts_with_the_image_and_little_noise() -> None:
 
 
 def images_with_a_ball(n_images: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One scene in which only a ball of 2x2 pixels moves; and whether it is on the right."""
-    scene = torch.zeros(4, 84, 84, dtype=torch.uint8)
-    scene[:, 10:30], scene[:, :, :4], scene[:, 78:80, 30:44] = 120, 90, 160
-    images = scene.repeat(n_images, 1, 1, 1)
+    """One scene in which only a ball of 2x2 pixels moves; and the fifth of the width it is in."""
+    scene = torch.randint(0, 256, (4, 84, 84), generator=torch.Generator().manual_seed(0))
+    images = scene.to(torch.uint8).repeat(n_images, 1, 1, 1)
     top, left = torch.randint(0, 83, (2, n_images))
     for image, y, x in zip(images, top.tolist(), left.tolist(), strict=True):
         image[:, y : y + 2, x : x + 2] = 200
-    return images, (left > 41).long()
+    return images, left * 5 // 83
 
 
 def test_the_small_generator_sees_a_ball_of_2x2_pixels() -> None:
     torch.manual_seed(0)
-    generator = PathwayGenerator(4, (84, 84), 2)
+    generator = PathwayGenerator(4, (84, 84), 5)
     optimizer = torch.optim.Adam(generator.parameters(), lr=3e-3)
-    for _ in range(300):
-        images, is_right = images_with_a_ball(32)
-        loss = torch.nn.functional.cross_entropy(generator(images, None), is_right)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    images, is_right = images_with_a_ball(500)
-    assert (generator(images, None).argmax(dim=1) == is_right).float().mean() > 0.8
+    for _ in range(25):
+        for _ in range(8):
+            images, fifth = images_with_a_ball(32)
+            loss = torch.nn.functional.cross_entropy(generator(images, None), fifth)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        generator.eval().train()  # as SB3 does from one iteration to the next
+    images, fifth = images_with_a_ball(500)
+    assert (generator(images, None).argmax(dim=1) == fifth).float().mean() > 0.95
+
+
+def test_generator_looks_at_the_difference_from_the_mean_image() -> None:
+    generator = PathwayGenerator(4, (36, 36), 5)
+    images = images_of(64)
+    for _ in range(2):  # the features are standardised by what they were in the phase before
+        generator.train()(images, None)
+        generator.eval()
+    scaled = images[::8] / 255.0
+    patches = generator.patches(images / 255.0 - scaled.mean(dim=0))
+    features = generator.hidden(patches.relu().flatten(1)).relu()
+    # Half of what was observed are features of the first phase, when no mean image was known.
+    first = generator.hidden(generator.patches(scaled).relu().flatten(1)).relu()
+    observed = torch.cat([first, features[::8]])
+    variance = observed.var(dim=0, correction=0).clamp(min=1e-4)
+    expected = generator.scores((features - observed.mean(dim=0)) / variance.sqrt())
+    torch.testing.assert_close(generator(images, None), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_running_mean_counts_from_the_end_of_training_mode() -> None:
+    mean = RunningMean(1)
+    rows = torch.arange(16.0)[:, None]
+    mean.observe(rows)  # rows 0 and 8
+    assert mean.running_mean.item() == 0.0
+    mean.eval()
+    assert mean.running_mean.item() == 4.0
+    mean.observe(rows + 100)  # not training
+    with torch.no_grad():
+        mean.train().observe(rows + 100)  # as a target network
+    mean.eval()
+    assert mean.running_mean.item() == 4.0
+    mean.train().observe(rows * 2 + 2, scale=2.0)  # rows 1 and 9: half of the four so far
+    mean.eval()
+    assert mean.running_mean.item() == 4.5
+
+
+def test_running_mean_forgets_beyond_its_horizon() -> None:
+    mean = RunningMean(1)
+    for n_rows, value in ((16_384, 0.0), (4_096, 1.0)):
+        mean.train().observe(torch.full((n_rows, 1), value).repeat_interleave(8, dim=0))
+        mean.eval()
+    assert mean.running_mean.item() == 0.5  # 4,096 of 8,192 rows, not of 20,480
 
 
 @pytest.mark.parametrize("top_k", [0, 6])
