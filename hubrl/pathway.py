@@ -21,6 +21,8 @@ from hubrl.specs import EncoderSpec, HubSpec, load_hub
 # C H W image, R rows of the batch that activate one encoder.
 
 
+BLOCK = 8  # rows
+
 #: Features (R, D) of encoder i for rows (R,) of the batch.
 Encode = Callable[[int, Tensor], Tensor]
 
@@ -420,7 +422,9 @@ class HubPathway(nn.Module):
         encoder = self.encoders[i]
         if casts is not None:
             encoder = casts.encoder(i, encoder, dtype)
-        features_RD: Tensor = encoder(_rows(images_BCHW, rows_R), dtype)
+        if len(rows_R) < len(images_BCHW):
+            images_BCHW = images_BCHW.index_select(0, _whole_blocks(rows_R))
+        features_RD: Tensor = encoder(images_BCHW, dtype)[: len(rows_R)]
         return features_RD
 
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
@@ -438,8 +442,14 @@ def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:
     return list(torch.split(by_encoder // top_k, counts))
 
 
-def _rows(images_BCHW: Tensor, rows_R: Tensor) -> Tensor:
-    return images_BCHW if len(rows_R) == len(images_BCHW) else images_BCHW.index_select(0, rows_R)
+def _whole_blocks(rows_R: Tensor) -> Tensor:
+    """
+    More than 8 rows are filled up to a multiple of 8 by copies of the first, which teach nothing.
+
+    oneDNN compiles a kernel for each size of a batch, which takes longer than up to 7 rows.
+    """
+    n_missing = -len(rows_R) % BLOCK if len(rows_R) > BLOCK else 0
+    return torch.cat([rows_R, rows_R[:1].expand(n_missing)]) if n_missing else rows_R
 
 
 def _pathway_weights(probabilities_BE: Tensor, activated_BK: Tensor) -> Tensor:

@@ -111,6 +111,35 @@ def test_an_encoder_runs_on_just_the_rows_that_activate_it(
         assert has_learned == (encoder.spec.name in seen)
 
 
+def test_copies_that_fill_up_a_batch_teach_nothing(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    original = Encoder.forward
+
+    def forward(
+        self: Encoder, images: torch.Tensor, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        sizes.append(len(images))
+        return original(self, images, dtype)
+
+    monkeypatch.setattr(Encoder, "forward", forward)
+    pathway = HubPathway(hub, top_k=1)
+    images = images_of(20)
+    activated = torch.tensor([0] * 9 + [1] * 11)[:, None]
+    output = pathway.route(images, None, activated)
+    assert sizes == [16, 16]
+    output.features.square().sum().backward()
+    found = [parameter.grad for i in (0, 1) for parameter in pathway.encoders[i].parameters()]
+
+    pathway.zero_grad()
+    expected = dense(pathway, images, output.weights.detach())
+    assert_equal_to_1e_6(output.features, expected)
+    expected.square().sum().backward()
+    for i, parameter in enumerate(p for i in (0, 1) for p in pathway.encoders[i].parameters()):
+        torch.testing.assert_close(found[i], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_weights_by_hand(hub: Path) -> None:
     pathway = HubPathway(hub, top_k=2)
     undecided(pathway.generator)
