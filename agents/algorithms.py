@@ -110,13 +110,19 @@ def resolve(config: RunConfig) -> RunConfig:
 
     :raises ValueError: if there is no such device or hub
     """
-    dtype = resolve_precision(config.hub.precision, _device(config.train.device))
+    device = check_device("train.device", config.train.device)
+    dtype = resolve_precision(config.hub.precision, device)
     changes = {"precision": str(dtype).removeprefix("torch."), "name": _lasting(config.hub.name)}
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
 
 
-def _device(name: str) -> torch.device:
-    """SB3 takes the CPU without a word where there is no such GPU; here that is an error."""
+def check_device(argument: str, name: str) -> torch.device:
+    """
+    The device of this name; SB3 would take the CPU without a word where there is no such GPU.
+
+    :param argument: what the user set, for the message
+    :raises ValueError: if this machine has no such device
+    """
     try:
         device = get_device("auto") if name == "auto" else torch.device(name)
         torch.zeros(1, device=device)
@@ -125,7 +131,7 @@ def _device(name: str) -> torch.device:
         allowed = ["auto", "cpu", "cuda"][: 3 if n_gpus else 2]
         allowed += [f"cuda:{index}" for index in range(n_gpus)]
         raise ValueError(
-            f"train.device is {name!r}, allowed on this machine: {', '.join(allowed)}"
+            f"{argument} is {name!r}, allowed on this machine: {', '.join(allowed)}"
         ) from None
     return device
 

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor, nn
 
+from hubrl.extractor import HubFeaturesExtractor
+
 STATE_FILE = "state.json"
 #: Plain numbers of SB3's models; each model has those that it needs.
 NUMBERS = ("num_timesteps", "_episode_num", "_n_updates", "_n_calls", "exploration_rate")
@@ -35,7 +37,7 @@ def save_checkpoint(model: BaseAlgorithm, folder: Path, extra: dict[str, Any]) -
         save_file(tensors, temporary / f"{name}.safetensors")
     state = {name: getattr(model, name) for name in NUMBERS if hasattr(model, name)}
     episodes = [[float(e["r"]), int(e["l"]), float(e["t"])] for e in model.ep_info_buffer or ()]
-    state |= {"episodes": episodes, "scalars": scalars} | extra
+    state |= {"episodes": episodes, "scalars": scalars, "encoders": _encoders(model)} | extra
     (temporary / STATE_FILE).write_text(json.dumps(state, indent=1))
     _replace(temporary, folder)
 
@@ -45,9 +47,11 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     Put a checkpoint into a model that was built from the same configuration.
 
     :return: what ``state.json`` holds
-    :raises ValueError: if a file is missing, damaged or of another model
+    :raises ValueError: if a file is missing, damaged or of another model, or if the hub's encoders
+        are others than when the checkpoint was saved
     """
     state = read_state(folder)
+    _check_encoders(state["encoders"], _encoders(model), folder)
     for name, part in _parts(model).items():
         file = folder / f"{name}.safetensors"
         try:
@@ -64,17 +68,51 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     return state
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint; one that was being replaced by a killed process comes back."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    return folder.exists()
+
+
 def read_state(folder: Path) -> dict[str, Any]:
     """
     The numbers of a checkpoint.
 
     :raises ValueError: if there is no checkpoint
     """
+    has_checkpoint(folder)
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError):
         raise ValueError(f"there is no checkpoint in {folder} (no readable {STATE_FILE})") from None
     return state
+
+
+def _encoders(model: BaseAlgorithm) -> dict[str, str | None]:
+    """A hub's encoders; with the sha256 of those whose weights are in no checkpoint."""
+    for module in model.policy.modules():
+        if isinstance(module, HubFeaturesExtractor):
+            return module.pathway.encoders.shared_sha256()
+    return {}
+
+
+def _check_encoders(
+    saved: dict[str, str | None], found: dict[str, str | None], folder: Path
+) -> None:
+    if list(saved) != list(found):
+        raise ValueError(
+            f"checkpoint {folder} has the encoders {', '.join(saved) or 'none'}, but the hub has "
+            f"{', '.join(found) or 'none'}: give the hub that the agent was trained with"
+        )
+    for name, sha256 in saved.items():
+        if sha256 != found[name]:
+            raise ValueError(
+                f"checkpoint {folder} was saved with frozen encoder {name!r} of sha256 "
+                f"{str(sha256)[:12]}..., but the hub's has {str(found[name])[:12]}...: "
+                "put that weight file back, or train anew"
+            )
 
 
 def _parts(model: BaseAlgorithm) -> dict[str, Any]:
@@ -145,9 +183,12 @@ def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _replace(new: Path, folder: Path) -> None:
     """Rename can't replace a folder that has files, so the old one steps aside first."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
+    if has_checkpoint(folder):
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        os.replace(folder, _old(folder))
     os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

@@ -294,7 +294,7 @@ def _algorithm_sections() -> dict[str, type[Section]]:
 
 
 def _check_algorithm(name: Any) -> None:
-    if name in REFUSED_ALGORITHMS:
+    if isinstance(name, str) and name in REFUSED_ALGORITHMS:
         raise ValueError(f"algorithm.name {name!r} can't train a hub: {REFUSED_ALGORITHMS[name]}")
     allowed = algorithm_names()
     if name not in allowed:
@@ -309,7 +309,7 @@ def _explain(error: pydantic.ValidationError) -> str:
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
-    loc = [str(part) for part in first["loc"]]
+    loc = [part for part in first["loc"] if isinstance(part, str)]  # no places in a list
     algorithm = loc.pop(1) if loc[0] == "algorithm" and len(loc) > 1 else ""
     path = ".".join(loc)
     if first["type"] == "extra_forbidden":

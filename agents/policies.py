@@ -28,7 +28,8 @@ class RawImages(BasePolicy):
         return extractor(obs)
 
 
-class ActorCriticImagePolicy(RawImages, ActorCriticCnnPolicy):
+# The mixin comes last: ActorCriticPolicy asks its superclass for features.
+class ActorCriticImagePolicy(ActorCriticCnnPolicy, RawImages):
     """The policy of PPO and A2C; actor and critic share the features."""
 
 

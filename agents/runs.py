@@ -53,9 +53,17 @@ def check_new_run(folder: Path) -> None:
 
 
 def create_run(folder: Path, config: RunConfig) -> None:
-    """Make the folder with the resolved configuration."""
+    """
+    Make the folder with the resolved configuration.
+
+    :raises ValueError: if another command has made it in the meantime
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(dump_config(config))
+    try:
+        with (folder / CONFIG_FILE).open("x") as file:
+            file.write(dump_config(config))
+    except FileExistsError:
+        raise ValueError(f"run-dir {folder} was made by another command; give another") from None
 
 
 def note_command(folder: Path) -> None:

@@ -129,7 +129,10 @@ def _is_old_atari(name: str, spec: gym.envs.registration.EnvSpec) -> bool:
 
 
 def _make_env(env_id: str, seed: int, index: int, image: ImageFormat) -> gym.Env[Any, Any]:
-    env: gym.Env[Any, Any] = gym.make(env_id, disable_env_checker=True)
+    try:
+        env: gym.Env[Any, Any] = gym.make(env_id, disable_env_checker=True)
+    except gym.error.Error as error:  # such as a package that is missing
+        raise ValueError(f"env {env_id!r} can't be made: {error}") from None
     if env_id.rpartition(":")[2].startswith(MINIGRID_PREFIXES):
         from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 

@@ -104,14 +104,19 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         return end + (start - end) * self.progress_remaining
 
     def forward(self, observations_BCHW: Tensor) -> Tensor:
-        """Features (B, O) float32; the exploration loss is attached where grad is enabled."""
+        """
+        Features (B, O) float32.
+
+        In training mode and with grad enabled, the exploration loss is attached.
+        """
         if self._is_first:
             _check_range(observations_BCHW)
             self._is_first = False
         if torch.is_grad_enabled():
-            output = self._learn(observations_BCHW)
-            return attach_loss(output.features, self.exploration_coef * output.exploration_loss)
-        if _is_collecting():
+            if self.training:
+                output = self._learn(observations_BCHW)
+                return attach_loss(output.features, self.exploration_coef * output.exploration_loss)
+        elif _is_collecting():
             return self._collect(observations_BCHW).features
         return self.pathway.route(observations_BCHW, noise_BE=None).features
 
@@ -192,13 +197,15 @@ def _is_collecting() -> bool:
     Whether an on-policy agent collects a rollout, rather than predicts.
 
     Both happen in evaluation mode and without grad; SB3 collects with the policy's ``forward`` and
-    predicts with its ``get_distribution``, and nothing but the caller tells them apart.
+    predicts with its ``get_distribution``, and nothing but the caller tells them apart. A call of
+    the policy for deterministic actions is no collection.
     """
     frame = sys._getframe(2)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, BasePolicy) and frame.f_code.co_name != "extract_features":
-            return frame.f_code.co_name == "forward" and hasattr(caller, "evaluate_actions")
+            is_forward = frame.f_code.co_name == "forward" and hasattr(caller, "evaluate_actions")
+            return is_forward and not frame.f_locals.get("deterministic")
         frame = frame.f_back  # type: ignore[assignment]
     return False
 

@@ -113,8 +113,9 @@ class PathwayGenerator(nn.Module):
         return patches_BCHW - project(self.image_mean.running_mean[None], layer.weight)
 
     def _standardise(self, features_BD: Tensor) -> Tensor:
-        self.feature_mean.observe(features_BD)
-        self.feature_square.observe(features_BD.square())
+        if self.image_mean.n_rows > 0:  # features of whole images would tell of something else
+            self.feature_mean.observe(features_BD)
+            self.feature_square.observe(features_BD.square())
         mean_D = self.feature_mean.running_mean
         variance_D = self.feature_square.running_mean - mean_D.square()
         return (features_BD - mean_D) * variance_D.clamp(min=self.MIN_VARIANCE).rsqrt()
@@ -156,13 +157,23 @@ class RunningMean(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training mode, take up what was observed in it."""
-        if self.training and not mode and self.n_pending > 0:
-            self.n_rows += self.n_pending
-            share = self.n_pending / self.n_rows.clamp(max=self.HORIZON)
-            self.running_mean.lerp_(self.pending_sum / self.n_pending, share.clamp(max=1.0))
-            self.pending_sum.zero_()
-            self.n_pending.zero_()
+        if self.training and not mode:
+            self._take_up()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if not self.training:  # it may have been saved in the middle of training
+            self._take_up()
+
+    def _take_up(self) -> None:
+        if self.n_pending == 0:
+            return
+        self.n_rows += self.n_pending
+        share = self.n_pending / self.n_rows.clamp(max=self.HORIZON)
+        self.running_mean.lerp_(self.pending_sum / self.n_pending, share.clamp(max=1.0))
+        self.pending_sum.zero_()
+        self.n_pending.zero_()
 
 
 class Aggregator(nn.Module):
@@ -254,6 +265,13 @@ class EncoderList(nn.Module):
 
     def __iter__(self) -> Iterator[Encoder]:
         return (self[i] for i in range(len(self)))
+
+    def shared_sha256(self) -> dict[str, str | None]:
+        """For each encoder the sha256 of its weight file if it is shared, else None."""
+        return {
+            name: self._shared[name].encoder.spec.sha256 if name in self._shared else None
+            for name in self._names
+        }
 
     def is_frozen(self, index: int) -> bool:
         """Whether no weight of the encoder learns at present."""

@@ -15,7 +15,6 @@ from typing import Any
 import click
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -31,9 +30,9 @@ from hubrl.specs import EncoderSpec, closest
 
 cli.refuse_foreign_modules("agents", "envs")
 
-from agents.algorithms import build_model  # noqa: E402
+from agents.algorithms import build_model, check_device  # noqa: E402
 from agents.callbacks import StopSignal  # noqa: E402
-from agents.checkpoints import load_checkpoint  # noqa: E402
+from agents.checkpoints import has_checkpoint, load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
@@ -145,6 +144,7 @@ def command(out: Path, name: str | None, device: str, **options: Any) -> int:
             is_agent = options["objective"] == "ppo"
             options["n_frames"] = DEFAULT_AGENT_FRAMES if is_agent else DEFAULT_FRAMES
         settings = Settings(**options)
+        check_device("device", device)
         member = Member(out, _card(name, settings), dataclasses.asdict(settings))
         if member.is_complete():
             print(f"{out} has the encoder {member.card.name!r} already")
@@ -177,7 +177,7 @@ def _self_supervised(member: Member, settings: Settings, device: str) -> Callabl
         _make_players(settings),
         Budget(settings.n_frames, settings.minutes),
         seed=settings.seed,
-        device=get_device(device),
+        device=check_device("device", device),
     )
     if file.exists():
         training.load(file)
@@ -208,7 +208,7 @@ def _agent(member: Member, settings: Settings, device: str) -> Callable[[], int]
         model = _load_player(settings, config)
         return lambda: _add_agent(member, settings, config, model, Path(settings.play))
     folder = member.work / "run"
-    is_begun = checkpoint_dir(folder, "last").is_dir()
+    is_begun = has_checkpoint(checkpoint_dir(folder, "last"))
 
     def run() -> int:
         if is_begun:

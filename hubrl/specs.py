@@ -67,7 +67,8 @@ class EncoderSpec:
             )
         self._require(self.features_dim >= 1, "features_dim", "at least 1")
         self._require(len(self.image_size) == 2, "image_size", "[height, width]")
-        self._require(min(self.image_size) >= 1, "image_size", "positive pixels")
+        is_pixels = all(isinstance(size, int) and size >= 1 for size in self.image_size)
+        self._require(is_pixels, "image_size", "positive pixels, whole numbers")
         self._require(self.channels >= 1, "channels", "at least 1")
         self._require(len(self.mean) in (1, self.channels), "mean", "1 number or one per channel")
         self._require(len(self.std) in (1, self.channels), "std", "1 number or one per channel")
@@ -133,9 +134,18 @@ class HubSpec:
         return dataclasses.replace(self, name=f"{self.name}:{encoder}", encoders=(chosen,))
 
     def weights_path(self, spec: EncoderSpec) -> Path | None:
-        """The encoder's weight file, or None where its card names none."""
-        if spec.weights is None or self.folder is None:
+        """
+        The encoder's weight file, or None where its card names none.
+
+        :raises ValueError: if it names one, but the hub has no folder
+        """
+        if spec.weights is None:
             return None
+        if self.folder is None:
+            raise ValueError(
+                f"hub {self.name!r}: encoder {spec.name!r} has weights {spec.weights!r}, but no "
+                "folder says where they lie; give folder=..."
+            )
         return self.folder / spec.weights
 
 
@@ -230,8 +240,11 @@ def _read_card(card: Any, file: Path) -> EncoderSpec:
     name = card.get("name", "?") if isinstance(card, dict) else "?"
     where = f"hub file {file}, encoder {name!r}"
     _check_keys(card, EncoderSpec, where)
-    fields: dict[str, Any] = dict(card)
-    for key, value in card.items():
+    # An empty value is one that is not given; an empty license is for `hubs check` to report.
+    fields: dict[str, Any] = {
+        key: value for key, value in card.items() if value is not None or key == "license"
+    }
+    for key, value in fields.items():
         if isinstance(value, list):
             fields[key] = tuple(value)
         elif key in ("mean", "std") and isinstance(value, (int, float)):

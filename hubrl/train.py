@@ -30,6 +30,8 @@ from agents.callbacks import (  # noqa: E402
 from agents.checkpoints import load_checkpoint, read_state  # noqa: E402
 from agents.config import RunConfig, built_in_config, load_config  # noqa: E402
 from agents.runs import (  # noqa: E402
+    EVALUATIONS_FILE,
+    CsvTable,
     check_new_run,
     checkpoint_dir,
     create_run,
@@ -114,7 +116,7 @@ def _resume(given: dict[str, Any]) -> int:
         config = open_run(folder)
         checkpoint = checkpoint_dir(folder, "last")
         timesteps = read_state(checkpoint)["num_timesteps"]
-        if timesteps >= config.train.n_timesteps:
+        if timesteps >= config.train.n_timesteps and _is_evaluated(folder, config, timesteps):
             print(f"{folder} is complete: {timesteps:,} steps")
             return 0
         model = build_model(config, make_env(config, config.env.n_envs, training=True))
@@ -123,6 +125,12 @@ def _resume(given: dict[str, Any]) -> int:
     # The games and the generators are not saved: go on with fresh ones.
     model.set_random_seed(derive_seed(config.train.seed, "resume", timesteps))
     return _learn(model, config, folder)
+
+
+def _is_evaluated(folder: Path, config: RunConfig, timesteps: int) -> bool:
+    """A signal may have cut the last evaluation short."""
+    table = CsvTable(folder / EVALUATIONS_FILE, "timesteps", timesteps)
+    return config.train.eval_freq == 0 or table.last_step >= timesteps
 
 
 def _configure(given: dict[str, Any]) -> RunConfig:

@@ -99,7 +99,7 @@ def two_hot(values_B: Tensor, bins_Z: Tensor) -> Tensor:
     right_B = torch.searchsorted(bins_Z, values_B, right=True).clamp(1, len(bins_Z) - 1)
     left_edge_B, right_edge_B = bins_Z[right_B - 1], bins_Z[right_B]
     share_B1 = ((values_B - left_edge_B) / (right_edge_B - left_edge_B)).unsqueeze(1)
-    target_BZ = torch.zeros(len(values_B), len(bins_Z))
+    target_BZ = values_B.new_zeros(len(values_B), len(bins_Z))
     target_BZ.scatter_(1, (right_B - 1).unsqueeze(1), 1 - share_B1)
     return target_BZ.scatter_(1, right_B.unsqueeze(1), share_B1)
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agents import checkpoints
 from agents.callbacks import StopSignal
 from agents.config import load_config
 from agents.runs import CONFIG_FILE, checkpoint_dir
@@ -174,7 +175,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run can be resumed."""
-    return checkpoint_dir(folder, "last").exists()
+    return checkpoints.has_checkpoint(checkpoint_dir(folder, "last"))
 
 
 def commit() -> str:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_hubs import nature_spec, write_hub
 from small_runs import small_config, small_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents import checkpoints
 from agents.algorithms import ALGORITHMS, build_model
-from agents.checkpoints import load_checkpoint, read_state, save_checkpoint
+from agents.checkpoints import has_checkpoint, load_checkpoint, read_state, save_checkpoint
+from hubrl.encoders import file_sha256
+from hubrl.specs import load_hub, save_hub
 
 
 def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
@@ -94,16 +98,56 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
     assert read_state(tmp_path / "last")["number"] == 3
 
 
+def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
+    model, folder = build("a2c"), tmp_path / "last"
+    save_checkpoint(model, folder, {"number": 1})
+    folder.rename(tmp_path / ".last.old")
+    assert not has_checkpoint(tmp_path / "best")
+    assert has_checkpoint(folder)
+    assert load_checkpoint(model, folder)["number"] == 1
+
+
+def test_frozen_encoders_must_be_those_of_the_training(tmp_path: Path, hub5: Path) -> None:
+    def frozen() -> BaseAlgorithm:
+        overrides = {"hub.name": str(hub5), "hub.freeze": ["b"]}
+        return build_model(small_config("ppo", overrides), small_env())
+
+    save_checkpoint(frozen(), tmp_path / "last", {})
+    write_hub(hub5, [nature_spec(name) for name in "bacde"])  # other random numbers for each
+    names = "has the encoders a, b, c, d, e, but the hub has b, a, c, d, e"
+    with pytest.raises(ValueError, match=names):
+        load_checkpoint(frozen(), tmp_path / "last")
+    save_checkpoint(frozen(), tmp_path / "last", {})
+    replace_weights(hub5, "b")
+    with pytest.raises(ValueError, match=r"with frozen encoder 'b' of sha256 \w{12}..., but the h"):
+        load_checkpoint(frozen(), tmp_path / "last")
+
+
+def replace_weights(folder: Path, name: str) -> None:
+    """New random numbers for one encoder, and their sha256 in its card."""
+    hub, file = load_hub(folder), folder / f"{name}.safetensors"
+    save_file({key: tensor + 1 for key, tensor in load_file(file).items()}, file)
+    specs = [
+        dataclasses.replace(spec, sha256=file_sha256(file)) if spec.name == name else spec
+        for spec in hub.encoders
+    ]
+    save_hub(dataclasses.replace(hub, encoders=tuple(specs)), folder)
+
+
 def test_damaged_checkpoints_are_refused(tmp_path: Path, hub5: Path) -> None:
     model, folder = build("ppo").learn(32), tmp_path / "last"
     with pytest.raises(ValueError, match=r"there is no checkpoint in .*last \(no readable state"):
         load_checkpoint(model, folder)
     save_checkpoint(model, folder, {})
 
-    with pytest.raises(ValueError, match=r"policy.safetensors can't be loaded: '?no tensor"):
+    with pytest.raises(ValueError, match="has the encoders none, but the hub has a, b, c, d, e"):
         load_checkpoint(build("ppo", hub5), folder)
     file = folder / "policy.safetensors"
-    save_file(load_file(file) | {"more": torch.zeros(1)}, file)
+    tensors = load_file(file)
+    save_file({key: value for key, value in tensors.items() if "action_net" not in key}, file)
+    with pytest.raises(ValueError, match=r"can't be loaded: '?no tensor action_net"):
+        load_checkpoint(model, folder)
+    save_file(tensors | {"more": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match=r"can't be loaded: '?unknown tensor"):
         load_checkpoint(model, folder)
     file.write_bytes(file.read_bytes()[:1000])

@@ -112,3 +112,9 @@ def test_derived_seeds_differ() -> None:
     }
     assert len(seeds) == 8
     assert derive_seed(0, "resume", 1) == derive_seed(0, "resume", 1)
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
+    create_run(tmp_path / "run", small_config())
+    with pytest.raises(ValueError, match=r"run-dir .*run was made by another command; give anot"):
+        create_run(tmp_path / "run", small_config())

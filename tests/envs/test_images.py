@@ -179,6 +179,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"needs the module 'no_such\.thing'.*install no_such"):
             make_vec_env("no_such.thing:Env-v0", 1)
 
+    def test_missing_package(self) -> None:
+        def make(**_: Any) -> gym.Env[Any, Any]:
+            raise gym.error.DependencyNotInstalled("run `pip install gymnasium[box2d]`")
+
+        gym.register("NeedsBox-v0", entry_point=make)
+        message = r"env 'NeedsBox-v0' can't be made: .*pip install gymnasium\[box2d\]"
+        with pytest.raises(ValueError, match=message):
+            make_vec_env("NeedsBox-v0", 1)
+
     @pytest.mark.parametrize("env_id", ["BreakoutNoFrameskip-v4", "Pong-v4"])
     def test_frame_skip_twice(self, env_id: str) -> None:
         with pytest.raises(ValueError, match=f"env '{env_id}' has its own frame skip.*ALE/Name-v5"):

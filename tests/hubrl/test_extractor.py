@@ -187,6 +187,28 @@ def test_predict_is_free_of_noise(algorithm, settings, hub5: Path, monkeypatch) 
     assert seen == [None]
 
 
+def test_only_collecting_and_learning_are_noisy(hub5: Path, monkeypatch) -> None:
+    model = make(*ON_POLICY[0], hub5)
+    seen = []
+    route = hubrl.HubPathway.route
+
+    def spy(self, images, noise_BE, *args, **kwargs):
+        seen.append(noise_BE is not None)
+        return route(self, images, noise_BE, *args, **kwargs)
+
+    monkeypatch.setattr(hubrl.HubPathway, "route", spy)
+    policy, images = model.policy, torch.zeros(2, *model.observation_space.shape)
+    policy.set_training_mode(False)
+    policy.get_distribution(images)  # with grad, as in a user's own script
+    with torch.no_grad():
+        policy(images, deterministic=True)
+        assert seen == [False, False]
+        policy(images)
+    policy.set_training_mode(True)
+    policy.predict_values(images)
+    assert seen == [False, False, True, True]
+
+
 @pytest.mark.parametrize(("algorithm", "settings"), OFF_POLICY)
 def test_off_policy_has_noise_in_learning_alone(algorithm, settings, hub5, monkeypatch) -> None:
     model = make(algorithm, settings, hub5)

@@ -136,7 +136,7 @@ def test_copies_that_fill_up_a_batch_teach_nothing(
     expected = dense(pathway, images, output.weights.detach())
     assert_equal_to_1e_6(output.features, expected)
     expected.square().sum().backward()
-    for i, parameter in enumerate(p for i in (0, 1) for p in pathway.encoders[i].parameters()):
+    for i, parameter in enumerate(p for e in (0, 1) for p in pathway.encoders[e].parameters()):
         torch.testing.assert_close(found[i], parameter.grad, rtol=1e-5, atol=1e-6)
 
 
@@ -277,15 +277,12 @@ def test_the_small_generator_sees_a_ball_of_2x2_pixels() -> None:
 def test_generator_looks_at_the_difference_from_the_mean_image() -> None:
     generator = PathwayGenerator(4, (36, 36), 5)
     images = images_of(64)
-    for _ in range(2):  # the features are standardised by what they were in the phase before
+    for _ in range(2):  # features are observed once there is a mean image
         generator.train()(images, None)
         generator.eval()
-    scaled = images[::8] / 255.0
-    patches = generator.patches(images / 255.0 - scaled.mean(dim=0))
+    patches = generator.patches(images / 255.0 - (images[::8] / 255.0).mean(dim=0))
     features = generator.hidden(patches.relu().flatten(1)).relu()
-    # Half of what was observed are features of the first phase, when no mean image was known.
-    first = generator.hidden(generator.patches(scaled).relu().flatten(1)).relu()
-    observed = torch.cat([first, features[::8]])
+    observed = features[::8]
     variance = observed.var(dim=0, correction=0).clamp(min=1e-4)
     expected = generator.scores((features - observed.mean(dim=0)) / variance.sqrt())
     torch.testing.assert_close(generator(images, None), expected, rtol=1e-4, atol=1e-4)
@@ -306,6 +303,13 @@ def test_running_mean_counts_from_the_end_of_training_mode() -> None:
     mean.train().observe(rows * 2 + 2, scale=2.0)  # rows 1 and 9: half of the four so far
     mean.eval()
     assert mean.running_mean.item() == 4.5
+
+
+def test_running_mean_of_a_model_saved_in_training_is_taken_up_where_it_is_loaded() -> None:
+    saved, loaded = RunningMean(1), RunningMean(1).eval()
+    saved.observe(torch.ones(1, 1))
+    loaded.load_state_dict(saved.state_dict())
+    assert loaded.running_mean.item() == 1.0
 
 
 def test_running_mean_forgets_beyond_its_horizon() -> None:

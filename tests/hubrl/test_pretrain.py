@@ -13,6 +13,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -272,6 +273,13 @@ def test_mistakes_exit_2_with_one_line_and_write_nothing(tmp_path):
     assert done.stderr.count("\n") == 1
     assert "ALE/Pogn-v5" in done.stderr
     assert "ALE/Pong-v5" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_device_is_refused_before_anything_is_written(tmp_path):
+    arguments = ["--env", "ALE/Pong-v5", "--objective", "ppo", "--out", str(tmp_path / "out")]
+    with pytest.raises(click.UsageError, match="device is 'gpu', allowed on this machine: auto, c"):
+        pretrain.command.main([*arguments, "--device", "gpu"], standalone_mode=False)
     assert not list(tmp_path.iterdir())
 
 

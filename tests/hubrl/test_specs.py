@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_hubs import nature_spec, write_hub
 
+from hubrl.pathway import HubPathway
 from hubrl.specs import EncoderSpec, HubSpec, closest, list_hubs, load_hub, save_hub
 
 
@@ -90,6 +91,11 @@ def test_hub_needs_encoders_with_different_names() -> None:
         HubSpec(name="h", encoders=(nature_spec("x"), nature_spec("x")))
 
 
+def test_weights_need_a_folder(hub5: Path) -> None:
+    with pytest.raises(ValueError, match=r"'h': encoder 'a' has weights 'a.safetensors', but no f"):
+        HubPathway(HubSpec(name="h", encoders=load_hub(hub5).encoders))
+
+
 def test_unknown_hub_names_the_closest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write_hub(tmp_path / "atari5", [nature_spec("pong")])
     monkeypatch.setattr("hubrl.specs.BUILT_IN_HUBS", tmp_path)
@@ -131,6 +137,14 @@ def test_the_closest_word() -> None:
             lambda data: data["encoders"][0].update(golden=["one"] * 8),
             "encoder 'a': a value has the wrong type",
         ),
+        (
+            lambda data: data["encoders"][0].update(image_size=[36.0, 36.0]),
+            r"image_size is \(36.0, 36.0\), allowed: positive pixels, whole numbers",
+        ),
+        (
+            lambda data: data["encoders"][0].update(source=None),
+            r"encoder 'a': a value has the wrong type \(.*'source'",
+        ),
     ],
 )
 def test_wrong_hub_file(hub5: Path, change: object, message: str) -> None:
@@ -146,6 +160,15 @@ def test_hub_file_that_is_no_yaml(hub5: Path) -> None:
     (hub5 / "hub.yaml").write_text("name: [")
     with pytest.raises(ValueError, match=r"hub\.yaml is not valid YAML"):
         load_hub(hub5)
+
+
+def test_an_empty_value_is_one_that_is_not_given(hub5: Path) -> None:
+    file = hub5 / "hub.yaml"
+    data = yaml.safe_load(file.read_text())
+    data["encoders"][0].update(pretraining=None, mean=None)
+    file.write_text(yaml.safe_dump(data))
+    assert load_hub(hub5).encoders[0].pretraining == {}
+    assert load_hub(hub5).encoders[0].mean == (0.0,)
 
 
 def test_a_mean_may_be_one_number(hub5: Path) -> None:

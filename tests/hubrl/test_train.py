@@ -148,6 +148,17 @@ def test_resuming_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.endswith("r is complete: 128 steps\n")
 
 
+def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) -> None:
+    file = write_small_config(tmp_path / "c.yaml", train__eval_freq=64)
+    assert run("--config", file, "--run-dir", "r") == 0
+    evaluations = Path("r/evaluations.csv")
+    complete = rows(evaluations)
+    kept = [row for row in complete if row["timesteps"] != complete[-1]["timesteps"]]
+    evaluations.write_text("".join(evaluations.read_text().splitlines(True)[: len(kept) + 1]))
+    assert run("--resume", "r") == 0
+    assert [row["timesteps"] for row in rows(evaluations)] == [r["timesteps"] for r in complete]
+
+
 HUB_MESSAGES = [
     (["--hub", "HUB", "--top-k", "6"], "top_k"),
     (["--hub", "HUB", "--freeze", "z"], "'z'"),
