@@ -11,11 +11,12 @@ import torch
 from small_hubs import nature_spec, write_hub
 from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import DummyVecEnv
-from torch import nn
+from torch import Tensor, nn
 
 import envs  # noqa: F401 (registers the tiny environments)
 from hubrl.benches import child, networks, processes, training
 from hubrl.benches.measuring import GOALS, Result
+from hubrl.pathway import Casts
 from hubrl.specs import load_hub
 
 SMALL = {"env.n_envs": 1, "algorithm.n_steps": 8, "algorithm.batch_size": 8}
@@ -45,12 +46,17 @@ def test_rollout() -> None:
     check([networks.rollout("dispatch.rollout", batch=4, rounds=1)], ["dispatch.rollout"])
 
 
-def test_routing_is_even() -> None:
+def test_routing_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     pathway, features = networks._routed("float32")
     used: list[int] = []
-    for i, encoder in enumerate(pathway.encoders):
-        encoder.register_forward_hook(lambda _, args, __, i=i: used.extend([i] * len(args[0])))
+    encode = pathway.encode
+
+    def counted(i: int, images: Tensor, rows_R: Tensor, casts: Casts | None = None) -> Tensor:
+        used.extend([i] * len(rows_R))
+        return encode(i, images, rows_R, casts)
+
+    monkeypatch.setattr(pathway, "encode", counted)
     with torch.no_grad():
         features(networks.random_images(100), None)
     assert len(used) == 200
