@@ -79,12 +79,13 @@ def run_local(
     """
     Run jobs as processes of this machine, in their order.
 
-    :param n_parallel: at a time; the cores are shared out among them
+    :param n_parallel: at a time; the cores are shared out among them, unless ``OMP_NUM_THREADS``
+        says how many threads each takes
     :param stop: once it has a number, processes are asked to save a checkpoint and end
     :param lock: a file descriptor that each process holds open until it ends
     """
     waiting, running = deque(jobs), dict[Job, subprocess.Popen[bytes]]()
-    n_threads = max(1, n_cores() // n_parallel)
+    n_threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, n_cores() // n_parallel))
     asked = False
     try:
         with stop.caught():

@@ -92,6 +92,7 @@ Calls = Callable[[], list[list[Any]]]
 def test_processes_share_the_cores_at_low_priority(
     calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(engines, "n_cores", lambda: 7)
     assert run(small_study(tmp_path, seeds=[0, 1]), "--only", "run", "--jobs", 2) == 0
     assert len(calls()) == 4
@@ -104,6 +105,15 @@ def test_processes_share_the_cores_at_low_priority(
     facts = json.loads((config / "fast/hubrl_TinyImage-v0/s1.json").read_text())
     assert facts["commit"]
     assert not Path("docs").exists()
+
+
+def test_the_environment_may_say_how_many_threads_a_process_takes(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(engines, "n_cores", lambda: 7)
+    assert run(small_study(tmp_path), "--only", "run", "--jobs", 1) == 0
+    assert {threads for _, threads, _ in calls()} == {"1"}
 
 
 def test_complete_runs_are_skipped_and_unfinished_ones_resumed(
