@@ -96,8 +96,11 @@ class EnvSection(Section):
     sticky: Fraction
 
 
-def _freeze(value: Any) -> Any:
+def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
 class HubSection(Section):
@@ -106,6 +109,8 @@ class HubSection(Section):
 
     :param name: ``none`` (SB3's NatureCNN), a hub, ``HUB:ENCODER``, a folder or a YAML file
     :param top_k: encoders that run for an observation; nothing to choose for ``none``
+    :param always_active: encoders that are among them for each observation; ``auto``: as the
+        hub's card says
     :param exploration_coef: weight of the pathway exploration loss
     :param freeze: names of encoders that stay as they are, or ``all``
     :param random_init: orthogonal initialization in the place of the pretrained weights
@@ -114,8 +119,9 @@ class HubSection(Section):
 
     name: str
     top_k: Count
+    always_active: Names
     exploration_coef: Schedule
-    freeze: Annotated[tuple[str, ...], BeforeValidator(_freeze)]
+    freeze: Names
     random_init: bool
     precision: Precision
 

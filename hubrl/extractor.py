@@ -43,6 +43,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param observation_space: images, channel first, uint8 or float in 0..1
     :param hub: a name, ``NAME:ENCODER``, a folder, a YAML file or a ``HubSpec``
     :param top_k: encoders activated for each observation, 1..E
+    :param always_active: names of encoders that are among them for each observation, fewer than
+        ``top_k``; ``"auto"``: those of the hub's card, if they are fewer
     :param exploration_coef: weight of the pathway exploration loss; a number or
         ``{"start": a, "end": b}``, linear over the run (needs ``hubrl.PathwayCallback``)
     :param features_dim: length of the features
@@ -60,6 +62,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         top_k: int = 2,
         exploration_coef: Schedule = 0.01,
         features_dim: int = 512,
+        always_active: Collection[str] | str = "auto",
         freeze: Collection[str] | str = (),
         random_init: bool = False,
         precision: str = "auto",
@@ -72,6 +75,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self.pathway = HubPathway(
             hub,
             top_k,
+            always_active=always_active,
             image_shape=(channels, height, width),
             features_dim=features_dim,
             freeze=freeze,

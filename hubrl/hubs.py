@@ -65,6 +65,8 @@ def show_command(hub: str) -> None:
     click.echo(f"hub {', '.join(_summary(spec))}\n{spec.folder}")
     if spec.description:
         click.echo("\n" + _wrapped(spec.description))
+    if spec.always_active:
+        click.echo(f"\nalways active: {', '.join(spec.always_active)}")
     for encoder in spec.encoders:
         click.echo("\n" + click.style(encoder.name, bold=True))
         for label, text in _card_rows(spec, encoder):

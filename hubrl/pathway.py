@@ -17,11 +17,16 @@ from hubrl.losses import pathway_exploration_loss
 from hubrl.precision import check_precision, resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec, load_hub
 
-# Shape letters: B batch, E encoders, K top k, D features of one encoder, O features out,
-# C H W image, R rows of the batch that activate one encoder.
+# Shape letters: B batch, E encoders, M of them to choose from, K top k, D features of one encoder,
+# O features out, C H W image, R rows of the batch that activate one encoder.
 
 
 BLOCK = 8  # rows
+
+# Weight of what is chosen beside encoders that are always active. It makes their features, and
+# with them each step of Adam on their weights, count less: choices that differ between images and
+# between rollouts then don't disturb what the agent has learned from the encoders that stay.
+CHOSEN_SCALE = 0.1
 
 #: Features (R, D) of encoder i for rows (R,) of the batch.
 Encode = Callable[[int, Tensor], Tensor]
@@ -33,11 +38,15 @@ class PathwayOutput(NamedTuple):
     features: Tensor
     """Aggregated features, (B, O) float32."""
     weights: Tensor
-    """Pathway weights, (B, E): zero outside the top k; rows sum to 1 for k > 1."""
+    """
+    Pathway weights, (B, E): zero outside the top k; rows sum to 1 if more than one is chosen.
+
+    Always active encoders have weight 1, and the chosen ones beside them a tenth of theirs.
+    """
     activated: Tensor
     """Indices of the activated encoders, (B, K) int64, ascending."""
     probabilities: Tensor
-    """Softmax of the scores over all encoders, (B, E)."""
+    """Softmax of the scores over the encoders to choose from, (B, E): 0 for always active ones."""
     exploration_loss: Tensor
     """Unweighted pathway exploration loss of the batch, scalar; see ``hubrl.losses``."""
 
@@ -317,8 +326,14 @@ class HubPathway(nn.Module):
     An encoder runs, forward and backward, on just the rows that activate it. Method: Hub-Pathway
     (Shu et al., NeurIPS 2022, arXiv 2206.03726); what is ours is marked in the parts.
 
+    Ours: encoders may be active for all images, and the generator chooses the others of the
+    ``top_k``. They are what mixtures of experts call shared experts (DeepSeekMoE, Dai et al. 2024,
+    arXiv 2401.06066): what every image needs is learned once, from every row.
+
     :param hub: a name, a folder, a YAML file or a ``HubSpec``
     :param top_k: encoders activated for each image, 1..E
+    :param always_active: names of encoders that are among them for each image, fewer than
+        ``top_k``; ``"auto"``: those of the hub's card, if they are fewer
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
     :param features_dim: length of the aggregated features
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
@@ -326,14 +341,18 @@ class HubPathway(nn.Module):
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on the device; generator and features are float32 in any case
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, or ``freeze``
-        names an encoder that the hub lacks
+        names an encoder that the hub lacks, or ``always_active`` does or leaves none to choose
     """
+
+    _is_always_E: Tensor
+    _choices_M: Tensor
 
     def __init__(
         self,
         hub: str | Path | HubSpec,
         top_k: int = 2,
         *,
+        always_active: Collection[str] | str = "auto",
         image_shape: tuple[int, int, int] | None = None,
         features_dim: int = 512,
         freeze: Collection[str] | str = (),
@@ -346,8 +365,13 @@ class HubPathway(nn.Module):
         self.precision = check_precision(precision)
         first = self.hub.encoders[0]
         channels, *image_size = image_shape or (first.channels, *first.image_size)
-        n_encoders = len(self.hub.encoders)
-        self.generator = PathwayGenerator(channels, (image_size[0], image_size[1]), n_encoders)
+        self.always_active = _always_active(always_active, self.top_k, self.hub)
+        is_always_E = torch.tensor([name in self.always_active for name in self.hub.encoder_names])
+        self.register_buffer("_is_always_E", is_always_E, persistent=False)
+        self.register_buffer("_choices_M", (~is_always_E).nonzero().flatten(), persistent=False)
+        self.generator = PathwayGenerator(
+            channels, (image_size[0], image_size[1]), len(self._choices_M)
+        )
         self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
         features_dims = [spec.features_dim for spec in self.hub.encoders]
         self.aggregator = Aggregator(features_dims, features_dim)
@@ -378,17 +402,18 @@ class HubPathway(nn.Module):
         Route the images with given noise and, if wished, a given activated set.
 
         :param images_BCHW: uint8 in 0..255 or float in 0..1
-        :param noise_BE: standard normal numbers, or None for none
+        :param noise_BE: standard normal numbers, or None for none; those of always active
+            encoders are not used
         :param activated_BK: encoders to activate, -1 where the scores shall choose; the weights
             over them follow from the scores in any case
         :param casts: cast weights, to be used and added to; only while no weight changes
         :param encode: gives an encoder's features of some rows; default: ``encode``, which runs it
         """
         probabilities_BE = self._probabilities(images_BCHW, noise_BE)
-        chosen_BK = probabilities_BE.topk(self.top_k, dim=1).indices.sort(dim=1).values
+        chosen_BK = self._top(probabilities_BE)
         if activated_BK is not None:
             chosen_BK = activated_BK.where(activated_BK >= 0, chosen_BK)
-        weights_BE = _pathway_weights(probabilities_BE, chosen_BK)
+        weights_BE = self._weights(probabilities_BE, chosen_BK)
         features_BO = self.aggregate(images_BCHW, weights_BE, chosen_BK, casts=casts, encode=encode)
         loss = pathway_exploration_loss(probabilities_BE)
         return PathwayOutput(features_BO, weights_BE, chosen_BK, probabilities_BE, loss)
@@ -448,8 +473,26 @@ class HubPathway(nn.Module):
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
         if len(self.encoders) == 1:  # nothing to choose
             return torch.ones(len(images_BCHW), 1, device=images_BCHW.device)
-        scores_BE: Tensor = self.generator(images_BCHW, noise_BE)
-        return scores_BE.softmax(dim=1)
+        noise_BM = None if noise_BE is None else noise_BE[:, self._choices_M]
+        scores_BM: Tensor = self.generator(images_BCHW, noise_BM)
+        probabilities_BM = scores_BM.softmax(dim=1)
+        zero_BE = probabilities_BM.new_zeros(len(images_BCHW), len(self.encoders))
+        return zero_BE.index_copy(1, self._choices_M, probabilities_BM)
+
+    def _top(self, probabilities_BE: Tensor) -> Tensor:
+        """Indices of the always active encoders and of the most probable others, ascending."""
+        ranks_BE = probabilities_BE.detach().masked_fill(self._is_always_E, 2.0)
+        return ranks_BE.topk(self.top_k, dim=1).indices.sort(dim=1).values
+
+    def _weights(self, probabilities_BE: Tensor, activated_BK: Tensor) -> Tensor:
+        """Probabilities of the activated encoders, zero elsewhere."""
+        kept_BK = probabilities_BE.gather(1, activated_BK)
+        # Of one encoder a renormalised weight is always 1, and the task gives no gradient.
+        if self.top_k - len(self.always_active) > 1:
+            kept_BK = kept_BK / kept_BK.sum(dim=1, keepdim=True)
+        if self.always_active:
+            kept_BK = torch.where(self._is_always_E[activated_BK], 1.0, CHOSEN_SCALE * kept_BK)
+        return torch.zeros_like(probabilities_BE).scatter(1, activated_BK, kept_BK)
 
 
 def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:
@@ -470,15 +513,6 @@ def _whole_blocks(rows_R: Tensor) -> Tensor:
     return torch.cat([rows_R, rows_R[:1].expand(n_missing)]) if n_missing else rows_R
 
 
-def _pathway_weights(probabilities_BE: Tensor, activated_BK: Tensor) -> Tensor:
-    """Probabilities of the activated encoders, renormalised unless k is 1, zero elsewhere."""
-    kept_BK = probabilities_BE.gather(1, activated_BK)
-    # With k = 1 a renormalised weight is always 1, and the task gives the generator no gradient.
-    if activated_BK.shape[1] > 1:
-        kept_BK = kept_BK / kept_BK.sum(dim=1, keepdim=True)
-    return torch.zeros_like(probabilities_BE).scatter(1, activated_BK, kept_BK)
-
-
 def _check_top_k(top_k: int, hub: HubSpec) -> int:
     if not 1 <= top_k <= len(hub.encoders):
         raise ValueError(
@@ -488,8 +522,28 @@ def _check_top_k(top_k: int, hub: HubSpec) -> int:
     return top_k
 
 
+def _always_active(names: Collection[str] | str, top_k: int, hub: HubSpec) -> frozenset[str]:
+    if names == "auto":
+        return frozenset(hub.always_active if len(hub.always_active) < top_k else ())
+    found = _names(names, hub)
+    if len(found) >= top_k:
+        raise ValueError(
+            f"always_active names {len(found)} encoders of hub {hub.name!r} "
+            f"({', '.join(sorted(found))}), but top_k is {top_k}: at least one must be left to "
+            "choose; name fewer, or raise top_k"
+        )
+    return found
+
+
 def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
     if freeze == "all":
         return frozenset(hub.encoder_names)
-    names = [freeze] if isinstance(freeze, str) else freeze
+    return _names(freeze, hub)
+
+
+def _names(names: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
+    """
+    :raises ValueError: if the hub has no such encoder
+    """
+    names = [names] if isinstance(names, str) else names
     return frozenset(hub.only(name).encoders[0].name for name in names)

@@ -97,13 +97,17 @@ class HubSpec:
     :param name: the hub's name
     :param encoders: one card for each encoder; at least one, names unique
     :param description: one paragraph for people
+    :param always_active: names of encoders that every image activates, unless the user of the hub
+        decides otherwise; see ``hubrl.pathway.HubPathway``
     :param folder: where the weight files lie; None for encoders without weights
-    :raises ValueError: if there is no encoder or two have the same name
+    :raises ValueError: if there is no encoder, two have the same name, or ``always_active`` names
+        another one or all
     """
 
     name: str
     encoders: tuple[EncoderSpec, ...]
     description: str = ""
+    always_active: tuple[str, ...] = ()
     folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +117,10 @@ class HubSpec:
         doubles = sorted({name for name in names if names.count(name) > 1})
         if doubles:
             raise ValueError(f"hub {self.name!r} has two encoders named {doubles[0]!r}")
+        for name in self.always_active:
+            self.only(name)
+        if len(set(self.always_active)) == len(names):
+            raise ValueError(f"hub {self.name!r}: always_active must leave an encoder to choose")
 
     @property
     def encoder_names(self) -> tuple[str, ...]:
@@ -131,7 +139,12 @@ class HubSpec:
                 f"{closest(encoder, self.encoder_names)}; it has: {', '.join(self.encoder_names)}"
             )
         chosen = self.encoders[self.encoder_names.index(encoder)]
-        return dataclasses.replace(self, name=f"{self.name}:{encoder}", encoders=(chosen,))
+        return HubSpec(
+            name=f"{self.name}:{encoder}",
+            encoders=(chosen,),
+            description=self.description,
+            folder=self.folder,
+        )
 
     def weights_path(self, spec: EncoderSpec) -> Path | None:
         """
@@ -184,7 +197,10 @@ def save_hub(hub: HubSpec, folder: Path) -> None:
     ``load_hub(folder)`` reads them back.
     """
     cards = [_card(encoder) for encoder in hub.encoders]
-    data = {"name": hub.name, "description": hub.description, "encoders": cards}
+    data: dict[str, Any] = {"name": hub.name, "description": hub.description}
+    if hub.always_active:
+        data["always_active"] = list(hub.always_active)
+    data["encoders"] = cards
     text = yaml.safe_dump(data, sort_keys=False, width=100, allow_unicode=True)
     temporary = folder / f".{HUB_FILE}.new"
     temporary.write_text(text)
@@ -228,10 +244,14 @@ def _read_hub(file: Path) -> HubSpec:
     if not isinstance(cards, list):
         raise ValueError(f"hub file {file}: encoders must be a list of cards")
     encoders = tuple(_read_card(card, file) for card in cards)
+    always_active = data.get("always_active") or []
+    if not isinstance(always_active, list):
+        raise ValueError(f"hub file {file}: always_active must be a list of encoders' names")
     return HubSpec(
         name=str(data["name"]),
         encoders=encoders,
         description=str(data.get("description", "")),
+        always_active=tuple(map(str, always_active)),
         folder=file.parent,
     )
 

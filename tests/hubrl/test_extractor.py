@@ -257,17 +257,19 @@ class FirstMinibatch:
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
-@pytest.mark.parametrize("freeze", [(), "all"])
+@pytest.mark.parametrize(("freeze", "always_active"), [((), ()), ("all", ()), ("a", "norm")])
 @pytest.mark.parametrize(("algorithm", "settings"), ON_POLICY)
 def test_update_begins_with_the_rollouts_policy(
-    algorithm, settings, freeze, precision, bound, tmp_path, batch_norm_architecture
+    algorithm, settings, freeze, always_active, precision, bound, tmp_path, batch_norm_architecture
 ) -> None:
     normed = dataclasses.replace(
         nature_spec("norm"), architecture=batch_norm_architecture, features_dim=8
     )
     specs = [nature_spec("a"), nature_spec("b"), normed]
     hub = write_hub(tmp_path / "hub", specs)
-    model = make(algorithm, settings, hub, freeze=freeze, precision=precision)
+    model = make(
+        algorithm, settings, hub, freeze=freeze, always_active=always_active, precision=precision
+    )
     spread_scores(model)
     with torch.no_grad():  # far from the 0.01 gain of the start, so that a wrong routing shows
         model.policy.action_net.weight.mul_(30)
@@ -448,6 +450,8 @@ def test_schedule_by_hand(hub5: Path) -> None:
         ({"top_k": 9}, "top_k is 9, allowed: 1..5"),
         ({"hub": "nowhere"}, "hub 'nowhere' is unknown"),
         ({"freeze": "z"}, "has no encoder 'z'"),
+        ({"always_active": "z"}, "has no encoder 'z'"),
+        ({"always_active": ["a", "c"]}, "always_active names 2 .* top_k is 2: at least one"),
         ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),
         ({"exploration_coef": {"begin": 1}}, "exploration_coef is .*allowed: a number"),
         ({"precision": "int8"}, "precision is 'int8', allowed: auto, float32, bfloat16"),

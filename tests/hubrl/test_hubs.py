@@ -212,6 +212,12 @@ def test_show_prints_the_whole_card(hubs: Hubs, hub: Path) -> None:
     assert lines.index("left") < lines.index("  pretraining") < lines.index("right")
 
 
+def test_show_says_which_encoders_are_always_active(hubs: Hubs, hub: Path) -> None:
+    assert "always active" not in hubs("show", hub).out
+    save_hub(dataclasses.replace(load_hub(hub), always_active=("right",)), hub)
+    assert "\nalways active: right\n" in hubs("show", hub).out
+
+
 @pytest.mark.parametrize("width", [80, 100])
 def test_show_fits_the_terminal(
     hubs: Hubs, hub: Path, monkeypatch: pytest.MonkeyPatch, width: int

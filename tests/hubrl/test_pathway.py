@@ -1,6 +1,7 @@
 """The core: routed equals dense, only activated rows run and learn, and the method's formulas."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -54,14 +55,27 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_hub(folder, [nature_spec(name) for name in "abcde"])
 
 
-@given(n_rows=st.integers(1, 12), top_k=st.integers(1, 5), seed=st.integers(0, 1000))
+@st.composite
+def activations(draw: st.DrawFn) -> tuple[int, set[str]]:
+    """top_k of five encoders, and fewer than that which are always active."""
+    top_k = draw(st.integers(1, 5))
+    return top_k, draw(st.sets(st.sampled_from("abcde"), max_size=top_k - 1))
+
+
+@given(n_rows=st.integers(1, 12), activation=activations(), seed=st.integers(0, 1000))
 @settings(max_examples=25, deadline=None)
 def test_routed_equals_dense_with_zeroed_weights(
-    hub: Path, n_rows: int, top_k: int, seed: int
+    hub: Path, n_rows: int, activation: tuple[int, set[str]], seed: int
 ) -> None:
-    pathway = noisy(HubPathway(hub, top_k))
+    top_k, always_active = activation
+    pathway = noisy(HubPathway(hub, top_k, always_active=always_active))
     images, noise = images_of(n_rows, seed), torch.randn(n_rows, 5)
     output = pathway.route(images, noise)
+    assert output.activated.shape == (n_rows, top_k)
+    for name in always_active:
+        assert (output.activated == "abcde".index(name)).any(dim=1).all()
+    is_activated = torch.zeros(n_rows, 5).scatter(1, output.activated, 1.0)
+    assert torch.equal(output.weights > 0, is_activated > 0)
     assert_equal_to_1e_6(output.features, dense(pathway, images, output.weights))
 
 
@@ -152,6 +166,45 @@ def test_weights_by_hand(hub: Path) -> None:
     torch.testing.assert_close(output.weights, expected, atol=1e-6, rtol=0)
     # 0.5 ln 0.5 + 0.2 ln 0.2 + 3 * 0.1 ln 0.1 = -0.346574 - 0.321888 - 0.690776
     assert output.exploration_loss.item() == pytest.approx(-1.359237, abs=1e-5)
+
+
+def test_weights_beside_an_always_active_encoder_by_hand(hub: Path) -> None:
+    pathway = HubPathway(hub, top_k=2, always_active="b")
+    undecided(pathway.generator)
+    with torch.no_grad():  # of a, c, d and e
+        pathway.generator.scores.bias.copy_(torch.tensor([0.2, 0.5, 0.2, 0.1]).log())
+    output = pathway.route(images_of(3), None)
+    assert output.activated.tolist() == [[1, 2]] * 3
+    weights = torch.tensor([0, 1, 0.05, 0, 0]).expand(3, 5)  # a tenth of c's probability
+    torch.testing.assert_close(output.weights, weights, atol=1e-6, rtol=0)
+    probabilities = torch.tensor([0.2, 0, 0.5, 0.2, 0.1]).expand(3, 5)
+    torch.testing.assert_close(output.probabilities, probabilities, atol=1e-6, rtol=0)
+    # 2 * 0.2 ln 0.2 + 0.5 ln 0.5 + 0.1 ln 0.1 = -0.643775 - 0.346574 - 0.230259
+    assert output.exploration_loss.item() == pytest.approx(-1.220607, abs=1e-5)
+
+    both = HubPathway(hub, top_k=3, always_active=["b"])
+    both.load_state_dict(pathway.state_dict())
+    with torch.no_grad():
+        both.generator.scores.bias.copy_(torch.tensor([0.3, 0.5, 0.1, 0.1]).log())
+    # Two are chosen: 0.1 * 0.3 / 0.8 and 0.1 * 0.5 / 0.8
+    weights = torch.tensor([0.0375, 1, 0.0625, 0, 0]).expand(3, 5)
+    torch.testing.assert_close(both.route(images_of(3), None).weights, weights, atol=1e-6, rtol=0)
+
+
+def test_the_card_says_what_is_always_active_where_one_is_left_to_choose(hub: Path) -> None:
+    spec = dataclasses.replace(load_hub(hub), always_active=("d", "a"))
+    assert HubPathway(spec, top_k=3).always_active == {"a", "d"}
+    assert HubPathway(spec, top_k=2).always_active == frozenset()
+    assert HubPathway(spec, top_k=3, always_active=()).always_active == frozenset()
+    assert HubPathway(spec, top_k=3, always_active="c").always_active == {"c"}
+
+
+def test_always_active_encoders_out_of_range(hub: Path) -> None:
+    message = r"always_active names 2 encoders of hub 'hub5' \(a, b\), but top_k is 2: at least one"
+    with pytest.raises(ValueError, match=message):
+        HubPathway(hub, top_k=2, always_active=["a", "b"])
+    with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'f'"):
+        HubPathway(hub, always_active="f")
 
 
 def test_one_activated_encoder_keeps_its_probability_as_weight(hub: Path) -> None:

@@ -15,7 +15,7 @@ from hubrl.specs import EncoderSpec, HubSpec, closest, list_hubs, load_hub, save
 
 
 def test_cards_survive_writing_and_reading(hub5: Path) -> None:
-    hub = load_hub(hub5)
+    hub = dataclasses.replace(load_hub(hub5), always_active=("b",), description="Random.")
     assert hub.encoder_names == ("a", "b", "c", "d", "e")
     assert hub.folder == hub5
     save_hub(hub, hub5)
@@ -28,6 +28,7 @@ def test_folder_file_and_encoder_name_the_same_hub(hub5: Path) -> None:
     one = load_hub(f"{hub5}:c")
     assert one.encoder_names == ("c",)
     assert one.name == "hub5:c"
+    assert dataclasses.replace(load_hub(hub5), always_active=("c",)).only("c").always_active == ()
 
 
 @given(
@@ -91,6 +92,14 @@ def test_hub_needs_encoders_with_different_names() -> None:
         HubSpec(name="h", encoders=(nature_spec("x"), nature_spec("x")))
 
 
+def test_always_active_encoders_are_some_of_the_hub() -> None:
+    encoders = (nature_spec("x"), nature_spec("y"))
+    with pytest.raises(ValueError, match="hub 'h' has no encoder 'z'; it has: x, y"):
+        HubSpec(name="h", encoders=encoders, always_active=("z",))
+    with pytest.raises(ValueError, match="hub 'h': always_active must leave an encoder to choose"):
+        HubSpec(name="h", encoders=encoders, always_active=("x", "y"))
+
+
 def test_weights_need_a_folder(hub5: Path) -> None:
     with pytest.raises(ValueError, match=r"'h': encoder 'a' has weights 'a.safetensors', but no f"):
         HubPathway(HubSpec(name="h", encoders=load_hub(hub5).encoders))
@@ -123,6 +132,7 @@ def test_the_closest_word() -> None:
         (lambda data: data.update(encoder=[]), r"unknown key 'encoder' \(closest: 'encoders'\)"),
         (lambda data: data.update(folder="/etc"), "unknown key 'folder'"),
         (lambda data: data.update(encoders=3), "encoders must be a list of cards"),
+        (lambda data: data.update(always_active="a"), "always_active must be a list of encoders'"),
         (lambda data: data["encoders"].append(3), "encoder '\\?' must be a mapping"),
         (
             lambda data: data["encoders"][0].update(licence="MIT"),
