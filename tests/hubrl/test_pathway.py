@@ -327,13 +327,27 @@ def test_the_small_generator_sees_a_ball_of_2x2_pixels() -> None:
     assert (generator(images, None).argmax(dim=1) == fifth).float().mean() > 0.95
 
 
+@pytest.mark.parametrize(
+    ("channels", "seen"), [(1, {0}), (3, {0, 1, 2}), (4, {1, 3}), (5, {0, 2, 4})]
+)
+def test_generator_sees_every_second_frame_of_a_stack(channels: int, seen: set[int]) -> None:
+    generator = PathwayGenerator(channels, (36, 36), 5)
+    images = torch.randint(0, 256, (8, channels, 36, 36), dtype=torch.uint8)
+    scores = generator(images, None)
+    for channel in range(channels):
+        changed = images.clone()
+        changed[:, channel] = 255 - changed[:, channel]
+        assert torch.equal(generator(changed, None), scores) == (channel not in seen)
+
+
 def test_generator_looks_at_the_difference_from_the_mean_image() -> None:
     generator = PathwayGenerator(4, (36, 36), 5)
     images = images_of(64)
     for _ in range(2):  # features are observed once there is a mean image
         generator.train()(images, None)
         generator.eval()
-    patches = generator.patches(images / 255.0 - (images[::8] / 255.0).mean(dim=0))
+    seen = images[:, 1::2] / 255.0
+    patches = generator.patches(seen - seen[::8].mean(dim=0))
     features = generator.hidden(patches.relu().flatten(1)).relu()
     observed = features[::8]
     variance = observed.var(dim=0, correction=0).clamp(min=1e-4)
