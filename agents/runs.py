@@ -110,6 +110,14 @@ def make_logger(folder: Path, timesteps: int) -> Logger:
     return Logger(str(folder), [_ProgressCsv(folder, timesteps), _Events(folder, timesteps)])
 
 
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file; none if it does not exist."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
 class CsvTable:
     """
     A CSV file that rows are appended to; a new column rewrites it.
@@ -123,7 +131,7 @@ class CsvTable:
     def __init__(self, file: Path, step_column: str, timesteps: int) -> None:
         self._file = file
         self._columns: list[str] = []
-        rows = [row for row in self._read() if int(row[step_column]) <= timesteps]
+        rows = [row for row in read_rows(self._file) if int(row[step_column]) <= timesteps]
         self.last_step = max((int(row[step_column]) for row in rows), default=0)
         self.last_row = rows[-1] if rows else {}
         if rows:
@@ -136,17 +144,11 @@ class CsvTable:
         """Write one row; missing columns stay empty."""
         new = [column for column in row if column not in self._columns]
         if new:
-            rows = self._read() if self._columns else []
+            rows = read_rows(self._file) if self._columns else []
             self._columns += new
             self._rewrite(rows)
         with self._file.open("a", newline="") as file:
             csv.DictWriter(file, self._columns).writerow(row)
-
-    def _read(self) -> list[dict[str, str]]:
-        if not self._file.exists():
-            return []
-        with self._file.open(newline="") as file:
-            return list(csv.DictReader(file))
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         temporary = self._file.with_suffix(".new")

@@ -23,7 +23,7 @@ from agents.runs import CONFIG_FILE, checkpoint_dir  # noqa: E402
 from agents.study_config import Run, StudyConfig, load_study  # noqa: E402
 from hubrl.studies.engines import (  # noqa: E402
     Job,
-    has_checkpoint,
+    can_resume,
     import_ray,
     n_cores,
     run_local,
@@ -96,7 +96,7 @@ def command(
 
 def is_done(folder: Path, n_timesteps: int) -> bool:
     """Whether the run in the folder is complete."""
-    if not has_checkpoint(folder):
+    if not can_resume(folder):
         return False
     return bool(read_state(checkpoint_dir(folder, "last"))["num_timesteps"] >= n_timesteps)
 
@@ -111,7 +111,7 @@ def _unfinished(study: StudyConfig, out: Path) -> dict[Run, RunConfig]:
     for run in study.runs():
         folder = out / "runs" / run.path
         config = _resolve(study, run)
-        if has_checkpoint(folder):
+        if can_resume(folder):
             _check_same(folder, config)
         if not is_done(folder, study.n_timesteps):
             left[run] = config

@@ -31,7 +31,6 @@ from agents.checkpoints import load_checkpoint, read_state  # noqa: E402
 from agents.config import RunConfig, built_in_config, load_config  # noqa: E402
 from agents.runs import (  # noqa: E402
     EVALUATIONS_FILE,
-    CsvTable,
     check_new_run,
     checkpoint_dir,
     create_run,
@@ -40,6 +39,7 @@ from agents.runs import (  # noqa: E402
     make_logger,
     note_command,
     open_run,
+    read_rows,
 )
 from envs import ImageFormat, make_vec_env  # noqa: E402
 
@@ -129,8 +129,8 @@ def _resume(given: dict[str, Any]) -> int:
 
 def _is_evaluated(folder: Path, config: RunConfig, timesteps: int) -> bool:
     """A signal may have cut the last evaluation short."""
-    table = CsvTable(folder / EVALUATIONS_FILE, "timesteps", timesteps)
-    return config.train.eval_freq == 0 or table.last_step >= timesteps
+    steps = [int(row["timesteps"]) for row in read_rows(folder / EVALUATIONS_FILE)]
+    return config.train.eval_freq == 0 or max(steps, default=0) >= timesteps
 
 
 def _configure(given: dict[str, Any]) -> RunConfig:

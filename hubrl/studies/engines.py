@@ -153,7 +153,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
     It has a session of its own: Ctrl-C would reach it twice otherwise, and a second signal ends a
     training without a checkpoint.
     """
-    if has_checkpoint(job.folder):
+    if can_resume(job.folder):
         options = ["--resume", str(job.folder)]
     else:
         # A run that was stopped before its first checkpoint has nothing to go on from.
@@ -174,7 +174,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
         )
 
 
-def has_checkpoint(folder: Path) -> bool:
+def can_resume(folder: Path) -> bool:
     """Whether a run can be resumed."""
     return checkpoints.has_checkpoint(checkpoint_dir(folder, "last"))
 
