@@ -165,6 +165,7 @@ def _features_extractor(hub: HubSection) -> dict[str, Any]:
             "hub": hub.name,
             "top_k": hub.top_k,
             "exploration_coef": hub.exploration_coef.model_dump(),
+            "aggregation": hub.aggregation,
             "always_active": "auto" if hub.always_active == ("auto",) else hub.always_active,
             "freeze": "all" if hub.freeze == ("all",) else hub.freeze,
             "random_init": hub.random_init,

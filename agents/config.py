@@ -112,6 +112,7 @@ class HubSection(Section):
     :param always_active: encoders that are among them for each observation; ``auto``: as the
         hub's card says
     :param exploration_coef: weight of the pathway exploration loss
+    :param aggregation: how the encoders' features become one vector
     :param freeze: names of encoders that stay as they are, or ``all``
     :param random_init: orthogonal initialization in the place of the pretrained weights
     :param precision: what the encoders compute in
@@ -121,6 +122,7 @@ class HubSection(Section):
     top_k: Count
     always_active: Names
     exploration_coef: Schedule
+    aggregation: Literal["concat", "sum"]
     freeze: Names
     random_init: bool
     precision: Precision

@@ -1,4 +1,4 @@
-"""Encoders built from their specs: the preprocessing card, the trunk, its verified weights."""
+"""Encoders built from their specs: preprocessing card, trunk, verified weights, casts."""
 
 from __future__ import annotations
 
@@ -142,6 +142,33 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode; whether the weights learn is ``requires_grad``'s business."""
         return super().train(False)
+
+
+class Casts:
+    """
+    Weights in the format of computation, kept for a phase in which none changes.
+
+    A rollout needs them at each step, and for a few rows casting takes as long as computing.
+    Versions of weights alone would not do: SB3's polyak updates leave no trace on a tensor.
+    """
+
+    def __init__(self) -> None:
+        self._weights: dict[object, Tensor] = {}
+        self._encoders: dict[object, Encoder] = {}
+
+    def weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight of a layer."""
+        key = (id(weight), dtype, weight._version)
+        if key not in self._weights:
+            self._weights[key] = weight.detach().to(dtype)
+        return self._weights[key]
+
+    def encoder(self, i: int, encoder: Encoder, dtype: torch.dtype) -> Encoder:
+        """Encoder i."""
+        key = (i, dtype, *(parameter._version for parameter in encoder.parameters()))
+        if key not in self._encoders:
+            self._encoders[key] = encoder.cast(dtype)
+        return self._encoders[key]
 
 
 def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -> Encoder:

@@ -14,9 +14,9 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
-from hubrl.encoders import check_image_shape
+from hubrl.encoders import Casts, check_image_shape
 from hubrl.losses import attach_loss
-from hubrl.pathway import Casts, HubPathway, PathwayOutput
+from hubrl.pathway import HubPathway, PathwayOutput
 from hubrl.replay import FeatureCache, RoutingReplay
 from hubrl.specs import HubSpec, load_hub
 
@@ -48,6 +48,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param exploration_coef: weight of the pathway exploration loss; a number or
         ``{"start": a, "end": b}``, linear over the run (needs ``hubrl.PathwayCallback``)
     :param features_dim: length of the features
+    :param aggregation: how features become one vector: ``concat``, a block of a linear layer for
+        each encoder, or ``sum``, one layer for all
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
@@ -62,6 +64,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         top_k: int = 2,
         exploration_coef: Schedule = 0.01,
         features_dim: int = 512,
+        aggregation: str = "concat",
         always_active: Collection[str] | str = "auto",
         freeze: Collection[str] | str = (),
         random_init: bool = False,
@@ -78,6 +81,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
             always_active=always_active,
             image_shape=(channels, height, width),
             features_dim=features_dim,
+            aggregation=aggregation,
             freeze=freeze,
             pretrained=not random_init,
             precision=precision,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.encoders import Encoder, build_encoder, orthogonal_init
+from hubrl.aggregation import Part, build_aggregator
+from hubrl.encoders import Casts, Encoder, build_encoder, orthogonal_init
 from hubrl.losses import pathway_exploration_loss
 from hubrl.precision import check_precision, resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec, load_hub
@@ -193,57 +194,6 @@ class RunningMean(nn.Module):
         self.n_pending.zero_()
 
 
-class Aggregator(nn.Module):
-    """
-    A linear layer over the concatenated, weighted features, of which only activated blocks run.
-
-    ``A(concat_i [w_i * o_i]) = bias + sum_i w_i * (block_i o_i)``, then ReLU.
-
-    :param features_dims: the encoders' features_dim
-    :param features_dim: length of the aggregated features, O
-    """
-
-    def __init__(self, features_dims: list[int], features_dim: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(n, features_dim, bias=False) for n in features_dims)
-        self.bias = nn.Parameter(torch.zeros(features_dim))
-        orthogonal_init(self.blocks)
-
-    def block(self, i: int, features_RD: Tensor, casts: Casts | None = None) -> Tensor:
-        """``block_i o_i`` in the format of the features, (R, O)."""
-        weight = self.blocks[i].weight
-        assert isinstance(weight, Tensor)
-        dtype = features_RD.dtype
-        return F.linear(features_RD, casts.block(i, weight, dtype) if casts else weight.to(dtype))
-
-
-class Casts:
-    """
-    Weights in the format of computation, kept for a phase in which none changes.
-
-    A rollout needs them at each step, and for a few rows casting takes as long as computing.
-    Versions of weights alone would not do: SB3's polyak updates leave no trace on a tensor.
-    """
-
-    def __init__(self) -> None:
-        self._blocks: dict[object, Tensor] = {}
-        self._encoders: dict[object, Encoder] = {}
-
-    def block(self, i: int, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight of aggregation block i."""
-        key = (i, dtype, weight._version)
-        if key not in self._blocks:
-            self._blocks[key] = weight.detach().to(dtype)
-        return self._blocks[key]
-
-    def encoder(self, i: int, encoder: Encoder, dtype: torch.dtype) -> Encoder:
-        """Encoder i."""
-        key = (i, dtype, *(parameter._version for parameter in encoder.parameters()))
-        if key not in self._encoders:
-            self._encoders[key] = encoder.cast(dtype)
-        return self._encoders[key]
-
-
 class EncoderList(nn.Module):
     """
     The encoders of a hub: trained ones are submodules, frozen ones are held once per process.
@@ -344,12 +294,14 @@ class HubPathway(nn.Module):
         ``top_k``; ``"auto"``: those of the hub's card, if they are fewer
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
     :param features_dim: length of the aggregated features
+    :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on the device; generator and features are float32 in any case
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, or ``freeze``
-        names an encoder that the hub lacks, or ``always_active`` does or leaves none to choose
+        names an encoder that the hub lacks, ``always_active`` does or leaves none to choose, or
+        ``aggregation`` is unknown or doesn't fit the encoders
     """
 
     _is_always_E: Tensor
@@ -363,6 +315,7 @@ class HubPathway(nn.Module):
         always_active: Collection[str] | str = "auto",
         image_shape: tuple[int, int, int] | None = None,
         features_dim: int = 512,
+        aggregation: str = "concat",
         freeze: Collection[str] | str = (),
         pretrained: bool = True,
         precision: str = "float32",
@@ -382,7 +335,7 @@ class HubPathway(nn.Module):
         )
         self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
         features_dims = [spec.features_dim for spec in self.hub.encoders]
-        self.aggregator = Aggregator(features_dims, features_dim)
+        self.aggregator = build_aggregator(aggregation, features_dims, features_dim)
 
     def forward(self, images_BCHW: Tensor) -> PathwayOutput:
         """
@@ -436,7 +389,7 @@ class HubPathway(nn.Module):
         encode: Encode | None = None,
     ) -> Tensor:
         """
-        Dispatch each encoder on the rows that activate it; sum the weighted blocks.
+        Dispatch each encoder on the rows that activate it; aggregate their weighted features.
 
         :param images_BCHW: uint8 in 0..255 or float in 0..1
         :param weights_BE: pathway weights
@@ -445,18 +398,18 @@ class HubPathway(nn.Module):
         :param encode: as in ``route``
         :return: (B, O) float32
         """
-        features_BO = self.aggregator.bias.expand(len(images_BCHW), -1)
-        for i, rows_R in enumerate(rows_of_encoders(activated_BK, len(self.encoders))):
-            if len(rows_R) == 0:
-                continue
-            if encode is None:
-                features_RD = self.encode(i, images_BCHW, rows_R, casts)
-            else:
-                features_RD = encode(i, rows_R)
-            features_RO = self.aggregator.block(i, features_RD, casts)
-            weighted_RO = features_RO.float() * weights_BE[rows_R, i, None]
-            features_BO = features_BO.index_add(0, rows_R, weighted_RO)
-        return features_BO.relu()
+        if encode is None:
+
+            def encode(i: int, rows_R: Tensor) -> Tensor:
+                return self.encode(i, images_BCHW, rows_R, casts)
+
+        parts = (
+            Part(i, rows_R, encode(i, rows_R))
+            for i, rows_R in enumerate(rows_of_encoders(activated_BK, len(self.encoders)))
+            if len(rows_R) > 0
+        )
+        features_BO: Tensor = self.aggregator(parts, weights_BE, casts)
+        return features_BO
 
     def encode(
         self, i: int, images_BCHW: Tensor, rows_R: Tensor, casts: Casts | None = None

@@ -15,7 +15,14 @@ CORE = {
     "losses": set(),
     "precision": set(),
     "replay": set(),
-    "pathway": {"hubrl.encoders", "hubrl.losses", "hubrl.precision", "hubrl.specs"},
+    "aggregation": {"hubrl.encoders", "hubrl.specs"},
+    "pathway": {
+        "hubrl.aggregation",
+        "hubrl.encoders",
+        "hubrl.losses",
+        "hubrl.precision",
+        "hubrl.specs",
+    },
 }
 THIRD_PARTY_OF_CORE = {"torch", "safetensors", "yaml"}
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import envs  # noqa: F401 (registers the tiny environments)
 from hubrl.benches import child, networks, processes, training
 from hubrl.benches.measuring import GOALS, Result
-from hubrl.pathway import Casts
+from hubrl.encoders import Casts
 from hubrl.specs import load_hub
 
 SMALL = {"env.n_envs": 1, "algorithm.n_steps": 8, "algorithm.batch_size": 8}

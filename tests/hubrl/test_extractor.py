@@ -257,19 +257,21 @@ class FirstMinibatch:
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
-@pytest.mark.parametrize(("freeze", "always_active"), [((), ()), ("all", ()), ("a", "norm")])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"freeze": "all"}, {"freeze": "a", "always_active": "norm"}, {"aggregation": "sum"}],
+)
 @pytest.mark.parametrize(("algorithm", "settings"), ON_POLICY)
 def test_update_begins_with_the_rollouts_policy(
-    algorithm, settings, freeze, always_active, precision, bound, tmp_path, batch_norm_architecture
+    algorithm, settings, options, precision, bound, tmp_path, batch_norm_architecture
 ) -> None:
     normed = dataclasses.replace(
         nature_spec("norm"), architecture=batch_norm_architecture, features_dim=8
     )
-    specs = [nature_spec("a"), nature_spec("b"), normed]
+    one_length = options.get("aggregation") == "sum"
+    specs = [nature_spec("a"), nature_spec("b"), nature_spec("c") if one_length else normed]
     hub = write_hub(tmp_path / "hub", specs)
-    model = make(
-        algorithm, settings, hub, freeze=freeze, always_active=always_active, precision=precision
-    )
+    model = make(algorithm, settings, hub, precision=precision, **options)
     spread_scores(model)
     with torch.no_grad():  # far from the 0.01 gain of the start, so that a wrong routing shows
         model.policy.action_net.weight.mul_(30)
@@ -450,6 +452,7 @@ def test_schedule_by_hand(hub5: Path) -> None:
         ({"top_k": 9}, "top_k is 9, allowed: 1..5"),
         ({"hub": "nowhere"}, "hub 'nowhere' is unknown"),
         ({"freeze": "z"}, "has no encoder 'z'"),
+        ({"aggregation": "mean"}, "aggregation is 'mean', allowed: concat, sum"),
         ({"always_active": "z"}, "has no encoder 'z'"),
         ({"always_active": ["a", "c"]}, "always_active names 2 .* top_k is 2: at least one"),
         ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),

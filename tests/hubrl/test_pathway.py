@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_hubs import nature_spec, write_hub
 
+from hubrl.aggregation import AGGREGATIONS, Sum
 from hubrl.encoders import Encoder
 from hubrl.pathway import HubPathway, PathwayGenerator, RunningMean, rows_of_encoders
 from hubrl.specs import load_hub
@@ -39,6 +40,11 @@ def noisy(pathway: HubPathway) -> HubPathway:
 
 def dense(pathway: HubPathway, images: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """All encoders on all rows, weighted: what dispatch must equal."""
+    if isinstance(pathway.aggregator, Sum):
+        weighted = [
+            w[:, None] * f(images) for w, f in zip(weights.T, pathway.encoders, strict=True)
+        ]
+        return pathway.aggregator.linear(sum(weighted)).relu()
     total = pathway.aggregator.bias.expand(len(images), -1)
     for i, encoder in enumerate(pathway.encoders):
         total = total + weights[:, i, None] * pathway.aggregator.blocks[i](encoder(images))
@@ -62,13 +68,18 @@ def activations(draw: st.DrawFn) -> tuple[int, set[str]]:
     return top_k, draw(st.sets(st.sampled_from("abcde"), max_size=top_k - 1))
 
 
-@given(n_rows=st.integers(1, 12), activation=activations(), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@given(
+    n_rows=st.integers(1, 12),
+    activation=activations(),
+    aggregation=st.sampled_from(sorted(AGGREGATIONS)),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
 def test_routed_equals_dense_with_zeroed_weights(
-    hub: Path, n_rows: int, activation: tuple[int, set[str]], seed: int
+    hub: Path, n_rows: int, activation: tuple[int, set[str]], aggregation: str, seed: int
 ) -> None:
     top_k, always_active = activation
-    pathway = noisy(HubPathway(hub, top_k, always_active=always_active))
+    pathway = noisy(HubPathway(hub, top_k, always_active=always_active, aggregation=aggregation))
     images, noise = images_of(n_rows, seed), torch.randn(n_rows, 5)
     output = pathway.route(images, noise)
     assert output.activated.shape == (n_rows, top_k)
@@ -79,8 +90,9 @@ def test_routed_equals_dense_with_zeroed_weights(
     assert_equal_to_1e_6(output.features, dense(pathway, images, output.weights))
 
 
-def test_routed_and_dense_gradients_are_equal(hub: Path) -> None:
-    pathway = noisy(HubPathway(hub, top_k=2))
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_routed_and_dense_gradients_are_equal(hub: Path, aggregation: str) -> None:
+    pathway = noisy(HubPathway(hub, top_k=2, aggregation=aggregation))
     images, noise = images_of(16), torch.randn(16, 5)
     parameters = dict(pathway.named_parameters())
 
@@ -94,6 +106,16 @@ def test_routed_and_dense_gradients_are_equal(hub: Path) -> None:
     expected = gradients(dense(pathway, images, pathway.route(images, noise).weights))
     for name, found, wanted in zip(parameters, routed, expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_an_aggregation_that_does_not_exist_or_fit(hub: Path, mixed_hub: Path) -> None:
+    message = r"aggregation is 'summ' \(closest: 'sum'\), allowed: concat, sum"
+    with pytest.raises(ValueError, match=message):
+        HubPathway(hub, aggregation="summ")
+    with pytest.raises(
+        ValueError, match="aggregation is 'sum', but the encoders have features_dim"
+    ):
+        HubPathway(mixed_hub, image_shape=(4, 44, 44), aggregation="sum")
 
 
 def test_encoders_that_differ_in_everything(mixed_hub: Path) -> None:
@@ -279,8 +301,12 @@ def test_frozen_random_encoders_belong_to_the_model(hub: Path) -> None:
     assert not any(parameter.requires_grad for parameter in pathway.encoders.parameters())
 
 
-def test_bfloat16_is_close_and_the_generator_stays_float32(hub: Path) -> None:
-    exact, fast = HubPathway(hub, freeze="all"), HubPathway(hub, freeze="all", precision="bfloat16")
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_bfloat16_is_close_and_the_generator_stays_float32(hub: Path, aggregation: str) -> None:
+    exact, fast = (
+        HubPathway(hub, freeze="all", aggregation=aggregation, precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
     fast.load_state_dict(exact.state_dict())
     images = images_of(32)
     expected, found = exact.route(images, None), fast.route(images, None)
