@@ -25,6 +25,7 @@ from agents.policies import (
     QRDQNImagePolicy,
 )
 from hubrl.extractor import HubFeaturesExtractor
+from hubrl.pathway import always_active_names
 from hubrl.precision import resolve_precision
 from hubrl.specs import list_hubs, load_hub
 
@@ -106,14 +107,26 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     The configuration that repeats the run from any folder, as fast as here.
 
-    ``precision: auto`` becomes what this machine's measurement chose, and a hub's path absolute.
+    ``precision: auto`` becomes what this machine's measurement chose, ``always_active: auto`` the
+    names in the hub's card, and a hub's path absolute.
 
-    :raises ValueError: if there is no such device or hub
+    :raises ValueError: if there is no such device or hub, or ``always_active`` is out of its range
     """
     device = check_device("train.device", config.train.device)
     dtype = resolve_precision(config.hub.precision, device)
-    changes = {"precision": str(dtype).removeprefix("torch."), "name": _lasting(config.hub.name)}
+    changes = {
+        "precision": str(dtype).removeprefix("torch."),
+        "name": _lasting(config.hub.name),
+        "always_active": _always_active(config.hub),
+    }
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
+
+
+def _always_active(hub: HubSection) -> tuple[str, ...]:
+    if hub.name == "none":
+        return ()
+    names = "auto" if hub.always_active == ("auto",) else hub.always_active
+    return always_active_names(names, hub.top_k, load_hub(hub.name))
 
 
 def check_device(argument: str, name: str) -> torch.device:
@@ -166,7 +179,7 @@ def _features_extractor(hub: HubSection) -> dict[str, Any]:
             "top_k": hub.top_k,
             "exploration_coef": hub.exploration_coef.model_dump(),
             "aggregation": hub.aggregation,
-            "always_active": "auto" if hub.always_active == ("auto",) else hub.always_active,
+            "always_active": _always_active(hub),
             "freeze": "all" if hub.freeze == ("all",) else hub.freeze,
             "random_init": hub.random_init,
             "precision": hub.precision,

@@ -40,6 +40,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
+#: Keys of the hub's section that came later, and what runs did before.
+LATER_KEYS: Mapping[str, Any] = {"always_active": [], "aggregation": "concat"}
+
+
 class Section(pydantic.BaseModel):
     """Frozen data; an unknown key is an error."""
 
@@ -97,7 +101,11 @@ class EnvSection(Section):
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("a name or a list of names")
+    return value
 
 
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -261,6 +269,13 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     return parse_config(data)
 
 
+def with_later_keys(data: dict[str, Any]) -> dict[str, Any]:
+    """A run's configuration, completed by the keys that are newer than the run."""
+    if isinstance(data.get("hub"), dict):
+        data["hub"] = {**LATER_KEYS, **data["hub"]}
+    return data
+
+
 def read_mapping(file: Path) -> dict[str, Any]:
     """
     :raises ValueError: if the file can't be read as a mapping of keys to values; one line
@@ -326,7 +341,7 @@ def _explain(error: pydantic.ValidationError) -> str:
     if first["type"] == "missing":
         return f"key {path} is missing: a configuration is complete"
     allowed = _range(_owner(loc, algorithm).model_fields.get(loc[-1]))
-    allowed = allowed or first["msg"].removeprefix("Input should be ")
+    allowed = allowed or first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{path} is {first['input']!r}, allowed: {allowed}"
 
 

@@ -21,7 +21,7 @@ from stable_baselines3.common.logger import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.config import RunConfig, dump_config, load_config
+from agents.config import RunConfig, dump_config, parse_config, read_mapping, with_later_keys
 from hubrl.specs import load_hub
 
 CONFIG_FILE = "config.yaml"
@@ -80,7 +80,7 @@ def open_run(folder: Path) -> RunConfig:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
-    return load_config(folder / CONFIG_FILE)
+    return parse_config(with_later_keys(read_mapping(folder / CONFIG_FILE)))
 
 
 def checkpoint_dir(folder: Path, name: str) -> Path:

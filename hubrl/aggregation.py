@@ -102,13 +102,11 @@ class Sum(nn.Module):
         self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
         """As in ``Concat``."""
-        total_BD = None
+        total_BD = weights_BE.new_zeros(len(weights_BE), self.linear.in_features)
         for i, rows_R, features_RD in parts:
+            total_BD = total_BD.to(features_RD.dtype)
             weighted_RD = features_RD * weights_BE[rows_R, i, None].to(features_RD.dtype)
-            if total_BD is None:
-                total_BD = weighted_RD.new_zeros(len(weights_BE), weighted_RD.shape[1])
             total_BD = total_BD.index_add(0, rows_R, weighted_RD)
-        assert total_BD is not None
         return (_linear(self.linear, total_BD, casts).float() + self.linear.bias).relu()
 
 

@@ -66,7 +66,8 @@ def show_command(hub: str) -> None:
     if spec.description:
         click.echo("\n" + _wrapped(spec.description))
     if spec.always_active:
-        click.echo(f"\nalways active: {', '.join(spec.always_active)}")
+        names = ", ".join(spec.always_active)
+        click.echo("\n" + _wrapped(f"always active, where top_k leaves one to choose: {names}"))
     for encoder in spec.encoders:
         click.echo("\n" + click.style(encoder.name, bold=True))
         for label, text in _card_rows(spec, encoder):

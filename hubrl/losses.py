@@ -12,14 +12,17 @@ from torch import Tensor
 
 def pathway_exploration_loss(probabilities_BE: Tensor) -> Tensor:
     """
-    Minus the entropy of the batch-mean pathway probabilities, in nats; from -log(E) to 0.
+    Minus the entropy of the batch-mean pathway probabilities, in nats.
+
+    It lies between -log(M), with M encoders to choose from, and 0.
 
     ``sum_i pbar_i log pbar_i`` with ``pbar`` the mean over the batch: least when the batch as a
     whole uses all encoders equally. Hub-Pathway (arXiv 2206.03726) has an exploration loss with
     coefficient 0.3; that it is the entropy of the batch mean is our reading: an entropy for each
     observation would fight specialisation.
 
-    :param probabilities_BE: softmax over all encoders, (B, E); each row sums to 1
+    :param probabilities_BE: softmax over the encoders to choose from and 0 for the others, (B, E);
+        each row sums to 1
     :return: scalar
     """
     assert probabilities_BE.ndim == 2, probabilities_BE.shape

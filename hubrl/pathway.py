@@ -40,9 +40,10 @@ class PathwayOutput(NamedTuple):
     """Aggregated features, (B, O) float32."""
     weights: Tensor
     """
-    Pathway weights, (B, E): zero outside the top k; rows sum to 1 if more than one is chosen.
+    Pathway weights, (B, E): zero outside the top k.
 
-    Always active encoders have weight 1, and the chosen ones beside them a tenth of theirs.
+    Those of the chosen encoders sum to 1 if more than one is chosen. Always active ones have
+    weight 1 instead, and the weights of the ones chosen beside them are divided by 10.
     """
     activated: Tensor
     """Indices of the activated encoders, (B, K) int64, ascending."""
@@ -60,8 +61,8 @@ class PathwayGenerator(nn.Module):
     for which the gradient is three times as fast as for 4 or 12 on a CPU.
     A game's images have nearly all pixels in common, so it looks at what differs from the mean
     image, and standardises its features: else all images have nearly the same scores.
-    Of a stack of 4 or more frames it sees every second one, the newest among them: neighbours have
-    little to add to a choice, and it takes less than half the time.
+    Of a stack of 4 or more grey frames it sees every second one, the newest among them: neighbours
+    have little to add to a choice, and it takes less than half the time.
     Routing starts as a random function of the image and little noise: similar images activate the
     same encoders from the first step. (Scores of zero, where noise alone decides, hid from PPO what
     the encoders see: on Breakout at 20,000 steps the value function explained 0.28 of the returns'
@@ -118,7 +119,9 @@ class PathwayGenerator(nn.Module):
 
     @staticmethod
     def _seen(channels: int) -> slice:
-        return slice((channels - 1) % 2, None, 2) if channels >= 4 else slice(None)
+        """Channels are grey frames unless they come in threes."""
+        is_grey_stack = channels >= 4 and channels % 3 != 0
+        return slice((channels - 1) % 2, None, 2) if is_grey_stack else slice(None)
 
     def _patches(self, images_BCHW: Tensor) -> Tensor:
         """Projected patches of images less the mean image; linear, so each is projected alone."""
@@ -291,7 +294,8 @@ class HubPathway(nn.Module):
     :param hub: a name, a folder, a YAML file or a ``HubSpec``
     :param top_k: encoders activated for each image, 1..E
     :param always_active: names of encoders that are among them for each image, fewer than
-        ``top_k``; ``"auto"``: those of the hub's card, if they are fewer
+        ``top_k``; ``"auto"``: those of the hub's card, if they are fewer. A ``state_dict``
+        remembers which, and a pathway with others refuses it
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
     :param features_dim: length of the aggregated features
     :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's
@@ -326,7 +330,7 @@ class HubPathway(nn.Module):
         self.precision = check_precision(precision)
         first = self.hub.encoders[0]
         channels, *image_size = image_shape or (first.channels, *first.image_size)
-        self.always_active = _always_active(always_active, self.top_k, self.hub)
+        self.always_active = always_active_names(always_active, self.top_k, self.hub)
         is_always_E = torch.tensor([name in self.always_active for name in self.hub.encoder_names])
         self.register_buffer("_is_always_E", is_always_E, persistent=False)
         self.register_buffer("_choices_M", (~is_always_E).nonzero().flatten(), persistent=False)
@@ -365,8 +369,8 @@ class HubPathway(nn.Module):
         :param images_BCHW: uint8 in 0..255 or float in 0..1
         :param noise_BE: standard normal numbers, or None for none; those of always active
             encoders are not used
-        :param activated_BK: encoders to activate, -1 where the scores shall choose; the weights
-            over them follow from the scores in any case
+        :param activated_BK: encoders to activate, the always active ones included, -1 where the
+            scores shall choose; the weights over them follow from the scores in any case
         :param casts: cast weights, to be used and added to; only while no weight changes
         :param encode: gives an encoder's features of some rows; default: ``encode``, which runs it
         """
@@ -431,14 +435,29 @@ class HubPathway(nn.Module):
         features_RD: Tensor = encoder(images_BCHW, dtype)[: len(rows_R)]
         return features_RD
 
+    def get_extra_state(self) -> Tensor:
+        """For ``state_dict``: which encoders are always active."""
+        return self._is_always_E
+
+    def set_extra_state(self, is_always_E: Tensor) -> None:
+        """
+        :raises ValueError: if other encoders were always active when the state was saved
+        """
+        if is_always_E.tolist() != self._is_always_E.tolist():
+            names = zip(self.hub.encoder_names, is_always_E.tolist(), strict=False)
+            raise ValueError(
+                f"these weights were trained with always_active "
+                f"{[name for name, is_always in names if is_always]}, but this pathway has "
+                f"{list(self.always_active)}: build it with theirs"
+            )
+
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        if len(self.encoders) == 1:  # nothing to choose
-            return torch.ones(len(images_BCHW), 1, device=images_BCHW.device)
+        zero_BE = torch.zeros(len(images_BCHW), len(self.encoders), device=images_BCHW.device)
+        if len(self._choices_M) == 1:  # nothing to choose
+            return zero_BE.index_fill(1, self._choices_M, 1.0)
         noise_BM = None if noise_BE is None else noise_BE[:, self._choices_M]
         scores_BM: Tensor = self.generator(images_BCHW, noise_BM)
-        probabilities_BM = scores_BM.softmax(dim=1)
-        zero_BE = probabilities_BM.new_zeros(len(images_BCHW), len(self.encoders))
-        return zero_BE.index_copy(1, self._choices_M, probabilities_BM)
+        return zero_BE.index_copy(1, self._choices_M, scores_BM.softmax(dim=1))
 
     def _top(self, probabilities_BE: Tensor) -> Tensor:
         """Indices of the always active encoders and of the most probable others, ascending."""
@@ -483,28 +502,34 @@ def _check_top_k(top_k: int, hub: HubSpec) -> int:
     return top_k
 
 
-def _always_active(names: Collection[str] | str, top_k: int, hub: HubSpec) -> frozenset[str]:
+def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) -> tuple[str, ...]:
+    """
+    The encoders that ``HubPathway`` keeps active, in the hub's order.
+
+    :param names: of encoders, or ``"auto"`` for what the hub's card says, which is none where
+        ``top_k`` would leave none to choose
+    :raises ValueError: if the hub lacks one, or none would be left to choose
+    """
     if names == "auto":
-        return frozenset(hub.always_active if len(hub.always_active) < top_k else ())
-    found = _names(names, hub)
+        names = hub.always_active if len(hub.always_active) < top_k else ()
+    found = _names("always_active", names, hub)
     if len(found) >= top_k:
         raise ValueError(
-            f"always_active names {len(found)} encoders of hub {hub.name!r} "
-            f"({', '.join(sorted(found))}), but top_k is {top_k}: at least one must be left to "
-            "choose; name fewer, or raise top_k"
+            f"always_active is {', '.join(sorted(found))}, but top_k is {top_k}: at least one "
+            "encoder must be left to choose; name fewer, or raise top_k"
         )
-    return found
+    return tuple(name for name in hub.encoder_names if name in found)
 
 
 def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
     if freeze == "all":
         return frozenset(hub.encoder_names)
-    return _names(freeze, hub)
+    return _names("freeze", freeze, hub)
 
 
-def _names(names: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
-    """
-    :raises ValueError: if the hub has no such encoder
-    """
+def _names(argument: str, names: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
     names = [names] if isinstance(names, str) else names
-    return frozenset(hub.only(name).encoders[0].name for name in names)
+    try:
+        return frozenset(hub.only(name).encoders[0].name for name in names)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from None

@@ -98,10 +98,11 @@ class HubSpec:
     :param encoders: one card for each encoder; at least one, names unique
     :param description: one paragraph for people
     :param always_active: names of encoders that every image activates, unless the user of the hub
-        decides otherwise; see ``hubrl.pathway.HubPathway``
+        decides otherwise or has a ``top_k`` that would leave none to choose; see
+        ``hubrl.pathway.HubPathway``
     :param folder: where the weight files lie; None for encoders without weights
     :raises ValueError: if there is no encoder, two have the same name, or ``always_active`` names
-        another one or all
+        another one, one twice, or all
     """
 
     name: str
@@ -117,10 +118,19 @@ class HubSpec:
         doubles = sorted({name for name in names if names.count(name) > 1})
         if doubles:
             raise ValueError(f"hub {self.name!r} has two encoders named {doubles[0]!r}")
+        self._check_always_active()
+
+    def _check_always_active(self) -> None:
+        names, where = self.encoder_names, f"hub {self.name!r}: always_active"
         for name in self.always_active:
-            self.only(name)
-        if len(set(self.always_active)) == len(names):
-            raise ValueError(f"hub {self.name!r}: always_active must leave an encoder to choose")
+            if name not in names:
+                raise ValueError(
+                    f"{where} names {name!r}{closest(name, names)}, allowed: {', '.join(names)}"
+                )
+        if len(set(self.always_active)) < len(self.always_active):
+            raise ValueError(f"{where} names an encoder twice: {', '.join(self.always_active)}")
+        if len(self.always_active) == len(names):
+            raise ValueError(f"{where} must leave an encoder to choose")
 
     @property
     def encoder_names(self) -> tuple[str, ...]:

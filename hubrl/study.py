@@ -18,14 +18,13 @@ cli.refuse_foreign_modules("agents", "envs")
 from agents.algorithms import build_model, resolve  # noqa: E402
 from agents.callbacks import StopSignal  # noqa: E402
 from agents.checkpoints import read_state  # noqa: E402
-from agents.config import RunConfig, dump_config, read_mapping  # noqa: E402
+from agents.config import RunConfig, dump_config, read_mapping, with_later_keys  # noqa: E402
 from agents.runs import CONFIG_FILE, checkpoint_dir  # noqa: E402
 from agents.study_config import Run, StudyConfig, load_study  # noqa: E402
 from hubrl.studies.engines import (  # noqa: E402
     Job,
     can_resume,
     import_ray,
-    n_cores,
     run_local,
     run_ray,
 )
@@ -127,9 +126,9 @@ def _resolve(study: StudyConfig, run: Run) -> RunConfig:
 
 
 def _check_same(folder: Path, config: RunConfig) -> None:
-    """The precision may have been measured elsewhere; a key that is new since then is no change."""
+    """The precision may have been measured elsewhere."""
     new = config.model_dump(mode="json")
-    for section, values in read_mapping(folder / CONFIG_FILE).items():
+    for section, values in with_later_keys(read_mapping(folder / CONFIG_FILE)).items():
         for key, value in values.items():
             now = new.get(section, {}).get(key)
             if value != now and (section, key) != ("hub", "precision"):
@@ -183,7 +182,7 @@ def _train(
         if engine == "ray":
             run_ray(jobs, stop, on_end)
         else:
-            run_local(jobs, n_parallel or n_cores(), stop, on_end, lock)
+            run_local(jobs, n_parallel, stop, on_end, lock)
     return failed, 0 if stop.number is None else 128 + stop.number
 
 

@@ -50,7 +50,9 @@ KEYS = {
     "sticky": "env.sticky",
     "hub": "hub.name",
     "top_k": "hub.top_k",
+    "always_active": "hub.always_active",
     "exploration_coef": "hub.exploration_coef",
+    "aggregation": "hub.aggregation",
     "freeze": "hub.freeze",
     "random_init": "hub.random_init",
     "n_timesteps": "train.n_timesteps",
@@ -59,7 +61,14 @@ KEYS = {
     "save_freq": "train.save_freq",
     "device": "train.device",
 }
-HUB_OPTIONS = ("top_k", "exploration_coef", "freeze", "random_init")
+HUB_OPTIONS = (
+    "top_k",
+    "always_active",
+    "exploration_coef",
+    "aggregation",
+    "freeze",
+    "random_init",
+)
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -74,6 +83,12 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--n-envs", help="Environments side by side.  [default: the algorithm's]")
 @click.option("--sticky", help="Probability that Atari repeats the last action.  [default: 0]")
 @click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
+@click.option(
+    "--always-active",
+    multiple=True,
+    help="An encoder that runs for each observation, or none.  [default: as the hub's card says]",
+)
+@click.option("--aggregation", help="concat or sum.  [default: concat]")
 @click.option("--freeze", multiple=True, help="An encoder that stays as it is, or all.")
 @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
 @click.option("--eval-freq", help="Agent steps between evaluations; 0: none.")
@@ -141,6 +156,10 @@ def _configure(given: dict[str, Any]) -> RunConfig:
             raise ValueError(f"--{option.replace('_', '-')} has no meaning with --hub none")
     file = given.get("config") or built_in_config(given.get("algo", "ppo"))
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    if hub:  # the file's names are of another hub
+        overrides.setdefault("hub.always_active", "auto")
+    if given.get("always_active") == ("none",):
+        overrides["hub.always_active"] = []
     if hub and hub != "none" and "top_k" not in given and len(load_hub(hub).encoders) == 1:
         overrides["hub.top_k"] = 1
     config = load_config(file, overrides)

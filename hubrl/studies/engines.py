@@ -73,19 +73,33 @@ def n_cores() -> int:
     return os.cpu_count() or 1
 
 
+def share_cores(n_parallel: int | None) -> tuple[int, int]:
+    """
+    How many processes run at a time, and how many threads each may take.
+
+    :param n_parallel: processes, if the user said so
+    """
+    # OpenMP allows a list, one number for each level of nesting.
+    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if wanted.isdecimal() and int(wanted) > 0:
+        return n_parallel or max(1, n_cores() // int(wanted)), int(wanted)
+    n_parallel = n_parallel or n_cores()
+    return n_parallel, max(1, n_cores() // n_parallel)
+
+
 def run_local(
-    jobs: Sequence[Job], n_parallel: int, stop: StopSignal, on_end: OnEnd, lock: int
+    jobs: Sequence[Job], n_parallel: int | None, stop: StopSignal, on_end: OnEnd, lock: int
 ) -> None:
     """
     Run jobs as processes of this machine, in their order.
 
-    :param n_parallel: at a time; the cores are shared out among them, unless ``OMP_NUM_THREADS``
-        says how many threads each takes
+    :param n_parallel: at a time; default: as many as share out the cores. Each has its share of the
+        cores, unless ``OMP_NUM_THREADS`` says how many threads it takes
     :param stop: once it has a number, processes are asked to save a checkpoint and end
     :param lock: a file descriptor that each process holds open until it ends
     """
     waiting, running = deque(jobs), dict[Job, subprocess.Popen[bytes]]()
-    n_threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, n_cores() // n_parallel))
+    n_parallel, n_threads = share_cores(n_parallel)
     asked = False
     try:
         with stop.caught():

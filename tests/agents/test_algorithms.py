@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from agents.algorithms import ALGORITHMS, build_model, resolve
 from agents.config import algorithm_names
 from agents.policies import BaselineCNN, RawImages
 from envs import make_vec_env
+from hubrl.aggregation import Sum
 from hubrl.callback import PathwayCallback
 from hubrl.extractor import HubFeaturesExtractor
-from hubrl.specs import load_hub
+from hubrl.specs import load_hub, save_hub
 
 ALGOS = list(ALGORITHMS)
 
@@ -104,6 +106,10 @@ def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:
     names = [n for n, _ in extractor.pathway.encoders.named_parameters()]
     assert any("b." in name for name in names)
     assert not any("a." in name for name in names)
+    model = build(hub=hub5, hub__always_active=["b"], hub__aggregation="sum")
+    (extractor,) = extractors(model, HubFeaturesExtractor)
+    assert extractor.pathway.always_active == ("b",)
+    assert isinstance(extractor.pathway.aggregator, Sum)
     (extractor,) = extractors(build(hub=hub5, hub__freeze="all"), HubFeaturesExtractor)
     assert not [p for p in extractor.pathway.encoders.parameters() if p.requires_grad]
 
@@ -203,6 +209,16 @@ def test_resolve_makes_a_hubs_path_absolute(hub5: Path, monkeypatch: pytest.Monk
         assert config.hub.name == str(hub5.parent / name)
         load_hub(config.hub.name)
     assert resolve(small_config()).hub.name == "none"
+
+
+def test_resolve_names_the_encoders_that_are_always_active(hub5: Path) -> None:
+    save_hub(dataclasses.replace(load_hub(hub5), always_active=("c",)), hub5)
+    for top_k, given, expected in ((2, "auto", ("c",)), (1, "auto", ()), (2, ["a"], ("a",))):
+        changes = {"hub.name": str(hub5), "hub.top_k": top_k, "hub.always_active": given}
+        config = resolve(small_config(overrides=changes))
+        assert config.hub.always_active == expected
+        assert resolve(config) == config
+    assert resolve(small_config()).hub.always_active == ()
 
 
 def test_resolve_measures_the_precision() -> None:

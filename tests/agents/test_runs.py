@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from small_runs import small_config
 
+from agents.config import load_config
 from agents.runs import (
     CsvTable,
     check_new_run,
@@ -101,6 +103,19 @@ def test_a_run_is_opened_as_it_was_created(tmp_path: Path) -> None:
         check_new_run(tmp_path / "run")
     with pytest.raises(ValueError, match=r"is not the folder of a run: it has no config.yaml"):
         open_run(tmp_path)
+
+
+def test_a_run_that_is_older_than_a_key_does_what_it_did(tmp_path: Path) -> None:
+    config = small_config("ppo")
+    create_run(tmp_path / "run", config)
+    file = tmp_path / "run" / "config.yaml"
+    data = yaml.safe_load(file.read_text())
+    del data["hub"]["always_active"], data["hub"]["aggregation"]
+    file.write_text(yaml.safe_dump(data))
+    hub = open_run(tmp_path / "run").hub
+    assert (hub.always_active, hub.aggregation) == ((), "concat")
+    with pytest.raises(ValueError, match=r"key hub\.always_active is missing"):
+        load_config(file)
 
 
 def test_derived_seeds_differ() -> None:

@@ -259,7 +259,13 @@ class FirstMinibatch:
 @pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"freeze": "all"}, {"freeze": "a", "always_active": "norm"}, {"aggregation": "sum"}],
+    [
+        {},
+        {"freeze": "all"},
+        {"freeze": "a", "always_active": "norm"},
+        {"freeze": "norm", "always_active": "norm"},
+        {"aggregation": "sum"},
+    ],
 )
 @pytest.mark.parametrize(("algorithm", "settings"), ON_POLICY)
 def test_update_begins_with_the_rollouts_policy(
@@ -338,11 +344,12 @@ def test_frozen_encoders_run_once_for_an_observation(hub5: Path, monkeypatch) ->
     assert sum(rows[name, True] for name in "cde") > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"always_active": "b", "aggregation": "sum"}])
 def test_cached_features_give_the_update_that_running_the_encoders_gives(
-    hub5: Path, monkeypatch
+    options, hub5: Path, monkeypatch
 ) -> None:
     def weights_after(is_cached: bool) -> dict[str, torch.Tensor]:
-        model = make(PPO, {"n_steps": 32, "batch_size": 8}, hub5, freeze="all")
+        model = make(PPO, {"n_steps": 32, "batch_size": 8}, hub5, freeze="all", **options)
         spread_scores(model)
         model.env.envs[0].unwrapped.observation_space.seed(0)
         if not is_cached:
@@ -381,8 +388,9 @@ def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:
     assert first.errors[0] <= 1e-5
 
 
-def test_a_target_network_follows_its_polyak_updates_in_bfloat16(hub5: Path) -> None:
-    model = make(DQN, OFF_POLICY[0][1], hub5, precision="bfloat16")
+@pytest.mark.parametrize("options", [{}, {"always_active": "b", "aggregation": "sum"}])
+def test_a_target_network_follows_its_polyak_updates_in_bfloat16(options, hub5: Path) -> None:
+    model = make(DQN, OFF_POLICY[0][1], hub5, precision="bfloat16", **options)
     observations = torch.rand(4, 4, 36, 36)
     with torch.no_grad():
         before = model.q_net_target(observations)
@@ -395,17 +403,19 @@ def test_a_target_network_follows_its_polyak_updates_in_bfloat16(hub5: Path) -> 
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize("freeze", [(), "all"])
+@pytest.mark.parametrize(
+    "options", [{}, {"freeze": "all"}, {"always_active": "b", "aggregation": "sum"}]
+)
 @pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
-def test_learn_save_load_and_copy(algorithm, settings, freeze, hub5: Path, tmp_path: Path) -> None:
-    model = make(algorithm, settings, hub5, freeze=freeze)
+def test_learn_save_load_and_copy(algorithm, settings, options, hub5: Path, tmp_path: Path) -> None:
+    model = make(algorithm, settings, hub5, **options)
     model.learn(48)
     observations = np.stack([model.observation_space.sample() for _ in range(8)])
     expected, _ = model.predict(observations, deterministic=True)
     model.save(tmp_path / "model.zip")
     loaded = algorithm.load(tmp_path / "model.zip", device="cpu")
     assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
-    fresh = make(algorithm, settings, hub5, freeze=freeze)
+    fresh = make(algorithm, settings, hub5, **options)
     fresh.set_parameters(model.get_parameters(), device="cpu")
     assert np.array_equal(fresh.predict(observations, deterministic=True)[0], expected)
     policy = copy.deepcopy(model.policy)
@@ -454,7 +464,7 @@ def test_schedule_by_hand(hub5: Path) -> None:
         ({"freeze": "z"}, "has no encoder 'z'"),
         ({"aggregation": "mean"}, "aggregation is 'mean', allowed: concat, sum"),
         ({"always_active": "z"}, "has no encoder 'z'"),
-        ({"always_active": ["a", "c"]}, "always_active names 2 .* top_k is 2: at least one"),
+        ({"always_active": ["a", "c"]}, "always_active is a, c, but top_k is 2: at least"),
         ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),
         ({"exploration_coef": {"begin": 1}}, "exploration_coef is .*allowed: a number"),
         ({"precision": "int8"}, "precision is 'int8', allowed: auto, float32, bfloat16"),

@@ -215,7 +215,7 @@ def test_show_prints_the_whole_card(hubs: Hubs, hub: Path) -> None:
 def test_show_says_which_encoders_are_always_active(hubs: Hubs, hub: Path) -> None:
     assert "always active" not in hubs("show", hub).out
     save_hub(dataclasses.replace(load_hub(hub), always_active=("right",)), hub)
-    assert "\nalways active: right\n" in hubs("show", hub).out
+    assert "\nalways active, where top_k leaves one to choose: right\n" in hubs("show", hub).out
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -90,9 +90,12 @@ def test_routed_equals_dense_with_zeroed_weights(
     assert_equal_to_1e_6(output.features, dense(pathway, images, output.weights))
 
 
+@pytest.mark.parametrize("always_active", [(), "c"])
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_routed_and_dense_gradients_are_equal(hub: Path, aggregation: str) -> None:
-    pathway = noisy(HubPathway(hub, top_k=2, aggregation=aggregation))
+def test_routed_and_dense_gradients_are_equal(
+    hub: Path, aggregation: str, always_active: str
+) -> None:
+    pathway = noisy(HubPathway(hub, 2, aggregation=aggregation, always_active=always_active))
     images, noise = images_of(16), torch.randn(16, 5)
     parameters = dict(pathway.named_parameters())
 
@@ -106,6 +109,11 @@ def test_routed_and_dense_gradients_are_equal(hub: Path, aggregation: str) -> No
     expected = gradients(dense(pathway, images, pathway.route(images, noise).weights))
     for name, found, wanted in zip(parameters, routed, expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_no_images_give_no_features(hub: Path, aggregation: str) -> None:
+    assert HubPathway(hub, aggregation=aggregation)(images_of(0)).features.shape == (0, 512)
 
 
 def test_an_aggregation_that_does_not_exist_or_fit(hub: Path, mixed_hub: Path) -> None:
@@ -205,7 +213,7 @@ def test_weights_beside_an_always_active_encoder_by_hand(hub: Path) -> None:
     assert output.exploration_loss.item() == pytest.approx(-1.220607, abs=1e-5)
 
     both = HubPathway(hub, top_k=3, always_active=["b"])
-    both.load_state_dict(pathway.state_dict())
+    undecided(both.generator)
     with torch.no_grad():
         both.generator.scores.bias.copy_(torch.tensor([0.3, 0.5, 0.1, 0.1]).log())
     # Two are chosen: 0.1 * 0.3 / 0.8 and 0.1 * 0.5 / 0.8
@@ -215,14 +223,32 @@ def test_weights_beside_an_always_active_encoder_by_hand(hub: Path) -> None:
 
 def test_the_card_says_what_is_always_active_where_one_is_left_to_choose(hub: Path) -> None:
     spec = dataclasses.replace(load_hub(hub), always_active=("d", "a"))
-    assert HubPathway(spec, top_k=3).always_active == {"a", "d"}
-    assert HubPathway(spec, top_k=2).always_active == frozenset()
-    assert HubPathway(spec, top_k=3, always_active=()).always_active == frozenset()
-    assert HubPathway(spec, top_k=3, always_active="c").always_active == {"c"}
+    assert HubPathway(spec, top_k=3).always_active == ("a", "d")
+    assert HubPathway(spec, top_k=2).always_active == ()
+    assert HubPathway(spec, top_k=3, always_active=()).always_active == ()
+    assert HubPathway(spec, top_k=3, always_active="c").always_active == ("c",)
+
+
+def test_a_single_encoder_left_to_choose_needs_no_generator(hub: Path) -> None:
+    spec = load_hub(hub)
+    two = dataclasses.replace(spec, encoders=spec.encoders[:2], always_active=("a",))
+    pathway = HubPathway(two)
+    output = pathway(images_of(3))
+    torch.testing.assert_close(output.weights, torch.tensor([[1.0, 0.1]]).expand(3, 2))
+    output.features.sum().backward()
+    assert pathway.generator.scores.weight.grad is None
+
+
+def test_weights_of_other_always_active_encoders_are_refused(hub: Path) -> None:
+    state = HubPathway(hub, always_active="b").state_dict()
+    HubPathway(hub, always_active="b").load_state_dict(state)
+    message = r"with always_active \['b'\], but this pathway has \['c'\]: build it with theirs"
+    with pytest.raises(ValueError, match=message):
+        HubPathway(hub, always_active="c").load_state_dict(state)
 
 
 def test_always_active_encoders_out_of_range(hub: Path) -> None:
-    message = r"always_active names 2 encoders of hub 'hub5' \(a, b\), but top_k is 2: at least one"
+    message = "always_active is a, b, but top_k is 2: at least one encoder must be left to choose"
     with pytest.raises(ValueError, match=message):
         HubPathway(hub, top_k=2, always_active=["a", "b"])
     with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'f'"):
@@ -354,7 +380,8 @@ def test_the_small_generator_sees_a_ball_of_2x2_pixels() -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "seen"), [(1, {0}), (3, {0, 1, 2}), (4, {1, 3}), (5, {0, 2, 4})]
+    ("channels", "seen"),
+    [(1, {0}), (3, {0, 1, 2}), (4, {1, 3}), (5, {0, 2, 4}), (6, {0, 1, 2, 3, 4, 5})],
 )
 def test_generator_sees_every_second_frame_of_a_stack(channels: int, seen: set[int]) -> None:
     generator = PathwayGenerator(channels, (36, 36), 5)

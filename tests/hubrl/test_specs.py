@@ -94,8 +94,10 @@ def test_hub_needs_encoders_with_different_names() -> None:
 
 def test_always_active_encoders_are_some_of_the_hub() -> None:
     encoders = (nature_spec("x"), nature_spec("y"))
-    with pytest.raises(ValueError, match="hub 'h' has no encoder 'z'; it has: x, y"):
+    with pytest.raises(ValueError, match="hub 'h': always_active names 'z', allowed: x, y"):
         HubSpec(name="h", encoders=encoders, always_active=("z",))
+    with pytest.raises(ValueError, match="hub 'h': always_active names an encoder twice: x, x"):
+        HubSpec(name="h", encoders=encoders, always_active=("x", "x"))
     with pytest.raises(ValueError, match="hub 'h': always_active must leave an encoder to choose"):
         HubSpec(name="h", encoders=encoders, always_active=("x", "y"))
 

@@ -107,13 +107,31 @@ def test_processes_share_the_cores_at_low_priority(
     assert not Path("docs").exists()
 
 
+@pytest.mark.parametrize(
+    ("omp_num_threads", "jobs", "shares"),
+    [
+        (None, None, (7, 1)),
+        (None, 2, (2, 3)),
+        (None, 9, (9, 1)),
+        ("2", None, (3, 2)),
+        ("1", 2, (2, 1)),
+        ("8", None, (1, 8)),
+        ("4,2", None, (1, 4)),
+        ("0", 2, (2, 3)),
+        ("many", 2, (2, 3)),
+    ],
+)
 def test_the_environment_may_say_how_many_threads_a_process_takes(
-    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    omp_num_threads: str | None,
+    jobs: int | None,
+    shares: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp_num_threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp_num_threads)
     monkeypatch.setattr(engines, "n_cores", lambda: 7)
-    assert run(small_study(tmp_path), "--only", "run", "--jobs", 1) == 0
-    assert {threads for _, threads, _ in calls()} == {"1"}
+    assert engines.share_cores(jobs) == shares
 
 
 def test_complete_runs_are_skipped_and_unfinished_ones_resumed(
@@ -205,8 +223,14 @@ def test_a_changed_study_does_not_mix_with_old_runs(
     message = "has algorithm.gamma 0.99, but the study says 0.5: give another --out, or delete"
     assert message in capsys.readouterr().err
     config = folder_of("none") / "config.yaml"
-    config.write_text(config.read_text().replace("  max_grad_norm: 0.5\n", ""))
-    assert run(small_study(tmp_path), "--only", "run") == 0, "a key that is new since the run"
+    old = config.read_text().replace("  aggregation: concat\n", "")
+    config.write_text(old)
+    assert run(small_study(tmp_path), "--only", "run") == 0, (
+        "what runs did before there was the key"
+    )
+    changed = small_study(tmp_path, overrides={"hub.aggregation": "sum"})
+    assert run(changed, "--only", "run") == 2
+    assert "has hub.aggregation 'concat', but the study says 'sum'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents.checkpoints import read_state
 from agents.config import load_config
 from hubrl import cli, train
+from hubrl.specs import load_hub, save_hub
 
 FILES = {"config.yaml", "command.txt", "checkpoints"} | {
     f"{name}.csv" for name in ("progress", "evaluations", "episodes")
@@ -102,6 +104,23 @@ def test_one_encoder_of_a_hub(hub5: Path, tmp_path: Path) -> None:
     assert load_config(Path("r/config.yaml")).hub.top_k == 1
 
 
+def test_always_active_encoders_by_option(hub5: Path, tmp_path: Path) -> None:
+    save_hub(dataclasses.replace(load_hub(hub5), always_active=("c",)), hub5)
+    file = write_small_config(tmp_path / "c.yaml", hub__name=str(hub5), hub__always_active=["a"])
+    cases = {
+        (): ("a",),
+        ("--always-active", "b", "--aggregation", "sum"): ("b",),
+        ("--always-active", "none"): (),
+        ("--hub", str(hub5)): ("c",),  # the file's name may be of another hub
+        ("--hub", f"{hub5}:b"): (),
+    }
+    for i, (options, expected) in enumerate(cases.items()):
+        assert run("--config", file, "--run-dir", f"r{i}", "-n", 32, *options) == 0
+        hub = load_config(Path(f"r{i}/config.yaml")).hub
+        assert hub.always_active == expected
+        assert hub.aggregation == ("sum" if "sum" in options else "concat")
+
+
 def test_the_default_run_dir_tells_what_it_is(tmp_path: Path) -> None:
     assert run("--config", write_small_config(tmp_path / "c.yaml"), "--seed", 5) == 0
     (folder,) = Path("runs").iterdir()
@@ -161,7 +180,13 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) ->
 
 HUB_MESSAGES = [
     (["--hub", "HUB", "--top-k", "6"], "top_k"),
-    (["--hub", "HUB", "--freeze", "z"], "'z'"),
+    (["--hub", "HUB", "--freeze", "z"], "freeze: hub 'hub5' has no encoder 'z'"),
+    (["--hub", "HUB", "--always-active", "z"], "always_active: hub 'hub5' has no encoder 'z'"),
+    (
+        ["--hub", "HUB", "--always-active", "a", "--top-k", "1"],
+        "always_active is a, but top_k is 1",
+    ),
+    (["--hub", "HUB", "--aggregation", "mean"], "hub.aggregation is 'mean', allowed: 'concat' or"),
     (["--hub", "HUB:z"], "has no encoder 'z'"),
     (["--hub", "atarii5"], "hub 'atarii5' is unknown"),
 ]
