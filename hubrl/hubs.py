@@ -99,6 +99,41 @@ def check_command(hub: str) -> None:
     sys.exit(1 if n_failed else 0)
 
 
+@command.command("rank")
+@click.argument("hub")
+@click.option("--env", required=True, help="Gymnasium id.")
+@click.option(
+    "-n", "--n-observations", type=click.IntRange(min=64), default=2048, show_default=True
+)
+@click.option("--seed", type=int, default=0, show_default=True)
+def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
+    """
+    Which encoders of HUB tell most about ENV, before any training.
+
+    Plays at random and fits a linear readout of each encoder's features to the discounted rewards
+    that follow. R2 is the share of their variance that it explains in games it was not fitted to.
+    """
+    # What plays needs SB3, which takes a second that the other subcommands save.
+    from envs import make_vec_env
+    from hubrl.ranking import play, rank
+    from hubrl.train import image_format
+
+    with cli.user_errors():
+        spec = load_hub(hub)
+        n_envs = min(16, n_observations // 16)
+        games = make_vec_env(env, n_envs, seed=seed, training=True, image=image_format(hub))
+        played = play(games, n_observations, seed)
+        games.close()
+        ranks = rank(spec, played)
+    n = len(played.returns_N)
+    click.echo(f"{env}: {n:,} observations of random play, {played.n_episodes:,} ends of episodes")
+    width = max(len(found.encoder) for found in ranks)
+    click.echo(f"{'encoder':<{width}}  R2 of returns (95 % interval)")
+    for found in ranks:
+        interval = f"({found.low:.3f} to {found.high:.3f})"
+        click.echo(f"{found.encoder:<{width}}  {found.r2:.3f} {interval}")
+
+
 def check_encoder(encoder: Encoder) -> Iterator[Check]:
     """
     Whether an encoder that could be loaded is what its card says, and is alive.

@@ -181,11 +181,11 @@ def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEn
         seed=config.train.seed,
         sticky=env.sticky,
         training=training,
-        image=_image_format(config.hub.name),
+        image=image_format(config.hub.name),
     )
 
 
-def _image_format(hub: str) -> ImageFormat:
+def image_format(hub: str) -> ImageFormat:
     """Colour where all encoders want it, else a stack of grey images; as large as the largest."""
     if hub == "none":
         return ImageFormat()
