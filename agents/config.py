@@ -271,9 +271,8 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
 
 def with_later_keys(data: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration, completed by the keys that are newer than the run."""
-    if isinstance(data.get("hub"), dict):
-        data["hub"] = {**LATER_KEYS, **data["hub"]}
-    return data
+    hub = data.get("hub")
+    return {**data, "hub": {**LATER_KEYS, **hub}} if isinstance(hub, dict) else data
 
 
 def read_mapping(file: Path) -> dict[str, Any]:

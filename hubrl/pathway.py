@@ -483,25 +483,6 @@ def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:
     return list(torch.split(by_encoder // top_k, counts))
 
 
-def _whole_blocks(rows_R: Tensor) -> Tensor:
-    """
-    More than 8 rows are filled up to a multiple of 8 by copies of the first, which teach nothing.
-
-    oneDNN compiles a kernel for each size of a batch, which takes longer than up to 7 rows.
-    """
-    n_missing = -len(rows_R) % BLOCK if len(rows_R) > BLOCK else 0
-    return torch.cat([rows_R, rows_R[:1].expand(n_missing)]) if n_missing else rows_R
-
-
-def _check_top_k(top_k: int, hub: HubSpec) -> int:
-    if not 1 <= top_k <= len(hub.encoders):
-        raise ValueError(
-            f"top_k is {top_k}, allowed: 1..{len(hub.encoders)}, "
-            f"the number of encoders of hub {hub.name!r}"
-        )
-    return top_k
-
-
 def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) -> tuple[str, ...]:
     """
     The encoders that ``HubPathway`` keeps active, in the hub's order.
@@ -519,6 +500,25 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
             "encoder must be left to choose; name fewer, or raise top_k"
         )
     return tuple(name for name in hub.encoder_names if name in found)
+
+
+def _whole_blocks(rows_R: Tensor) -> Tensor:
+    """
+    More than 8 rows are filled up to a multiple of 8 by copies of the first, which teach nothing.
+
+    oneDNN compiles a kernel for each size of a batch, which takes longer than up to 7 rows.
+    """
+    n_missing = -len(rows_R) % BLOCK if len(rows_R) > BLOCK else 0
+    return torch.cat([rows_R, rows_R[:1].expand(n_missing)]) if n_missing else rows_R
+
+
+def _check_top_k(top_k: int, hub: HubSpec) -> int:
+    if not 1 <= top_k <= len(hub.encoders):
+        raise ValueError(
+            f"top_k is {top_k}, allowed: 1..{len(hub.encoders)}, "
+            f"the number of encoders of hub {hub.name!r}"
+        )
+    return top_k
 
 
 def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]:

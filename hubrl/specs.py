@@ -149,12 +149,8 @@ class HubSpec:
                 f"{closest(encoder, self.encoder_names)}; it has: {', '.join(self.encoder_names)}"
             )
         chosen = self.encoders[self.encoder_names.index(encoder)]
-        return HubSpec(
-            name=f"{self.name}:{encoder}",
-            encoders=(chosen,),
-            description=self.description,
-            folder=self.folder,
-        )
+        name = f"{self.name}:{encoder}"
+        return dataclasses.replace(self, name=name, encoders=(chosen,), always_active=())
 
     def weights_path(self, spec: EncoderSpec) -> Path | None:
         """

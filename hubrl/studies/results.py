@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from agents.runs import EPISODES_FILE
+from agents.runs import EPISODES_FILE, read_rows
 from agents.study_config import Run, StudyConfig
 from hubrl.studies import statistics
 from hubrl.studies.statistics import Estimate, Floats, Strata
@@ -111,8 +111,7 @@ def read_episodes(folder: Path) -> dict[str, Floats]:
     file = folder / EPISODES_FILE
     if not file.is_file():
         raise ValueError(f"the run {folder} has no {EPISODES_FILE}; delete it to train it again")
-    with file.open(newline="") as lines:
-        rows = list(csv.DictReader(lines))
+    rows = read_rows(file)
     if not rows:
         raise ValueError(f"the run {folder} has no game in {EPISODES_FILE}: train it longer")
     return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
