@@ -80,6 +80,7 @@ def test_schedules(data: object, start: float, end: float) -> None:
         ("algorithm.vf_coef", float("inf"), "algorithm.vf_coef is inf, allowed: a"),
         ("hub.precision", "float16", "hub.precision is 'float16', allowed: 'auto', 'float32' or"),
         ("algorithm.name", "pppo", r"algorithm.name is 'pppo' \(closest: 'ppo'\), allowed: ppo, "),
+        ("hub.always_active", 3, r"hub.always_active is 3, allowed: a name or a list of names"),
         ("hub.freeze", [1], r"hub.freeze is 1, allowed: a valid string"),
         ("algorithm.name", ["ppo"], r"algorithm.name is \['ppo'\].*allowed: ppo, "),
         ("train.seed", 2**32, "train.seed is 4294967296, allowed: a whole number at least 0 and"),
