@@ -24,6 +24,7 @@ from agents.policies import (
     DQNImagePolicy,
     QRDQNImagePolicy,
 )
+from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import always_active_names
 from hubrl.precision import resolve_precision
@@ -108,7 +109,7 @@ def resolve(config: RunConfig) -> RunConfig:
     The configuration that repeats the run from any folder, as fast as here.
 
     ``precision: auto`` becomes what this machine's measurement chose, ``always_active: auto`` the
-    names in the hub's card, and a hub's path absolute.
+    names in the hub's card, ``aggregation: auto`` what fits the hub, and a hub's path absolute.
 
     :raises ValueError: if there is no such device or hub, or ``always_active`` is out of its range
     """
@@ -118,6 +119,7 @@ def resolve(config: RunConfig) -> RunConfig:
         "precision": str(dtype).removeprefix("torch."),
         "name": _lasting(config.hub.name),
         "always_active": _always_active(config.hub),
+        "aggregation": _aggregation(config.hub),
     }
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
 
@@ -127,6 +129,13 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
         return ()
     names = "auto" if hub.always_active == ("auto",) else hub.always_active
     return always_active_names(names, hub.top_k, load_hub(hub.name))
+
+
+def _aggregation(hub: HubSection) -> str:
+    if hub.name == "none":
+        return hub.aggregation
+    features_dims = [spec.features_dim for spec in load_hub(hub.name).encoders]
+    return aggregation_name(hub.aggregation, features_dims)
 
 
 def check_device(argument: str, name: str) -> torch.device:

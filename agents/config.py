@@ -120,7 +120,8 @@ class HubSection(Section):
     :param always_active: encoders that are among them for each observation; ``auto``: as the
         hub's card says
     :param exploration_coef: weight of the pathway exploration loss
-    :param aggregation: how the encoders' features become one vector
+    :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they
+        have one length, else ``concat``
     :param freeze: names of encoders that stay as they are, or ``all``
     :param random_init: orthogonal initialization in the place of the pretrained weights
     :param precision: what the encoders compute in
@@ -130,7 +131,7 @@ class HubSection(Section):
     top_k: Count
     always_active: Names
     exploration_coef: Schedule
-    aggregation: Literal["concat", "sum"]
+    aggregation: Literal["auto", "concat", "sum"]
     freeze: Names
     random_init: bool
     precision: Precision

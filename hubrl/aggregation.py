@@ -18,17 +18,32 @@ from hubrl.specs import closest
 
 def build_aggregator(aggregation: str, features_dims: list[int], features_dim: int) -> Concat | Sum:
     """
-    :param aggregation: a key of ``AGGREGATIONS``
+    :param aggregation: a key of ``AGGREGATIONS``, or ``auto`` as in ``aggregation_name``
     :param features_dims: the encoders' features_dim
     :param features_dim: length of the aggregated features, O
     :raises ValueError: if ``aggregation`` is unknown, or can't take features of these lengths
     """
+    name = aggregation_name(aggregation, features_dims)
+    return AGGREGATIONS[name](features_dims, features_dim)
+
+
+def aggregation_name(aggregation: str, features_dims: list[int]) -> str:
+    """
+    The key of ``AGGREGATIONS``; for ``auto`` it is ``sum`` where the features have one length.
+
+    :param aggregation: ``auto``, or the key itself
+    :param features_dims: the encoders' features_dim
+    :raises ValueError: if there is no such aggregation
+    """
+    if aggregation == "auto":
+        return "sum" if len(set(features_dims)) == 1 else "concat"
     if aggregation not in AGGREGATIONS:
+        allowed = ("auto", *AGGREGATIONS)
         raise ValueError(
-            f"aggregation is {aggregation!r}{closest(aggregation, AGGREGATIONS)}, "
-            f"allowed: {', '.join(AGGREGATIONS)}"
+            f"aggregation is {aggregation!r}{closest(aggregation, allowed)}, "
+            f"allowed: {', '.join(allowed)}"
         )
-    return AGGREGATIONS[aggregation](features_dims, features_dim)
+    return aggregation
 
 
 class Part(NamedTuple):

@@ -49,7 +49,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         ``{"start": a, "end": b}``, linear over the run (needs ``hubrl.PathwayCallback``)
     :param features_dim: length of the features
     :param aggregation: how features become one vector: ``concat``, a block of a linear layer for
-        each encoder, or ``sum``, one layer for all
+        each encoder; ``sum``, one layer for all; or ``auto``: ``sum`` where the encoders' features
+        have one length
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
@@ -64,7 +65,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         top_k: int = 2,
         exploration_coef: Schedule = 0.01,
         features_dim: int = 512,
-        aggregation: str = "concat",
+        aggregation: str = "auto",
         always_active: Collection[str] | str = "auto",
         freeze: Collection[str] | str = (),
         random_init: bool = False,

@@ -22,8 +22,6 @@ from hubrl.specs import EncoderSpec, HubSpec, load_hub
 # O features out, C H W image, R rows of the batch that activate one encoder.
 
 
-BLOCK = 8  # rows
-
 # Weight of what is chosen beside encoders that are always active. It makes their features, and
 # with them each step of Adam on their weights, count less: choices that differ between images and
 # between rollouts then don't disturb what the agent has learned from the encoders that stay.
@@ -298,7 +296,8 @@ class HubPathway(nn.Module):
         remembers which, and a pathway with others refuses it
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
     :param features_dim: length of the aggregated features
-    :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's
+    :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's, and
+        ``"auto"`` takes ``sum``, which is cheaper, where the encoders' features have one length
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
@@ -319,7 +318,7 @@ class HubPathway(nn.Module):
         always_active: Collection[str] | str = "auto",
         image_shape: tuple[int, int, int] | None = None,
         features_dim: int = 512,
-        aggregation: str = "concat",
+        aggregation: str = "auto",
         freeze: Collection[str] | str = (),
         pretrained: bool = True,
         precision: str = "float32",
@@ -431,8 +430,8 @@ class HubPathway(nn.Module):
         if casts is not None:
             encoder = casts.encoder(i, encoder, dtype)
         if len(rows_R) < len(images_BCHW):
-            images_BCHW = images_BCHW.index_select(0, _whole_blocks(rows_R))
-        features_RD: Tensor = encoder(images_BCHW, dtype)[: len(rows_R)]
+            images_BCHW = images_BCHW.index_select(0, rows_R)
+        features_RD: Tensor = encoder(images_BCHW, dtype)
         return features_RD
 
     def get_extra_state(self) -> Tensor:
@@ -500,16 +499,6 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
             "encoder must be left to choose; name fewer, or raise top_k"
         )
     return tuple(name for name in hub.encoder_names if name in found)
-
-
-def _whole_blocks(rows_R: Tensor) -> Tensor:
-    """
-    More than 8 rows are filled up to a multiple of 8 by copies of the first, which teach nothing.
-
-    oneDNN compiles a kernel for each size of a batch, which takes longer than up to 7 rows.
-    """
-    n_missing = -len(rows_R) % BLOCK if len(rows_R) > BLOCK else 0
-    return torch.cat([rows_R, rows_R[:1].expand(n_missing)]) if n_missing else rows_R
 
 
 def _check_top_k(top_k: int, hub: HubSpec) -> int:

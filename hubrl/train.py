@@ -88,7 +88,7 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
     multiple=True,
     help="An encoder that runs for each observation, or none.  [default: as the hub's card says]",
 )
-@click.option("--aggregation", help="concat or sum.  [default: concat]")
+@click.option("--aggregation", help="auto, concat or sum.  [default: auto]")
 @click.option("--freeze", multiple=True, help="An encoder that stays as it is, or all.")
 @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
 @click.option("--eval-freq", help="Agent steps between evaluations; 0: none.")

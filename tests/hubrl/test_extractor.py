@@ -462,7 +462,7 @@ def test_schedule_by_hand(hub5: Path) -> None:
         ({"top_k": 9}, "top_k is 9, allowed: 1..5"),
         ({"hub": "nowhere"}, "hub 'nowhere' is unknown"),
         ({"freeze": "z"}, "has no encoder 'z'"),
-        ({"aggregation": "mean"}, "aggregation is 'mean', allowed: concat, sum"),
+        ({"aggregation": "mean"}, "aggregation is 'mean', allowed: auto, concat, sum"),
         ({"always_active": "z"}, "has no encoder 'z'"),
         ({"always_active": ["a", "c"]}, "always_active is a, c, but top_k is 2: at least"),
         ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),

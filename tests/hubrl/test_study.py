@@ -217,17 +217,17 @@ def test_one_study_at_a_time_in_a_folder(
 def test_a_changed_study_does_not_mix_with_old_runs(
     calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(small_study(tmp_path), "--only", "run") == 0
-    changed = small_study(tmp_path, overrides={"algorithm.gamma": 0.5})
+    concat = {"hub.aggregation": "concat"}
+    assert run(small_study(tmp_path, overrides=concat), "--only", "run") == 0
+    changed = small_study(tmp_path, overrides={**concat, "algorithm.gamma": 0.5})
     assert run(changed, "--only", "run") == 2
     message = "has algorithm.gamma 0.99, but the study says 0.5: give another --out, or delete"
     assert message in capsys.readouterr().err
     config = folder_of("none") / "config.yaml"
     old = config.read_text().replace("  aggregation: concat\n", "")
     config.write_text(old)
-    assert run(small_study(tmp_path), "--only", "run") == 0, (
-        "what runs did before there was the key"
-    )
+    same = small_study(tmp_path, overrides=concat)
+    assert run(same, "--only", "run") == 0, "what runs did before there was the key"
     changed = small_study(tmp_path, overrides={"hub.aggregation": "sum"})
     assert run(changed, "--only", "run") == 2
     assert "has hub.aggregation 'concat', but the study says 'sum'" in capsys.readouterr().err

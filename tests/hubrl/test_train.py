@@ -109,7 +109,7 @@ def test_always_active_encoders_by_option(hub5: Path, tmp_path: Path) -> None:
     file = write_small_config(tmp_path / "c.yaml", hub__name=str(hub5), hub__always_active=["a"])
     cases = {
         (): ("a",),
-        ("--always-active", "b", "--aggregation", "sum"): ("b",),
+        ("--always-active", "b", "--aggregation", "concat"): ("b",),
         ("--always-active", "none"): (),
         ("--hub", str(hub5)): ("c",),  # the file's name may be of another hub
         ("--hub", f"{hub5}:b"): (),
@@ -118,7 +118,7 @@ def test_always_active_encoders_by_option(hub5: Path, tmp_path: Path) -> None:
         assert run("--config", file, "--run-dir", f"r{i}", "-n", 32, *options) == 0
         hub = load_config(Path(f"r{i}/config.yaml")).hub
         assert hub.always_active == expected
-        assert hub.aggregation == ("sum" if "sum" in options else "concat")
+        assert hub.aggregation == ("concat" if "concat" in options else "sum")
 
 
 def test_the_default_run_dir_tells_what_it_is(tmp_path: Path) -> None:
@@ -186,7 +186,10 @@ HUB_MESSAGES = [
         ["--hub", "HUB", "--always-active", "a", "--top-k", "1"],
         "always_active is a, but top_k is 1",
     ),
-    (["--hub", "HUB", "--aggregation", "mean"], "hub.aggregation is 'mean', allowed: 'concat' or"),
+    (
+        ["--hub", "HUB", "--aggregation", "mean"],
+        "hub.aggregation is 'mean', allowed: 'auto', 'concat' or",
+    ),
     (["--hub", "HUB:z"], "has no encoder 'z'"),
     (["--hub", "atarii5"], "hub 'atarii5' is unknown"),
 ]
