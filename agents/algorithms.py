@@ -189,6 +189,7 @@ def _features_extractor(hub: HubSection) -> dict[str, Any]:
             "exploration_coef": hub.exploration_coef.model_dump(),
             "aggregation": hub.aggregation,
             "always_active": _always_active(hub),
+            "generator": hub.generator,
             "freeze": "all" if hub.freeze == ("all",) else hub.freeze,
             "random_init": hub.random_init,
             "precision": hub.precision,

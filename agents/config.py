@@ -41,7 +41,11 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 #: Keys of the hub's section that came later, and what runs did before.
-LATER_KEYS: Mapping[str, Any] = {"always_active": [], "aggregation": "concat"}
+LATER_KEYS: Mapping[str, Any] = {
+    "always_active": [],
+    "aggregation": "concat",
+    "generator": "small",
+}
 
 
 class Section(pydantic.BaseModel):
@@ -119,6 +123,7 @@ class HubSection(Section):
     :param top_k: encoders that run for an observation; nothing to choose for ``none``
     :param always_active: encoders that are among them for each observation; ``auto``: as the
         hub's card says
+    :param generator: where pathway weights come from; ``uniform``: all encoders weigh the same
     :param exploration_coef: weight of the pathway exploration loss
     :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they
         have one length, else ``concat``
@@ -130,6 +135,7 @@ class HubSection(Section):
     name: str
     top_k: Count
     always_active: Names
+    generator: Literal["small", "uniform"]
     exploration_coef: Schedule
     aggregation: Literal["auto", "concat", "sum"]
     freeze: Names

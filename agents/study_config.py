@@ -10,7 +10,7 @@ import pydantic
 from pydantic import Field
 
 from agents.config import Count, Integer, RunConfig, Section, load_config, read_mapping
-from hubrl.specs import closest
+from hubrl.specs import closest, list_hubs
 
 #: What a study sets itself: key of a run -> key of the study.
 OWN_KEYS = {"env.id": "games", "train.seed": "seeds", "train.n_timesteps": "n_timesteps"}
@@ -150,7 +150,7 @@ class StudyConfig(Section):
 
 def load_study(file: Path) -> StudyConfig:
     """
-    Read a study; ``config`` is relative to the file's folder.
+    Read a study; ``config`` and the files of hubs are relative to the file's folder.
 
     :raises ValueError: if the file can't be read, or a key or a value is wrong; one line
     """
@@ -162,7 +162,19 @@ def load_study(file: Path) -> StudyConfig:
     config = file.parent / study.config
     if not config.is_file():
         raise ValueError(f"{file}: config is {str(study.config)!r}, but there is no file {config}")
-    return study.model_copy(update={"config": config})
+    variants = {
+        name: variant.model_copy(update={"overrides": _found(variant.overrides, file.parent)})
+        for name, variant in study.variants.items()
+    }
+    overrides = _found(study.overrides, file.parent)
+    return study.model_copy(update={"config": config, "overrides": overrides, "variants": variants})
+
+
+def _found(overrides: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Where ``hub.name`` is a file of the study's folder, its path."""
+    hub = overrides.get("hub.name")
+    is_file = isinstance(hub, str) and hub not in list_hubs() and (folder / hub).exists()
+    return {**overrides, "hub.name": str(folder / str(hub))} if is_file else dict(overrides)
 
 
 def _unknown(where: str, name: str, allowed: Sequence[str]) -> str:

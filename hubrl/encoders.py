@@ -29,16 +29,17 @@ class NatureConv(nn.Module):
     Layers are named as in SB3's ``NatureCNN``, so that its weights fit.
 
     :param channels: input channels
+    :param width: multiplies the channels of all layers, and with them D
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, width: int = 1) -> None:
         super().__init__()
         self.cnn = nn.Sequential(
-            nn.Conv2d(channels, 32, kernel_size=8, stride=4),
+            nn.Conv2d(channels, 32 * width, kernel_size=8, stride=4),
             nn.ReLU(),
-            nn.Conv2d(32, 64, kernel_size=4, stride=2),
+            nn.Conv2d(32 * width, 64 * width, kernel_size=4, stride=2),
             nn.ReLU(),
-            nn.Conv2d(64, 64, kernel_size=3, stride=1),
+            nn.Conv2d(64 * width, 64 * width, kernel_size=3, stride=1),
             nn.ReLU(),
             nn.Flatten(),
         )
@@ -80,6 +81,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nature_cnn": Architecture(lambda spec: NatureCNN(spec.channels, spec.image_size)),
     # An agent's linear layer belongs to its own game: this trunk takes the convolutions alone.
     "nature_conv": Architecture(lambda spec: NatureConv(spec.channels), unused_layers=("linear.",)),
+    # As wide as two: what comparisons with two activated encoders need.
+    "nature_conv_wide": Architecture(lambda spec: NatureConv(spec.channels, width=2)),
 }
 
 

@@ -51,6 +51,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param aggregation: how features become one vector: ``concat``, a block of a linear layer for
         each encoder; ``sum``, one layer for all; or ``auto``: ``sum`` where the encoders' features
         have one length
+    :param generator: where the pathway weights come from: ``small``, the pathway generator, or
+        ``uniform``: all encoders run with equal weights, for comparisons
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
@@ -67,6 +69,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         features_dim: int = 512,
         aggregation: str = "auto",
         always_active: Collection[str] | str = "auto",
+        generator: str = "small",
         freeze: Collection[str] | str = (),
         random_init: bool = False,
         precision: str = "auto",
@@ -80,6 +83,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
             hub,
             top_k,
             always_active=always_active,
+            generator=generator,
             image_shape=(channels, height, width),
             features_dim=features_dim,
             aggregation=aggregation,

@@ -16,7 +16,7 @@ from hubrl.aggregation import Part, build_aggregator
 from hubrl.encoders import Casts, Encoder, build_encoder, orthogonal_init
 from hubrl.losses import pathway_exploration_loss
 from hubrl.precision import check_precision, resolve_precision
-from hubrl.specs import EncoderSpec, HubSpec, load_hub
+from hubrl.specs import EncoderSpec, HubSpec, closest, load_hub
 
 # Shape letters: B batch, E encoders, M of them to choose from, K top k, D features of one encoder,
 # O features out, C H W image, R rows of the batch that activate one encoder.
@@ -138,6 +138,29 @@ class PathwayGenerator(nn.Module):
         mean_D = self.feature_mean.running_mean
         variance_D = self.feature_square.running_mean - mean_D.square()
         return (features_BD - mean_D) * variance_D.clamp(min=self.MIN_VARIANCE).rsqrt()
+
+
+class UniformGenerator(nn.Module):
+    """
+    The same score for all encoders: what a generator that learns nothing is worth, for comparisons.
+
+    Arguments as of ``PathwayGenerator``.
+    """
+
+    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
+        super().__init__()
+        self.n_encoders = n_encoders
+
+    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
+        """Scores (B, E), zero."""
+        return torch.zeros(len(images_BCHW), self.n_encoders, device=images_BCHW.device)
+
+
+#: Where the scores come from.
+GENERATORS: dict[str, type[PathwayGenerator] | type[UniformGenerator]] = {
+    "small": PathwayGenerator,
+    "uniform": UniformGenerator,
+}
 
 
 class RunningMean(nn.Module):
@@ -294,6 +317,7 @@ class HubPathway(nn.Module):
     :param always_active: names of encoders that are among them for each image, fewer than
         ``top_k``; ``"auto"``: those of the hub's card, if they are fewer. A ``state_dict``
         remembers which, and a pathway with others refuses it
+    :param generator: a key of ``GENERATORS``; ``uniform`` runs all encoders with equal weights
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
     :param features_dim: length of the aggregated features
     :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's, and
@@ -304,7 +328,7 @@ class HubPathway(nn.Module):
         faster one on the device; generator and features are float32 in any case
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, or ``freeze``
         names an encoder that the hub lacks, ``always_active`` does or leaves none to choose, or
-        ``aggregation`` is unknown or doesn't fit the encoders
+        ``generator`` or ``aggregation`` is unknown or doesn't fit the rest
     """
 
     _is_always_E: Tensor
@@ -316,6 +340,7 @@ class HubPathway(nn.Module):
         top_k: int = 2,
         *,
         always_active: Collection[str] | str = "auto",
+        generator: str = "small",
         image_shape: tuple[int, int, int] | None = None,
         features_dim: int = 512,
         aggregation: str = "auto",
@@ -333,7 +358,7 @@ class HubPathway(nn.Module):
         is_always_E = torch.tensor([name in self.always_active for name in self.hub.encoder_names])
         self.register_buffer("_is_always_E", is_always_E, persistent=False)
         self.register_buffer("_choices_M", (~is_always_E).nonzero().flatten(), persistent=False)
-        self.generator = PathwayGenerator(
+        self.generator = _generator_class(generator, self.hub, len(self._choices_M), self.top_k)(
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
         self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
@@ -508,6 +533,22 @@ def _check_top_k(top_k: int, hub: HubSpec) -> int:
             f"the number of encoders of hub {hub.name!r}"
         )
     return top_k
+
+
+def _generator_class(
+    name: str, hub: HubSpec, n_choices: int, top_k: int
+) -> type[PathwayGenerator] | type[UniformGenerator]:
+    if name not in GENERATORS:
+        raise ValueError(
+            f"generator is {name!r}{closest(name, GENERATORS)}, allowed: {', '.join(GENERATORS)}"
+        )
+    n = len(hub.encoders)
+    if name == "uniform" and (top_k, n_choices) != (n, n):
+        raise ValueError(
+            f"generator is 'uniform', which runs all encoders with equal weights: top_k must be "
+            f"{n} and always_active empty"
+        )
+    return GENERATORS[name]
 
 
 def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]:

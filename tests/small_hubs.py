@@ -18,7 +18,7 @@ def nature_spec(name: str, size: int = 36, architecture: str = "nature_conv") ->
     return EncoderSpec(
         name=name,
         architecture=architecture,
-        features_dim=64 if architecture == "nature_conv" else 512,
+        features_dim={"nature_conv": 64, "nature_conv_wide": 128, "nature_cnn": 512}[architecture],
         image_size=(size, size),
         channels=4,
         license="MIT",

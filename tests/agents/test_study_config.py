@@ -9,6 +9,7 @@ import pytest
 from small_runs import small_study
 
 from agents.study_config import Run, load_study
+from hubrl.specs import load_hub
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
 
@@ -37,10 +38,24 @@ def test_what_a_run_is_configured_by(tmp_path: Path) -> None:
     assert (none.env.id, none.train.seed, none.train.n_timesteps) == ("hubrl/TinyImage-v0", 3, 64)
 
 
+def test_a_hub_beside_the_study(hub5: Path) -> None:
+    variants = {
+        "none": {},
+        "beside": {"overrides": {"hub.name": hub5.name}},
+        "shipped": {"overrides": {"hub.name": "atari5"}},
+    }
+    (hub5.parent / "atari5").mkdir()  # a shipped hub's name wins
+    study = load_study(small_study(hub5.parent, variants=variants))
+    names = {run.variant: study.run_config(run).hub.name for run in study.runs()}
+    assert names["beside"] == str(hub5)
+    assert names["shipped"] == "atari5"
+
+
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_every_shipped_study_is_valid(file: Path) -> None:
     study = load_study(file)
-    assert [study.run_config(run).train.seed for run in study.runs()]
+    hubs = {study.run_config(run).hub.name for run in study.runs()}
+    assert all(load_hub(hub).encoders for hub in hubs - {"none"})
 
 
 def of_none(**section: Any) -> dict[str, Any]:

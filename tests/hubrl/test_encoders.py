@@ -35,7 +35,7 @@ def encoder_of(spec, **changes) -> Encoder:
     return build_encoder(HubSpec(name="h", encoders=(spec,)), spec)
 
 
-@pytest.mark.parametrize("architecture", ["nature_conv", "nature_cnn"])
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_contract_of_every_architecture(architecture: str) -> None:
     spec = nature_spec("x", architecture=architecture)
     encoder = encoder_of(spec)
@@ -49,8 +49,13 @@ def test_contract_of_every_architecture(architecture: str) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_contract_covers_every_architecture() -> None:
-    assert set(ARCHITECTURES) == {"nature_conv", "nature_cnn"}
+def test_the_wide_encoder_has_twice_the_channels() -> None:
+    convs = [layer for layer in NatureConv(4, width=2).cnn if isinstance(layer, nn.Conv2d)]
+    assert [(layer.in_channels, layer.out_channels) for layer in convs] == [
+        (4, 64),
+        (64, 128),
+        (128, 128),
+    ]
 
 
 def test_nature_cnn_is_sb3s() -> None:

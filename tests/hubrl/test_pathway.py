@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +126,31 @@ def test_an_aggregation_that_does_not_exist_or_fit(hub: Path, mixed_hub: Path) -
         ValueError, match="aggregation is 'sum', but the encoders have features_dim"
     ):
         HubPathway(mixed_hub, image_shape=(4, 44, 44), aggregation="sum")
+
+
+def test_uniform_weights(hub: Path) -> None:
+    pathway = HubPathway(hub, 5, generator="uniform")
+    images = images_of(6)
+    output = pathway(images)  # noise changes nothing
+    assert torch.equal(output.weights, torch.full((6, 5), 0.2))
+    assert_equal_to_1e_6(output.features, dense(pathway, images, torch.full((6, 5), 0.2)))
+    assert output.exploration_loss.item() == pytest.approx(-math.log(5))
+    assert not list(pathway.generator.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"generator": "unifrom"}, r"'unifrom' \(closest: 'uniform'\), allowed: small, uniform"),
+        ({"generator": "uniform"}, "top_k must be 5 and always_active empty"),
+        ({"generator": "uniform", "top_k": 5, "always_active": "a"}, "always_active empty"),
+    ],
+)
+def test_a_generator_that_does_not_exist_or_fit(
+    hub: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        HubPathway(hub, **options)
 
 
 def test_encoders_that_differ_in_everything(mixed_hub: Path) -> None:
