@@ -266,7 +266,7 @@ class EncoderList(nn.Module):
 
     def is_frozen(self, index: int) -> bool:
         """Whether no weight of the encoder learns at present."""
-        return not any(parameter.requires_grad for parameter in self[index].parameters())
+        return not any(weight.requires_grad for weight in self[index].weights)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
