@@ -6,23 +6,31 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from gymnasium import spaces
-from sb3_contrib import QRDQN
-from stable_baselines3 import A2C, DQN, PPO
+from sb3_contrib import QRDQN, TQC, CrossQ, MaskablePPO, RecurrentPPO
+from sb3_contrib.crossq.policies import CrossQPolicy
+from sb3_contrib.tqc import policies as tqc
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.sac import policies as sac
+from stable_baselines3.td3 import policies as td3
 from torch.optim import Adam
 
-from agents.config import HubSection, RunConfig
+from agents.config import AnySection, HubSection, RunConfig
 from agents.policies import (
     ActorCriticImagePolicy,
     BaselineCNN,
     DQNImagePolicy,
+    MaskableImagePolicy,
     QRDQNImagePolicy,
+    RecurrentImagePolicy,
 )
 from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor
@@ -40,30 +48,57 @@ class Algorithm(NamedTuple):
     #: fields of the section that SB3 takes as ``policy_kwargs``
     policy_fields: tuple[str, ...] = ()
     policy_kwargs: Mapping[str, Any] = {}
-    #: epsilon that SB3 gives Adam for this algorithm, from its section; None: it has no Adam
-    adam_eps: Callable[[Any], float] | None = None
+    #: what SB3 gives Adam for this algorithm, from its section; None: it has no Adam
+    adam: Callable[[Any], dict[str, Any]] | None = lambda section: {}
 
 
-ANY_ACTION = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+DISCRETE, CONTINUOUS = (spaces.Discrete,), (spaces.Box,)
+COUNTABLE = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+ANY_ACTION = (spaces.Box, *COUNTABLE)
+
+
+def _ppo_adam(section: object) -> dict[str, Any]:
+    return {"eps": 1e-5}
 
 
 #: Keys are the names in ``agents.config``.
 ALGORITHMS: dict[str, Algorithm] = {
-    "ppo": Algorithm(PPO, ActorCriticImagePolicy, ANY_ACTION, adam_eps=lambda section: 1e-5),
+    "ppo": Algorithm(PPO, ActorCriticImagePolicy, ANY_ACTION, adam=_ppo_adam),
     "a2c": Algorithm(
         A2C,
         ActorCriticImagePolicy,
         ANY_ACTION,
         # As in TensorFlow, and in rl-zoo: torch's RMSprop makes A2C unstable on Atari.
         policy_kwargs={"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}},
+        adam=None,
     ),
-    "dqn": Algorithm(DQN, DQNImagePolicy, (spaces.Discrete,), adam_eps=lambda section: 1e-8),
+    "dqn": Algorithm(DQN, DQNImagePolicy, DISCRETE),
     "qrdqn": Algorithm(
         QRDQN,
         QRDQNImagePolicy,
-        (spaces.Discrete,),
+        DISCRETE,
         policy_fields=("n_quantiles",),
-        adam_eps=lambda section: 0.01 / section.batch_size,
+        adam=lambda section: {"eps": 0.01 / section.batch_size},
+    ),
+    "sac": Algorithm(SAC, sac.CnnPolicy, CONTINUOUS, ("net_arch",)),
+    "td3": Algorithm(TD3, td3.CnnPolicy, CONTINUOUS, ("net_arch",)),
+    "ddpg": Algorithm(DDPG, td3.CnnPolicy, CONTINUOUS, ("net_arch",)),
+    "tqc": Algorithm(TQC, tqc.CnnPolicy, CONTINUOUS, ("net_arch", "n_quantiles", "n_critics")),
+    # It has a policy for vectors alone, whose features extractor may be any.
+    "crossq": Algorithm(
+        CrossQ,
+        CrossQPolicy,
+        CONTINUOUS,
+        ("net_arch",),
+        adam=lambda section: {"betas": (0.5, 0.999)},
+    ),
+    "maskable_ppo": Algorithm(MaskablePPO, MaskableImagePolicy, COUNTABLE, adam=_ppo_adam),
+    "recurrent_ppo": Algorithm(
+        RecurrentPPO,
+        RecurrentImagePolicy,
+        ANY_ACTION,
+        policy_fields=("lstm_hidden_size",),
+        adam=_ppo_adam,
     ),
 }
 
@@ -83,9 +118,7 @@ def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
             f"algorithm.name {config.algorithm.name!r} takes {allowed} actions, "
             f"but env {config.env.id!r} has {env.action_space}"
         )
-    fields = {name: getattr(config.algorithm, name) for name in type(config.algorithm).model_fields}
-    del fields["name"]
-    policy_kwargs = {name: fields.pop(name) for name in algorithm.policy_fields}
+    fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
     model: BaseAlgorithm = algorithm.model(
         algorithm.policy,
         env,
@@ -94,14 +127,35 @@ def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
         policy_kwargs={
             **algorithm.policy_kwargs,
             **_fused_adam(algorithm, config.algorithm),
-            **policy_kwargs,
             **_features_extractor(config.hub),
             "net_arch": [],
+            **policy_kwargs,
         },
         seed=config.train.seed,
         device=config.train.device,
     )
     return model
+
+
+def sb3_arguments(
+    section: AnySection, actions: spaces.Space[Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """
+    What SB3's algorithm takes of a section of the configuration, and what its policy takes.
+
+    :param actions: the action space, in which action noise lies
+    """
+    fields = {name: getattr(section, name) for name in type(section).model_fields}
+    algorithm = ALGORITHMS[fields.pop("name")]
+    policy_kwargs = {name: fields.pop(name) for name in algorithm.policy_fields}
+    if "net_arch" in policy_kwargs:
+        layers = policy_kwargs["net_arch"]
+        policy_kwargs["net_arch"] = {"pi": list(layers.pi), "qf": list(layers.qf)}
+    if "action_noise_std" in fields:
+        assert actions.shape is not None
+        std = np.full(actions.shape, fields.pop("action_noise_std"))
+        fields["action_noise"] = NormalActionNoise(np.zeros(actions.shape), std)
+    return fields, policy_kwargs
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -169,9 +223,9 @@ def _lasting(hub: str) -> str:
 
 def _fused_adam(algorithm: Algorithm, section: object) -> dict[str, Any]:
     """Adam in one kernel: four times as fast on a hub's weights, and the same up to rounding."""
-    if algorithm.adam_eps is None:
+    if algorithm.adam is None:
         return {}
-    kwargs = {"eps": algorithm.adam_eps(section), "fused": True}
+    kwargs = {**algorithm.adam(section), "fused": True}
     return {"optimizer_class": Adam, "optimizer_kwargs": kwargs}
 
 

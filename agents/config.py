@@ -11,15 +11,11 @@ import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
+from hubrl.extractor import UNFIT_ALGORITHMS
 from hubrl.specs import closest
 
 #: Complete configurations that ship with hubrl, one for each algorithm.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"
-
-REFUSED_ALGORITHMS = {
-    "trpo": "it differentiates the KL divergence too, which would count the exploration loss twice",
-    "ars": "it learns without gradients, so that no encoder and no pathway generator would learn",
-}
 
 
 def _number(value: Any) -> Any:
@@ -201,7 +197,102 @@ class QRDQNSection(DQNSection):
     n_quantiles: Count
 
 
-AnySection = PPOSection | A2CSection | DQNSection | QRDQNSection
+class MaskablePPOSection(PPOSection):
+    """Hyperparameters of SB3-Contrib's ``MaskablePPO``."""
+
+    name: Literal["maskable_ppo"]  # type: ignore[assignment]
+
+
+class RecurrentPPOSection(PPOSection):
+    """Hyperparameters of SB3-Contrib's ``RecurrentPPO``."""
+
+    name: Literal["recurrent_ppo"]  # type: ignore[assignment]
+    lstm_hidden_size: Count
+
+
+class Layers(Section):
+    """
+    Widths of the hidden layers behind the features.
+
+    :param pi: of the actor
+    :param qf: of each critic
+    """
+
+    pi: tuple[Count, ...]
+    qf: tuple[Count, ...]
+
+
+class ContinuousSection(Section):
+    """Hyperparameters of all off-policy algorithms for continuous actions."""
+
+    learning_rate: Schedule
+    buffer_size: Count
+    learning_starts: Annotated[Integer, Field(ge=0)]
+    batch_size: Annotated[Integer, Field(ge=2)]
+    gamma: Fraction
+    train_freq: Count
+    gradient_steps: Annotated[Integer, Field(ge=-1)]
+    net_arch: Layers
+
+
+class SACSection(ContinuousSection):
+    """Hyperparameters of SB3's ``SAC``."""
+
+    name: Literal["sac"]
+    tau: Fraction
+    ent_coef: Annotated[float, Field(ge=0)] | Literal["auto"]
+    target_update_interval: Count
+
+
+class TD3Section(ContinuousSection):
+    """Hyperparameters of SB3's ``TD3``; ``action_noise_std`` is that of the actions it collects."""
+
+    name: Literal["td3"]
+    tau: Fraction
+    action_noise_std: NonNegative
+    policy_delay: Count
+    target_policy_noise: NonNegative
+    target_noise_clip: NonNegative
+
+
+class DDPGSection(ContinuousSection):
+    """Hyperparameters of SB3's ``DDPG``; ``action_noise_std`` as in ``TD3Section``."""
+
+    name: Literal["ddpg"]
+    tau: Fraction
+    action_noise_std: NonNegative
+
+
+class TQCSection(SACSection):
+    """Hyperparameters of SB3-Contrib's ``TQC``."""
+
+    name: Literal["tqc"]  # type: ignore[assignment]
+    n_quantiles: Count
+    n_critics: Count
+    top_quantiles_to_drop_per_net: Annotated[Integer, Field(ge=0)]
+
+
+class CrossQSection(ContinuousSection):
+    """Hyperparameters of SB3-Contrib's ``CrossQ``."""
+
+    name: Literal["crossq"]
+    ent_coef: Annotated[float, Field(ge=0)] | Literal["auto"]
+    policy_delay: Count
+
+
+AnySection = (
+    PPOSection
+    | A2CSection
+    | DQNSection
+    | QRDQNSection
+    | SACSection
+    | TD3Section
+    | DDPGSection
+    | TQCSection
+    | CrossQSection
+    | MaskablePPOSection
+    | RecurrentPPOSection
+)
 AlgorithmSection = Annotated[AnySection, Field(discriminator="name")]
 
 
@@ -257,7 +348,8 @@ def built_in_config(algorithm: str) -> Path:
     :raises ValueError: if there is no such algorithm
     """
     _check_algorithm(algorithm)
-    return BUILT_IN_CONFIGS / f"{algorithm}-atari.yaml"
+    (file,) = BUILT_IN_CONFIGS.glob(f"{algorithm}-*.yaml")
+    return file
 
 
 def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -323,8 +415,8 @@ def _algorithm_sections() -> dict[str, type[Section]]:
 
 
 def _check_algorithm(name: Any) -> None:
-    if isinstance(name, str) and name in REFUSED_ALGORITHMS:
-        raise ValueError(f"algorithm.name {name!r} can't train a hub: {REFUSED_ALGORITHMS[name]}")
+    if isinstance(name, str) and name in UNFIT_ALGORITHMS:
+        raise ValueError(f"algorithm.name {name!r} can't train a hub: {UNFIT_ALGORITHMS[name]}")
     allowed = algorithm_names()
     if name not in allowed:
         raise ValueError(

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.evaluation import evaluate_policy as evaluate_masked
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
@@ -57,7 +59,9 @@ def evaluate(
 
     with contextlib.suppress(_Stopped), _own_randomness(model, seed):
         env.seed(seed)
-        returns, lengths = evaluate_policy(
+        # MaskablePPO plays by the rules that it learned by.
+        play: Any = evaluate_masked if isinstance(model, MaskablePPO) else evaluate_policy
+        returns, lengths = play(
             model,
             env,
             n_episodes,

@@ -6,6 +6,8 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+from sb3_contrib.common.maskable.policies import MaskableActorCriticCnnPolicy
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticCnnPolicy
 from sb3_contrib.qrdqn import policies as qrdqn
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
@@ -31,6 +33,14 @@ class RawImages(BasePolicy):
 # The mixin comes last: ActorCriticPolicy asks its superclass for features.
 class ActorCriticImagePolicy(ActorCriticCnnPolicy, RawImages):
     """The policy of PPO and A2C; actor and critic share the features."""
+
+
+class MaskableImagePolicy(MaskableActorCriticCnnPolicy, RawImages):
+    """The policy of MaskablePPO."""
+
+
+class RecurrentImagePolicy(RecurrentActorCriticCnnPolicy, RawImages):
+    """The policy of RecurrentPPO."""
 
 
 class _QNetwork(RawImages, dqn.QNetwork):

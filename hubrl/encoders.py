@@ -161,6 +161,10 @@ class Casts:
         self._weights: dict[object, Tensor] = {}
         self._encoders: dict[object, Encoder] = {}
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Casts:
+        """Empty: a copy's weights are others."""
+        return Casts()
+
     def weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight of a layer."""
         key = (id(weight), dtype, weight._version)

@@ -6,10 +6,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Self
 
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
@@ -25,6 +27,14 @@ from hubrl.specs import HubSpec, load_hub
 
 Schedule = float | Mapping[str, float]
 
+#: Algorithms that can't train a hub, and why.
+UNFIT_ALGORITHMS: Mapping[str, str] = {
+    "trpo": "it differentiates the KL divergence too, which would count the exploration loss "
+    "twice; use PPO",
+    "ars": "it learns without gradients, so that no encoder and no pathway generator would learn; "
+    "use PPO",
+}
+
 
 class HubFeaturesExtractor(BaseFeaturesExtractor):
     """
@@ -37,6 +47,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     replay), so the update sees the routing of the rollout. Features of frozen encoders are kept as
     long: ``top_k`` times the encoder's features_dim numbers for each observation of a rollout.
     ``predict`` is free of noise. Off-policy agents have noise only where they compute gradients.
+    CrossQ's critic sees observations and next observations in one batch: both have noise there, and
+    the exploration loss is that of the whole batch. The rows with which RecurrentPPO pads its
+    sequences activate no encoder and count in no mean.
 
     Give ``net_arch=[]`` beside it: SB3 adds two layers of 64 to any extractor but its own.
 
@@ -57,7 +70,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on this machine
-    :raises ValueError: if an argument is out of its range, or the hub cannot take the observations
+    :raises ValueError: if an argument is out of its range, the hub cannot take the observations, or
+        the algorithm can't train a hub (TRPO, ARS)
     """
 
     def __init__(
@@ -75,6 +89,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         precision: str = "auto",
     ) -> None:
         super().__init__(observation_space, features_dim)
+        _refuse_unfit_algorithm()
         hub = load_hub(hub)
         for spec in hub.encoders:
             check_image_shape(spec, observation_space.shape)
@@ -127,8 +142,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
             self._is_first = False
         if torch.is_grad_enabled():
             if self.training:
-                output = self._learn(observations_BCHW)
-                return attach_loss(output.features, self.exploration_coef * output.exploration_loss)
+                features_BO, loss = self._learn_unpadded(observations_BCHW)
+                return attach_loss(features_BO, self.exploration_coef * loss)
         elif _is_collecting():
             return self._collect(observations_BCHW).features
         return self.pathway.route(observations_BCHW, noise_BE=None).features
@@ -178,6 +193,16 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self.replay.remember(hash_B, output.activated)
         return output
 
+    def _learn_unpadded(self, observations_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Features, zero for padding, and the exploration loss of the other rows."""
+        rows_R = _rows_without_padding()
+        if rows_R is None:
+            output = self._learn(observations_BCHW)
+            return output.features, output.exploration_loss
+        output = self._learn(observations_BCHW[rows_R])
+        features_BO = output.features.new_zeros(len(observations_BCHW), self.features_dim)
+        return features_BO.index_copy(0, rows_R, output.features), output.exploration_loss
+
     def _learn(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
 
@@ -213,14 +238,44 @@ def _is_collecting() -> bool:
     predicts with its ``get_distribution``, and nothing but the caller tells them apart. A call of
     the policy for deterministic actions is no collection.
     """
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         caller = frame.f_locals.get("self")
         if isinstance(caller, BasePolicy) and frame.f_code.co_name != "extract_features":
             is_forward = frame.f_code.co_name == "forward" and hasattr(caller, "evaluate_actions")
             return is_forward and not frame.f_locals.get("deterministic")
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
+
+
+def _rows_without_padding() -> Tensor | None:
+    """
+    The rows of a minibatch that are no padding, (R,); None for all.
+
+    RecurrentPPO pads its sequences to one length and gives the policy no word of it: only its own
+    minibatch has the mask.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        mask_B = getattr(frame.f_locals.get("rollout_data"), "mask", None)
+        if mask_B is not None:
+            rows_R: Tensor = mask_B.nonzero().flatten()
+            return None if len(rows_R) == len(mask_B) else rows_R
+        frame = frame.f_back
+    return None
+
+
+def _refuse_unfit_algorithm() -> None:
+    """Nothing but the call stack tells an extractor for which algorithm it is built."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        algorithm = frame.f_locals.get("self")
+        if isinstance(algorithm, BaseAlgorithm):
+            for name in (base.__name__.lower() for base in type(algorithm).__mro__):
+                if name in UNFIT_ALGORITHMS:
+                    raise ValueError(f"{name.upper()} can't train a hub: {UNFIT_ALGORITHMS[name]}")
+            return
+        frame = frame.f_back
 
 
 def _schedule(coef: Schedule) -> tuple[float, float]:

@@ -28,7 +28,13 @@ from agents.callbacks import (  # noqa: E402
     StopSignal,
 )
 from agents.checkpoints import load_checkpoint, read_state  # noqa: E402
-from agents.config import RunConfig, built_in_config, load_config  # noqa: E402
+from agents.config import (  # noqa: E402
+    MaskablePPOSection,
+    RunConfig,
+    algorithm_names,
+    built_in_config,
+    load_config,
+)
 from agents.runs import (  # noqa: E402
     EVALUATIONS_FILE,
     check_new_run,
@@ -41,7 +47,7 @@ from agents.runs import (  # noqa: E402
     open_run,
     read_rows,
 )
-from envs import ImageFormat, make_vec_env  # noqa: E402
+from envs import ImageFormat, make_vec_env, with_action_masks  # noqa: E402
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -74,8 +80,8 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 @click.command("train")
-@click.option("--algo", help="ppo, a2c, dqn or qrdqn.  [default: ppo]")
-@click.option("--env", help="Gymnasium id.  [default: ALE/Breakout-v5]")
+@click.option("--algo", help=f"{', '.join(algorithm_names())}.  [default: ppo]")
+@click.option("--env", help="Gymnasium id.  [default: as in the algorithm's configuration]")
 @click.option("--hub", help="none, HUB, HUB:ENCODER, FOLDER or FILE.yaml.  [default: atari5]")
 @click.option("--top-k", help="Encoders that run for an observation.  [default: 2]")
 @click.option("-n", "--n-timesteps", help="Agent steps of the whole run.  [default: 1000000]")
@@ -101,7 +107,7 @@ def command(**options: Any) -> int:
     """
     Train an agent; options win over the configuration file.
 
-    Without --config the settings are those of configs/agents/ALGO-atari.yaml.
+    Without --config the settings are those of configs/agents/ALGO-*.yaml.
     """
     # Dispatch gives encoders batches of every size, and oneDNN keeps a kernel for each size that it
     # has seen: 1024 of them take more memory than the networks.
@@ -174,14 +180,16 @@ def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEn
 
     :param training: clipped rewards and a lost life as an end, in Atari
     """
-    env = config.env
-    return make_vec_env(
-        env.id,
+    vec_env = make_vec_env(
+        config.env.id,
         n_envs,
         seed=config.train.seed,
-        sticky=env.sticky,
+        sticky=config.env.sticky,
         training=training,
         image=image_format(config.hub.name),
+    )
+    return (
+        with_action_masks(vec_env) if isinstance(config.algorithm, MaskablePPOSection) else vec_env
     )
 
 

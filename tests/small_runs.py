@@ -30,11 +30,27 @@ SMALL_OFF_POLICY = {
     "algorithm.batch_size": 8,
     "algorithm.target_update_interval": 10,
 }
+SMALL_CONTINUOUS = {
+    "env.id": "hubrl/TinyImageContinuous-v0",
+    "algorithm.buffer_size": 200,
+    "algorithm.learning_starts": 80,
+    "algorithm.batch_size": 8,
+    "algorithm.train_freq": 4,
+    "algorithm.net_arch": {"pi": [8], "qf": [8]},
+}
 SMALL_OF: dict[str, dict[str, Any]] = {
     "ppo": SMALL_ON_POLICY | {"algorithm.batch_size": 16},
     "a2c": SMALL_ON_POLICY,
     "dqn": SMALL_OFF_POLICY,
     "qrdqn": SMALL_OFF_POLICY,
+    "sac": SMALL_CONTINUOUS,
+    "td3": SMALL_CONTINUOUS,
+    "ddpg": SMALL_CONTINUOUS,
+    "tqc": SMALL_CONTINUOUS,
+    "crossq": SMALL_CONTINUOUS,
+    "maskable_ppo": SMALL_ON_POLICY | {"algorithm.batch_size": 16},
+    "recurrent_ppo": SMALL_ON_POLICY
+    | {"algorithm.batch_size": 16, "algorithm.lstm_hidden_size": 8},
 }
 
 
@@ -51,9 +67,10 @@ def write_small_config(file: Path, algorithm: str = "ppo", **overrides: Any) -> 
     return file
 
 
-def small_env(n_envs: int = 2, **options: Any) -> VecEnv:
-    """TinyImage with observations of (4, 36, 36)."""
-    return make_vec_env("hubrl/TinyImage-v0", n_envs, image=ImageFormat(size=36), **options)
+def small_env(n_envs: int = 2, algorithm: str = "ppo", **options: Any) -> VecEnv:
+    """TinyImage with observations of (4, 36, 36), and with actions that the algorithm takes."""
+    env_id = (SMALL | SMALL_OF[algorithm])["env.id"]
+    return make_vec_env(env_id, n_envs, image=ImageFormat(size=36), **options)
 
 
 def small_study(folder: Path, **changes: Any) -> Path:

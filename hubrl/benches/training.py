@@ -18,7 +18,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 from torch.optim import Optimizer
 
-from agents.algorithms import ALGORITHMS, build_model, resolve
+from agents.algorithms import ALGORITHMS, build_model, resolve, sb3_arguments
 from agents.config import PPOSection, RunConfig, built_in_config, load_config
 from envs import AtariVecEnv
 from hubrl.benches.measuring import Measure, Result, compare, interleave, timed
@@ -136,10 +136,8 @@ def _our_agent(algorithm: str, overrides: Overrides) -> Iterator[BaseAlgorithm]:
 def _plain_agent(config: RunConfig, kind: VecEnvKind) -> Iterator[BaseAlgorithm]:
     """What an SB3 user runs, with the same hyperparameters."""
     algorithm = ALGORITHMS[config.algorithm.name]
-    fields = {name: getattr(config.algorithm, name) for name in type(config.algorithm).model_fields}
-    del fields["name"]
-    policy_kwargs = {name: fields.pop(name) for name in algorithm.policy_fields}
     with contextlib.closing(_plain_env(config.env.n_envs, kind)) as env:
+        fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
         yield algorithm.model("CnnPolicy", env, **fields, policy_kwargs=policy_kwargs, device="cpu")
 
 

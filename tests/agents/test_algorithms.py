@@ -26,12 +26,15 @@ from hubrl.extractor import HubFeaturesExtractor
 from hubrl.specs import load_hub, save_hub
 
 ALGOS = list(ALGORITHMS)
+CONTINUOUS = ("sac", "td3", "ddpg", "tqc", "crossq")
+#: Extractors that a model builds: actors, critics and their targets; 1 where it isn't said.
+N_EXTRACTORS = {"dqn": 2, "qrdqn": 2, "sac": 3, "tqc": 3, "td3": 4, "ddpg": 4, "crossq": 2}
 
 
 def build(algorithm: str = "ppo", hub: object = "none", **overrides: Any) -> BaseAlgorithm:
     values = {key.replace("__", "."): value for key, value in overrides.items()}
     config = small_config(algorithm, {"hub.name": str(hub), **values})
-    return build_model(config, small_env())
+    return build_model(config, small_env(algorithm=algorithm))
 
 
 def extractors(model: BaseAlgorithm, kind: type[nn.Module]) -> list[Any]:
@@ -55,16 +58,35 @@ def test_every_algorithm_learns_100_steps(algorithm: str, hub: str, hub5: Path) 
     assert all(not torch.equal(before[key], after[key]) for key in keys)
 
 
-@pytest.mark.parametrize("algorithm", ALGOS)
+@pytest.mark.parametrize("algorithm", [name for name in ALGOS if name not in CONTINUOUS])
 @pytest.mark.parametrize("hub", ["none", "hub5"])
 def test_heads_are_single_linear_layers(algorithm: str, hub: str, hub5: Path) -> None:
     """SB3 would silently put two layers of 64 behind any extractor but its own NatureCNN."""
     model = build(algorithm, hub5 if hub == "hub5" else hub)
     names = [name for name, module in model.policy.named_modules() if isinstance(module, nn.Linear)]
     heads = {name for name in names if "features_extractor" not in name and "target" not in name}
-    two, one = {"action_net", "value_net"}, {"q_net.q_net.0"}
-    expected = {"ppo": two, "a2c": two, "dqn": one, "qrdqn": {"quantile_net.quantile_net.0"}}
-    assert heads == expected[algorithm]
+    one = {"dqn": {"q_net.q_net.0"}, "qrdqn": {"quantile_net.quantile_net.0"}}
+    assert heads == one.get(algorithm, {"action_net", "value_net"})
+
+
+@pytest.mark.parametrize("algorithm", CONTINUOUS)
+@pytest.mark.parametrize("hub", ["none", "hub5"])
+def test_hidden_layers_are_the_configurations(algorithm: str, hub: str, hub5: Path) -> None:
+    """SB3's own default for TD3 depends on the extractor's class."""
+    layers = {"pi": [7], "qf": [6, 5]}
+    model = build(algorithm, hub5 if hub == "hub5" else hub, algorithm__net_arch=layers)
+
+    def widths(network: nn.Module, part: str) -> list[int]:
+        modules = network.named_modules()
+        return [
+            module.out_features
+            for name, module in modules
+            if isinstance(module, nn.Linear) and name.startswith(part)
+        ]
+
+    actor = model.policy.actor
+    assert widths(actor, "latent_pi" if hasattr(actor, "latent_pi") else "mu")[0] == 7
+    assert widths(model.policy.critic, "qf0")[:2] == [6, 5]
 
 
 @pytest.mark.parametrize("algorithm", ALGOS)
@@ -73,7 +95,7 @@ def test_pretrained_weights_are_intact(algorithm: str, hub5: Path) -> None:
 
     hub = load_hub(hub5)
     found = extractors(build(algorithm, hub5), HubFeaturesExtractor)
-    assert len(found) == (2 if algorithm in ("dqn", "qrdqn") else 1)
+    assert len(found) == N_EXTRACTORS.get(algorithm, 1)
     for extractor in found:
         for spec, encoder in zip(hub.encoders, extractor.pathway.encoders, strict=True):
             path = hub.weights_path(spec)
@@ -165,7 +187,7 @@ def test_the_fast_path_gives_the_update_of_the_plain_one(freeze: str, hub5: Path
         torch.testing.assert_close(mine[key], other[key], atol=1e-5, rtol=0, msg=key)
 
 
-@pytest.mark.parametrize("algorithm", ALGOS)
+@pytest.mark.parametrize("algorithm", [name for name in ALGOS if name not in CONTINUOUS])
 @pytest.mark.parametrize("hub", ["none", "hub5"])
 def test_uint8_images_give_the_features_that_sb3s_way_gives(
     algorithm: str, hub: str, hub5: Path

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sb3_agents import optimizers_of, parameters_of
 from small_hubs import nature_spec, write_hub
 from small_runs import small_config, small_env
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -22,7 +23,7 @@ from hubrl.specs import load_hub, save_hub
 
 def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
     overrides = {"hub.name": str(hub), "train.seed": seed}
-    return build_model(small_config(algorithm, overrides), small_env())
+    return build_model(small_config(algorithm, overrides), small_env(algorithm=algorithm))
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -56,13 +57,14 @@ def test_the_optimizer_goes_on_as_if_nothing_had_been(algorithm: str, tmp_path: 
     save_checkpoint(model, tmp_path / "last", {})
     load_checkpoint(other, tmp_path / "last")
     for agent in (model, other):
-        assert agent.policy.optimizer.state_dict()["state"]
-        agent.policy.optimizer.zero_grad()
-        generator = torch.Generator().manual_seed(0)
-        for parameter in agent.policy.optimizer.param_groups[0]["params"]:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        agent.policy.optimizer.param_groups[0]["lr"] = 0.01
-        agent.policy.optimizer.step()
+        for optimizer in optimizers_of(agent).values():
+            assert optimizer.state_dict()["state"]
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(0)
+            for parameter in parameters_of(optimizer):
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.param_groups[0]["lr"] = 0.01
+            optimizer.step()
     for mine, loaded in zip(model.policy.parameters(), other.policy.parameters(), strict=True):
         assert torch.equal(mine, loaded)
 

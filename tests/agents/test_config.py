@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from agents.config import (
-    REFUSED_ALGORITHMS,
+    UNFIT_ALGORITHMS,
     Schedule,
     algorithm_names,
     built_in_config,
@@ -92,7 +92,7 @@ def test_a_wrong_key_or_value_is_one_clear_line(path: str, value: object, messag
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", REFUSED_ALGORITHMS)
+@pytest.mark.parametrize("name", UNFIT_ALGORITHMS)
 def test_refused_algorithms_say_why(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' can't train a hub: it "):
         built_in_config(name)

@@ -1,7 +1,6 @@
 """The extractor inside untouched SB3 agents: weights, gradients, noise, ratio, save and load."""
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,75 +9,23 @@ import pytest
 import torch
 from gymnasium import spaces
 from safetensors.torch import load_file
-from sb3_contrib import QRDQN
-from small_hubs import nature_spec, write_hub
-from stable_baselines3 import A2C, DQN, PPO
+from sb3_agents import FirstMinibatch, extractors_of, make_agent, spread_scores
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import polyak_update
 
 import hubrl
 import hubrl.extractor
-from hubrl.losses import attach_loss
 from hubrl.specs import load_hub
-
-ON_POLICY: list[Any] = [(PPO, {"n_steps": 32, "batch_size": 16}), (A2C, {"n_steps": 8})]
-OFF_POLICY: list[Any] = [
-    (algorithm, {"buffer_size": 64, "learning_starts": 8, "batch_size": 8, "train_freq": 4})
-    for algorithm in (DQN, QRDQN)
-]
-
-
-def make(
-    algorithm: type[BaseAlgorithm], settings: dict[str, Any], hub: Path | str, **extractor: Any
-) -> BaseAlgorithm:
-    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=4, channel_first=True)
-    return algorithm(
-        "CnnPolicy",
-        env,
-        seed=0,
-        device="cpu",
-        policy_kwargs={
-            "features_extractor_class": hubrl.HubFeaturesExtractor,
-            "features_extractor_kwargs": {"hub": str(hub), "precision": "float32", **extractor},
-            "net_arch": [],
-        },
-        **settings,
-    )
 
 
 def extractor_of(model: BaseAlgorithm) -> hubrl.HubFeaturesExtractor:
-    network = getattr(model.policy, "q_net", None) or getattr(model.policy, "quantile_net", None)
-    found = (network or model.policy).features_extractor
-    assert isinstance(found, hubrl.HubFeaturesExtractor)
-    return found
-
-
-def spread_scores(model: BaseAlgorithm) -> None:
-    """Scores and noise that differ much between images, as after some learning."""
-    torch.manual_seed(5)
-    generator = extractor_of(model).pathway.generator
-    for head in (generator.scores, generator.noise_scale):
-        torch.nn.init.normal_(head.weight, std=0.3)
-
-
-@pytest.mark.parametrize("freeze", [(), "all", ("b",)])
-@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
-def test_pretrained_weights_survive_construction(algorithm, settings, freeze, hub5: Path) -> None:
-    model = make(algorithm, settings, hub5, freeze=freeze)
-    for module in model.policy.modules():
-        if not isinstance(module, hubrl.HubFeaturesExtractor):
-            continue
-        for encoder in module.pathway.encoders:
-            stored = load_file(hub5 / f"{encoder.spec.name}.safetensors")
-            for key, tensor in encoder.trunk.state_dict().items():
-                assert torch.equal(tensor, stored[key]), (encoder.spec.name, key)
+    return extractors_of(model)[0]
 
 
 def test_sb3s_orthogonal_init_reaches_the_rest_of_the_policy(hub5: Path) -> None:
     # The action head's gain of 0.01 is what SB3 users compare with.
-    weight = make(PPO, {}, hub5).policy.action_net.weight
+    weight = make_agent("ppo", hub5).policy.action_net.weight
     assert weight.norm(dim=1).max().item() == pytest.approx(0.01, rel=1e-4)
 
 
@@ -118,7 +65,7 @@ def gradients(model: BaseAlgorithm, loss: torch.Tensor) -> list[torch.Tensor]:
 
 def collected(coef: float, hub: Path) -> tuple[BaseAlgorithm, Any]:
     """A PPO agent that has collected one rollout, and a minibatch of it."""
-    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub, exploration_coef=coef)
+    model = make_agent("ppo", hub, {"n_steps": 32, "batch_size": 16}, exploration_coef=coef)
     spread_scores(model)
     _, callback = model._setup_learn(32)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, n_rollout_steps=32)
@@ -153,42 +100,8 @@ def test_doubling_the_coefficient_doubles_the_difference(hub5: Path) -> None:
         torch.testing.assert_close(whole - none, 2 * (half - none), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
-def test_nothing_is_attached_without_grad(algorithm, settings, hub5, monkeypatch) -> None:
-    model = make(algorithm, settings, hub5)
-    attached = []
-    monkeypatch.setattr(
-        hubrl.extractor, "attach_loss", lambda *args: attached.append(1) or attach_loss(*args)
-    )
-    model.predict(model.observation_space.sample())
-    assert not attached
-    model.learn(32)
-    assert attached
-
-
-@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
-def test_predict_is_free_of_noise(algorithm, settings, hub5: Path, monkeypatch) -> None:
-    model = make(algorithm, settings, hub5)
-    seen = []
-    route = hubrl.HubPathway.route
-
-    def spy(self, images, noise_BE, *args, **kwargs):
-        seen.append(noise_BE)
-        return route(self, images, noise_BE, *args, **kwargs)
-
-    monkeypatch.setattr(hubrl.HubPathway, "route", spy)
-    for _ in range(3):
-        model.predict(model.observation_space.sample(), deterministic=False)
-    assert seen == [None] * 3
-    model.learn(16)
-    assert any(noise is not None for noise in seen)
-    seen.clear()
-    model.predict(model.observation_space.sample())
-    assert seen == [None]
-
-
 def test_only_collecting_and_learning_are_noisy(hub5: Path, monkeypatch) -> None:
-    model = make(*ON_POLICY[0], hub5)
+    model = make_agent("ppo", hub5)
     seen = []
     route = hubrl.HubPathway.route
 
@@ -209,89 +122,9 @@ def test_only_collecting_and_learning_are_noisy(hub5: Path, monkeypatch) -> None
     assert seen == [False, False, True, True]
 
 
-@pytest.mark.parametrize(("algorithm", "settings"), OFF_POLICY)
-def test_off_policy_has_noise_in_learning_alone(algorithm, settings, hub5, monkeypatch) -> None:
-    model = make(algorithm, settings, hub5)
-    noisy = []
-    route = hubrl.HubPathway.route
-
-    def spy(self, images, noise_BE, *args, **kwargs):
-        assert (noise_BE is not None) == torch.is_grad_enabled()
-        noisy.append(noise_BE is not None)
-        return route(self, images, noise_BE, *args, **kwargs)
-
-    monkeypatch.setattr(hubrl.HubPathway, "route", spy)
-    model.learn(32)
-    assert any(noisy)
-    assert not all(noisy)
-
-
-class FirstMinibatch:
-    """Records |ratio - 1| and the clip fraction of each iteration's first minibatch."""
-
-    def __init__(self, model: BaseAlgorithm) -> None:
-        self.errors: list[float] = []
-        self.log_prob: torch.Tensor | None = None
-        self._get, self._evaluate = model.rollout_buffer.get, model.policy.evaluate_actions
-        model.rollout_buffer.get = self.get
-        model.policy.evaluate_actions = self.evaluate
-        self._is_first = True
-
-    def get(self, batch_size: int | None = None) -> Any:
-        for data in self._get(batch_size):
-            yield data
-            if self._is_first:
-                assert self.log_prob is not None
-                self.errors.append(
-                    (self.log_prob - data.old_log_prob).exp().sub(1).abs().max().item()
-                )
-                self._is_first = False
-
-    def evaluate(self, *args: Any) -> Any:
-        values, log_prob, entropy = self._evaluate(*args)
-        self.log_prob = log_prob.detach()
-        return values, log_prob, entropy
-
-    def next(self) -> None:
-        self._is_first = True
-
-
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"freeze": "all"},
-        {"freeze": "a", "always_active": "norm"},
-        {"freeze": "norm", "always_active": "norm"},
-        {"aggregation": "sum"},
-    ],
-)
-@pytest.mark.parametrize(("algorithm", "settings"), ON_POLICY)
-def test_update_begins_with_the_rollouts_policy(
-    algorithm, settings, options, precision, bound, tmp_path, batch_norm_architecture
-) -> None:
-    normed = dataclasses.replace(
-        nature_spec("norm"), architecture=batch_norm_architecture, features_dim=8
-    )
-    one_length = options.get("aggregation") == "sum"
-    specs = [nature_spec("a"), nature_spec("b"), nature_spec("c") if one_length else normed]
-    hub = write_hub(tmp_path / "hub", specs)
-    model = make(algorithm, settings, hub, precision=precision, **options)
-    spread_scores(model)
-    with torch.no_grad():  # far from the 0.01 gain of the start, so that a wrong routing shows
-        model.policy.action_net.weight.mul_(30)
-    first = FirstMinibatch(model)
-    for _ in range(3):
-        first.next()
-        model.learn(settings["n_steps"], reset_num_timesteps=False)
-    assert len(first.errors) == 3
-    assert max(first.errors) <= bound
-
-
 def test_without_replay_the_ratio_is_far_from_one(hub5: Path, monkeypatch) -> None:
     """The check above can fail: with fresh noise in each forward it does."""
-    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5)
+    model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 16})
     spread_scores(model)
     with torch.no_grad():
         model.policy.action_net.weight.mul_(30)
@@ -304,7 +137,9 @@ def test_without_replay_the_ratio_is_far_from_one(hub5: Path, monkeypatch) -> No
 
 
 def test_the_set_stays_and_the_weights_move_during_an_update(hub5: Path, monkeypatch) -> None:
-    model = make(PPO, {"n_steps": 32, "batch_size": 32, "n_epochs": 5, "learning_rate": 0.01}, hub5)
+    model = make_agent(
+        "ppo", hub5, {"n_steps": 32, "batch_size": 32, "n_epochs": 5, "learning_rate": 0.01}
+    )
     spread_scores(model)
     seen: dict[int, set[tuple[int, ...]]] = {}
     extractor = extractor_of(model)
@@ -327,7 +162,9 @@ def test_the_set_stays_and_the_weights_move_during_an_update(hub5: Path, monkeyp
 
 
 def test_frozen_encoders_run_once_for_an_observation(hub5: Path, monkeypatch) -> None:
-    model = make(PPO, {"n_steps": 32, "batch_size": 8, "n_epochs": 3}, hub5, freeze=["a", "b"])
+    model = make_agent(
+        "ppo", hub5, {"n_steps": 32, "batch_size": 8, "n_epochs": 3}, freeze=["a", "b"]
+    )
     spread_scores(model)
     pathway = extractor_of(model).pathway
     rows = {(name, grad): 0 for name in "abcde" for grad in (False, True)}
@@ -349,7 +186,7 @@ def test_cached_features_give_the_update_that_running_the_encoders_gives(
     options, hub5: Path, monkeypatch
 ) -> None:
     def weights_after(is_cached: bool) -> dict[str, torch.Tensor]:
-        model = make(PPO, {"n_steps": 32, "batch_size": 8}, hub5, freeze="all", **options)
+        model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 8}, freeze="all", **options)
         spread_scores(model)
         model.env.envs[0].unwrapped.observation_space.seed(0)
         if not is_cached:
@@ -364,7 +201,9 @@ def test_cached_features_give_the_update_that_running_the_encoders_gives(
 
 
 def test_an_encoder_that_is_thawed_runs_and_learns_again(hub5: Path) -> None:
-    model = make(PPO, {"n_steps": 32, "batch_size": 8}, hub5, freeze="all", random_init=True)
+    model = make_agent(
+        "ppo", hub5, {"n_steps": 32, "batch_size": 8}, freeze="all", random_init=True
+    )
     spread_scores(model)
     model.learn(32)
     encoders = list(extractor_of(model).pathway.encoders)
@@ -381,7 +220,7 @@ def test_an_encoder_that_is_thawed_runs_and_learns_again(hub5: Path) -> None:
 
 
 def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:
-    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5)
+    model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 16})
     spread_scores(model)
     first = FirstMinibatch(model)
     model.learn(32, callback=lambda *_: model.predict(model.observation_space.sample()) and True)
@@ -390,7 +229,7 @@ def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"always_active": "b", "aggregation": "sum"}])
 def test_a_target_network_follows_its_polyak_updates_in_bfloat16(options, hub5: Path) -> None:
-    model = make(DQN, OFF_POLICY[0][1], hub5, precision="bfloat16", **options)
+    model = make_agent("dqn", hub5, precision="bfloat16", **options)
     observations = torch.rand(4, 4, 36, 36)
     with torch.no_grad():
         before = model.q_net_target(observations)
@@ -403,27 +242,8 @@ def test_a_target_network_follows_its_polyak_updates_in_bfloat16(options, hub5: 
     assert not torch.equal(after, before)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"freeze": "all"}, {"always_active": "b", "aggregation": "sum"}]
-)
-@pytest.mark.parametrize(("algorithm", "settings"), [*ON_POLICY, *OFF_POLICY])
-def test_learn_save_load_and_copy(algorithm, settings, options, hub5: Path, tmp_path: Path) -> None:
-    model = make(algorithm, settings, hub5, **options)
-    model.learn(48)
-    observations = np.stack([model.observation_space.sample() for _ in range(8)])
-    expected, _ = model.predict(observations, deterministic=True)
-    model.save(tmp_path / "model.zip")
-    loaded = algorithm.load(tmp_path / "model.zip", device="cpu")
-    assert np.array_equal(loaded.predict(observations, deterministic=True)[0], expected)
-    fresh = make(algorithm, settings, hub5, **options)
-    fresh.set_parameters(model.get_parameters(), device="cpu")
-    assert np.array_equal(fresh.predict(observations, deterministic=True)[0], expected)
-    policy = copy.deepcopy(model.policy)
-    assert np.array_equal(policy.predict(observations, deterministic=True)[0], expected)
-
-
 def test_frozen_encoders_stay_and_trained_ones_move(hub5: Path) -> None:
-    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5, freeze=["a", "b"])
+    model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 16}, freeze=["a", "b"])
     spread_scores(model)  # so that each encoder is activated
     model.learn(64)
     for encoder in extractor_of(model).pathway.encoders:
@@ -433,7 +253,7 @@ def test_frozen_encoders_stay_and_trained_ones_move(hub5: Path) -> None:
 
 
 def test_statistics_name_every_encoder(hub5: Path) -> None:
-    model = make(PPO, {"n_steps": 32, "batch_size": 16}, hub5)
+    model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 16})
     extractor = extractor_of(model)
     assert extractor.statistics() == {}
     model.learn(32)
