@@ -17,6 +17,8 @@ from agents.checkpoints import read_state, save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
 from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, CsvTable, checkpoint_dir, derive_seed
+from hubrl.extractor import HubFeaturesExtractor
+from hubrl.pathway import EncoderChange, encoder_changes
 
 #: Agent steps between two rows of ``progress.csv``: a PPO iteration of 8 environments.
 LOG_FREQ = 1024
@@ -213,6 +215,29 @@ class EvaluationCallback(BaseCallback):
         if mean > self._best_mean:
             self._best_mean = mean
             save_checkpoint(self.model, self._best_checkpoint, {"mean_return": mean})
+
+
+class EncodersCallback(BaseCallback):
+    """Prints at the end which encoders are as in their files, and how far the others moved."""
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        extractors = [m for m in self.model.policy.modules() if isinstance(m, HubFeaturesExtractor)]
+        rows = encoder_changes(extractors[0].pathway)
+        width = max(len(row.name) for row in rows)
+        for row in rows:
+            kind = "frozen" if row.is_frozen else "trained"
+            _print(f"encoder {row.name:<{width}}  {kind:<7}  {_change(row)}")
+
+
+def _change(row: EncoderChange) -> str:
+    if row.distance is None:
+        return "began with random weights"
+    if row.is_same:
+        return "the bytes of its file"
+    return f"moved by {row.distance:.3g} of its weights' length"
 
 
 class CheckpointCallback(BaseCallback):

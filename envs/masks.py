@@ -43,6 +43,10 @@ class AllActionsAllowed(VecEnvWrapper):
         """As without masks."""
         return self.venv.step_wait()
 
+    def has_attr(self, attr_name: str) -> bool:
+        """The masks' method, or what the environments have."""
+        return attr_name == METHOD or self.venv.has_attr(attr_name)
+
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """The masks' method for each index, or what the environments have."""
         if attr_name == METHOD:

@@ -361,6 +361,7 @@ class HubPathway(nn.Module):
         self.generator = _generator_class(generator, self.hub, len(self._choices_M), self.top_k)(
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
+        self.pretrained = pretrained
         self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
         features_dims = [spec.features_dim for spec in self.hub.encoders]
         self.aggregator = build_aggregator(aggregation, features_dims, features_dim)
@@ -497,6 +498,40 @@ class HubPathway(nn.Module):
         if self.always_active:
             kept_BK = torch.where(self._is_always_E[activated_BK], 1.0, CHOSEN_SCALE * kept_BK)
         return torch.zeros_like(probabilities_BE).scatter(1, activated_BK, kept_BK)
+
+
+class EncoderChange(NamedTuple):
+    """How an encoder differs from its weight file."""
+
+    name: str
+    is_frozen: bool
+    is_same: bool
+    """Bit by bit, statistics of normalisation included."""
+    distance: float | None
+    """Length of the difference over that of the file's weights; None: it began at random."""
+
+
+@torch.no_grad()
+def encoder_changes(pathway: HubPathway) -> list[EncoderChange]:
+    """
+    Compare each encoder with its file.
+
+    :raises ValueError: if a weight file is missing or another one by now
+    """
+    changes = []
+    for i, encoder in enumerate(pathway.encoders):
+        is_frozen = pathway.encoders.is_frozen(i)
+        if not pathway.pretrained or encoder.spec.weights is None:
+            changes.append(EncoderChange(encoder.spec.name, is_frozen, False, None))
+            continue
+        old = build_encoder(pathway.hub, encoder.spec).trunk.state_dict()
+        pairs = [(new.cpu(), old[key]) for key, new in encoder.trunk.state_dict().items()]
+        is_same = all(torch.equal(new, before) for new, before in pairs)
+        moved = sum(float((new.double() - before.double()).square().sum()) for new, before in pairs)
+        length = sum(float(before.double().square().sum()) for _, before in pairs)
+        distance = (moved / length) ** 0.5
+        changes.append(EncoderChange(encoder.spec.name, is_frozen, is_same, distance))
+    return changes
 
 
 def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:

@@ -22,6 +22,7 @@ cli.refuse_foreign_modules("agents", "envs")
 from agents.algorithms import build_model, resolve  # noqa: E402
 from agents.callbacks import (  # noqa: E402
     CheckpointCallback,
+    EncodersCallback,
     EpisodesCallback,
     EvaluationCallback,
     ProgressCallback,
@@ -221,6 +222,7 @@ def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:
     ]
     if config.hub.name != "none":
         callbacks.insert(0, PathwayCallback())
+        callbacks.append(EncodersCallback())
     with stop.caught():
         model.learn(
             train.n_timesteps - model.num_timesteps,

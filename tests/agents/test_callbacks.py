@@ -18,6 +18,7 @@ from agents import callbacks
 from agents.algorithms import build_model
 from agents.callbacks import (
     CheckpointCallback,
+    EncodersCallback,
     EpisodesCallback,
     EvaluationCallback,
     EveryN,
@@ -196,3 +197,17 @@ def test_a_resumed_run_drops_games_after_its_checkpoint_and_goes_on_counting(
     assert [int(row["timesteps"]) for row in rows[::2]] == list(range(16, 161, 16))
     assert rows[7]["timesteps"] == "64", "the checkpoint's step"
     assert all(1000 <= float(row["seconds"]) < 1060 for row in rows[8:])
+
+
+def test_the_end_of_a_run_tells_what_became_of_the_encoders(
+    hub5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values: dict[str, Any] = {"hub__name": str(hub5), "hub__freeze": ["b"]}
+    model = learn(tmp_path / "run", [EncodersCallback()], hub__always_active=["a"], **values)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "encoder" in line]
+    assert len(lines) == 5
+    assert "encoder a  trained  moved by 0." in lines[0]
+    assert "encoder b  frozen   the bytes of its file" in lines[1]
+    assert model.num_timesteps >= 100
+    learn(tmp_path / "random", [EncodersCallback()], hub__random_init=True, **values)
+    assert capsys.readouterr().out.count("began with random weights") == 5

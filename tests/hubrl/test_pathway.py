@@ -14,7 +14,13 @@ from small_hubs import nature_spec, write_hub
 
 from hubrl.aggregation import AGGREGATIONS, Sum
 from hubrl.encoders import Encoder
-from hubrl.pathway import HubPathway, PathwayGenerator, RunningMean, rows_of_encoders
+from hubrl.pathway import (
+    HubPathway,
+    PathwayGenerator,
+    RunningMean,
+    encoder_changes,
+    rows_of_encoders,
+)
 from hubrl.specs import load_hub
 
 IMAGES = (4, 36, 36)
@@ -470,3 +476,20 @@ def test_state_dict_restores_the_features(hub: Path) -> None:
     second.load_state_dict(first.state_dict())
     images = images_of(4)
     assert torch.equal(first.route(images, None).features, second.route(images, None).features)
+
+
+def test_encoder_changes_by_hand(hub5: Path) -> None:
+    pathway = HubPathway(load_hub(hub5), freeze=["b"])
+    with torch.no_grad():
+        for weight in pathway.encoders[0].parameters():
+            weight.mul_(1.25)
+        pathway.encoders[2].trunk.cnn[0].bias[0].add_(1e-7)
+    a, b, c, *rest = encoder_changes(pathway)
+    assert a[:3] == ("a", False, False)
+    assert a.distance == pytest.approx(0.25, rel=1e-5)
+    assert b == ("b", True, True, 0.0)
+    assert not c.is_same
+    assert 0 < c.distance < 1e-6
+    assert all(change.is_same for change in rest)
+    random = HubPathway(load_hub(hub5), pretrained=False)
+    assert all(change.distance is None for change in encoder_changes(random))
