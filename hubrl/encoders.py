@@ -117,13 +117,18 @@ class Encoder(nn.Module):
             ``check_image_shape`` accepts
         :param dtype: what the trunk computes in; the features have it, too
         """
+        n_rows = len(images_BCHW)
         images_BCHW = self.preprocess(images_BCHW, dtype)
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
-        return features_BD
+        return features_BD.reshape(n_rows, -1)
 
     def preprocess(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """What the card asks for: range, channels, size, mean and standard deviation."""
+        """
+        What the card asks for: range, channels, size, mean and standard deviation.
+
+        Where it runs on each frame, the frames of an image follow each other as rows.
+        """
         if images_BCHW.dtype == torch.uint8:
             # Exact in bfloat16, too: it holds the integers up to 256.
             images_BCHW = images_BCHW.to(dtype).div_(255.0)
@@ -252,14 +257,21 @@ def golden_features(encoder: Encoder) -> tuple[float, ...]:
     spec, n = encoder.spec, N_GOLDEN // 2
     height, width = spec.image_size
     larger = (height + height // 4, width + width // 4)
-    channels = max(4, spec.channels) if spec.frames == "last" else spec.channels
+    exact, resized = probe_channels(spec)
     with torch.no_grad():
-        exact_BD = encoder(probe_images(n, spec.channels, spec.image_size))
-        resized_BD = encoder(probe_images(n, channels, larger))
+        exact_BD = encoder(probe_images(n, exact, spec.image_size))
+        resized_BD = encoder(probe_images(n, resized, larger))
     # Unequal weights notice features that changed places; positive ones don't cancel.
     weights_D = 1.0 + torch.arange(spec.features_dim) % 7
     means_B = torch.cat([exact_BD, resized_BD]) @ (weights_D / weights_D.sum())
     return tuple(float(f"{value:.6g}") for value in means_B.tolist())
+
+
+def probe_channels(spec: EncoderSpec) -> tuple[int, int]:
+    """Channels of images that the encoder takes as they are, and of stacks that it chooses from."""
+    if spec.frames == "each":
+        return spec.n_frames * spec.channels, spec.n_frames * spec.channels
+    return spec.channels, max(4, spec.channels) if spec.frames == "last" else spec.channels
 
 
 def probe_images(n_images: int, channels: int, image_size: tuple[int, int]) -> Tensor:
@@ -300,8 +312,8 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
     """
     Whether the encoder can take images of this shape, (C, H, W).
 
-    :raises ValueError: if the shape has not three dimensions, the image is less than half as high
-        or wide as the encoder wants, or the channels cannot be adapted
+    :raises ValueError: if the shape has not three dimensions or its channels come last, the image
+        is less than half as high or wide as the encoder wants, or the channels cannot be adapted
     """
     where = f"encoder {spec.name!r}"
     if len(shape) != 3:
@@ -309,13 +321,24 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
             f"observation space has shape {tuple(shape)}, but {where} takes images (C, H, W)"
         )
     channels, *size = shape
+    if shape[2] < min(shape[:2]) and shape[2] in (1, 3, spec.channels):
+        raise ValueError(
+            f"observation space has shape {tuple(shape)}, channels last, but {where} takes "
+            "(C, H, W): wrap the environment in SB3's VecTransposeImage"
+        )
     if any(have < want / 2 for have, want in zip(size, spec.image_size, strict=True)):
         raise ValueError(
             f"observation space has images of {size[0]}x{size[1]} px, but {where} takes "
             f"{spec.image_size[0]}x{spec.image_size[1]} px and no less than half of it; "
             "render larger observations"
         )
-    seen = 1 if spec.frames == "last" and channels not in (3, spec.channels) else channels
+    if spec.frames == "each" and _n_frames(channels) != spec.n_frames:
+        raise ValueError(
+            f"observation space has {channels} channels, {_n_frames(channels)} frames, but {where} "
+            f"runs on each of {spec.n_frames}: stack {spec.n_frames} frames (VecFrameStack), or "
+            "change n_frames and features_dim in its card"
+        )
+    seen = channels if spec.frames == "stack" else channels // _n_frames(channels)
     if seen != spec.channels and {seen, spec.channels} != {1, 3}:
         raise ValueError(
             f"observation space has {channels} channels, but {where} takes {spec.channels}; "
@@ -352,24 +375,32 @@ def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:
-    if found != (spec.features_dim,):
+    if found != (spec.features_dim // spec.n_frames,):
         raise ValueError(
             f"encoder {spec.name!r}: features_dim is {spec.features_dim} in its card, but the "
             f"architecture gives {found} at {spec.image_size[0]}x{spec.image_size[1]} px"
+            + (f" for each of {spec.n_frames} frames" if spec.n_frames > 1 else "")
         )
 
 
 def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
+    n_frames = _n_frames(images_BCHW.shape[1])
+    if spec.frames == "last":
+        images_BCHW = images_BCHW[:, -images_BCHW.shape[1] // n_frames :]
+    elif spec.frames == "each":
+        n_rows, _, height, width = images_BCHW.shape
+        images_BCHW = images_BCHW.reshape(n_rows * n_frames, -1, height, width)
     if images_BCHW.shape[1] == spec.channels:
         return images_BCHW
-    if spec.frames == "last" and images_BCHW.shape[1] != 3:
-        images_BCHW = images_BCHW[:, -1:]
-        if spec.channels == 1:
-            return images_BCHW
     if spec.channels == 3:
         return images_BCHW.expand(-1, 3, -1, -1)
     weights = images_BCHW.new_tensor(LUMA).view(1, 3, 1, 1)
     return (images_BCHW * weights).sum(dim=1, keepdim=True)
+
+
+def _n_frames(channels: int) -> int:
+    """Frames of a stack: in threes, channels are colours; else each is a grey frame."""
+    return channels // 3 if channels % 3 == 0 else channels
 
 
 def _conv_sizes(pixels: int) -> int:

@@ -90,6 +90,11 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     ) -> None:
         super().__init__(observation_space, features_dim)
         _refuse_unfit_algorithm()
+        if not isinstance(observation_space, spaces.Box):
+            raise ValueError(
+                f"observation space is {observation_space}, but HubFeaturesExtractor takes a Box "
+                "of images: for a Dict use hubrl.HubCombinedExtractor with MultiInputPolicy"
+            )
         hub = load_hub(hub)
         for spec in hub.encoders:
             check_image_shape(spec, observation_space.shape)

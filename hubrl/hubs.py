@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hubrl import cli
-from hubrl.encoders import Encoder, build_encoder, golden_features, probe_images
+from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
 from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub
 
 N_PROBES = 32
@@ -148,7 +148,7 @@ def check_encoder(encoder: Encoder) -> Iterator[Check]:
     licensed = str(spec.license).strip().lower() not in NO_LICENSE
     yield Check("license", licensed, f"{spec.license!r}" + ("" if licensed else ", must be stated"))
     # A stack, where only the newest frame counts: another order then shows another frame.
-    channels = max(4, spec.channels) if spec.frames == "last" else spec.channels
+    channels = probe_channels(spec)[1]
     images = probe_images(N_PROBES, channels, spec.image_size)
     with torch.no_grad():
         features_BD = encoder(images)
@@ -248,7 +248,11 @@ def _first_sentence(text: str) -> str:
 
 def _card_rows(hub: HubSpec, spec: EncoderSpec) -> Iterator[tuple[str, str]]:
     """Label and text of each line of a card; the free facts last, under their heading."""
-    policy = {"stack": "all of a stack", "last": "the newest of a stack"}[spec.frames]
+    policy = {
+        "stack": "all of a stack",
+        "last": "the newest of a stack",
+        "each": f"one after the other of a stack of {spec.n_frames}",
+    }[spec.frames]
     size = _file_size(hub, spec)
     yield "architecture", spec.architecture
     yield "features_dim", str(spec.features_dim)

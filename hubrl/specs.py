@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-FramePolicy = Literal["stack", "last"]
+FramePolicy = Literal["stack", "last", "each"]
 
 #: The hubs that ship with hubrl; found from this file, so a user's own ``configs`` can't clash.
 BUILT_IN_HUBS = Path(__file__).resolve().parents[1] / "configs" / "hubs"
@@ -33,8 +33,12 @@ class EncoderSpec:
     :param channels: input channels: grey frames of a stack, or 3 for RGB
     :param mean: subtracted from pixels in [0, 1], per channel or one for all
     :param std: divides what is left, per channel or one for all
-    :param frames: what the encoder sees of a stack of grey frames: ``stack`` (all, one channel
-        each) or ``last`` (the newest one alone)
+    :param frames: what the encoder sees of a stack: ``stack`` (all grey frames, one channel each),
+        ``last`` (the newest frame alone) or ``each`` (it runs on one frame after the other, and its
+        features follow each other, the newest last). Of 4 or more channels, those that come in
+        threes are colour frames, others grey ones. A grey frame feeds an encoder of colour as
+        three equal channels; a colour frame feeds a grey encoder as its luma
+    :param n_frames: for ``each``, the frames of a stack; ``features_dim`` is that of all together
     :param license: SPDX identifier of the weights
     :param source: where the weights come from: a command, a paper or a URL
     :param weights: safetensors file, relative to the hub's folder; None: no pretrained weights
@@ -55,6 +59,7 @@ class EncoderSpec:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     frames: FramePolicy = "stack"
+    n_frames: int = 1
     weights: str | None = None
     sha256: str | None = None
     golden: tuple[float, ...] | None = None
@@ -73,7 +78,14 @@ class EncoderSpec:
         self._require(len(self.mean) in (1, self.channels), "mean", "1 number or one per channel")
         self._require(len(self.std) in (1, self.channels), "std", "1 number or one per channel")
         self._require(min(self.std) > 0, "std", "above 0")
-        self._require(self.frames in get_args(FramePolicy), "frames", "stack or last")
+        self._require(self.frames in get_args(FramePolicy), "frames", "stack, last or each")
+        self._require(self.n_frames >= 1, "n_frames", "at least 1")
+        if self.n_frames > 1:
+            self._require(self.frames == "each", "n_frames", "1, unless frames is each")
+        if self.frames == "each":
+            self._require(self.channels in (1, 3), "channels", "1 or 3, where frames is each")
+            fits = self.features_dim % self.n_frames == 0
+            self._require(fits, "features_dim", f"a multiple of n_frames, {self.n_frames}")
         if self.weights is not None:
             is_hash = self.sha256 is not None and re.fullmatch(r"[0-9a-f]{64}", self.sha256)
             self._require(bool(is_hash), "sha256", "64 hex digits, for a card that has weights")

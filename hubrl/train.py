@@ -200,10 +200,11 @@ def image_format(hub: str) -> ImageFormat:
         return ImageFormat()
     encoders = load_hub(hub).encoders
     size = max(max(spec.image_size) for spec in encoders)
+    n_frames = max(spec.n_frames for spec in encoders)
     stacks = [spec.channels for spec in encoders if spec.channels != 3]
     if stacks:
-        return ImageFormat(size=size, grey=True, stack=max(stacks))
-    return ImageFormat(size=size, grey=False, stack=1)
+        return ImageFormat(size=size, grey=True, stack=max(n_frames, *stacks))
+    return ImageFormat(size=size, grey=False, stack=n_frames)
 
 
 def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:
