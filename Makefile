@@ -1,5 +1,5 @@
 # The targets that CI and people call; the same commands everywhere.
-.PHONY: format lint type test slow bench commit-checks
+.PHONY: format lint type test slow bench docs commit-checks
 
 format:
 	ruff check --fix-only .
@@ -20,5 +20,8 @@ slow:
 
 bench:
 	python -m hubrl.bench all
+
+docs:
+	PYTHONPATH=.:tests python -P tests/can_i_use.py
 
 commit-checks: format lint type test

@@ -96,9 +96,9 @@ def page(hub: Path) -> str:
         "# Can I use?",
         "",
         "What an agent of Stable-Baselines3 or sb3-contrib with the bare features extractor learns",
-        "from, predicts, and comes back from its file with. `python tests/can_i_use.py` makes this",
-        "page by trying each combination; the tests try them again. An empty cell is a combination",
-        "that the algorithm or its policy doesn't take. Vectors beside images need",
+        "from, predicts, and comes back from its file with. `make docs` makes this page by",
+        "trying each combination; the tests try them again. An empty cell is a combination that",
+        "the algorithm or its policy doesn't take. Vectors beside images need",
         "`HubCombinedExtractor`; float images lie in 0..1 and need `normalize_images=False`.",
         "",
     ]
