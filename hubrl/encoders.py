@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,75 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec, closest
+from hubrl.architectures import find_architecture
+from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV's RGB to grey
-
-
-class NatureConv(nn.Module):
-    """
-    The three convolutions of Mnih et al. 2015: (B, C, H, W) -> (B, D), D = 3136 at 84 px.
-
-    Layers are named as in SB3's ``NatureCNN``, so that its weights fit.
-
-    :param channels: input channels
-    :param width: multiplies the channels of all layers, and with them D
-    """
-
-    def __init__(self, channels: int, width: int = 1) -> None:
-        super().__init__()
-        self.cnn = nn.Sequential(
-            nn.Conv2d(channels, 32 * width, kernel_size=8, stride=4),
-            nn.ReLU(),
-            nn.Conv2d(32 * width, 64 * width, kernel_size=4, stride=2),
-            nn.ReLU(),
-            nn.Conv2d(64 * width, 64 * width, kernel_size=3, stride=1),
-            nn.ReLU(),
-            nn.Flatten(),
-        )
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Features (B, D) of preprocessed images."""
-        features_BD: Tensor = self.cnn(images_BCHW)
-        return features_BD
-
-
-class NatureCNN(NatureConv):
-    """
-    ``NatureConv`` and the linear layer of 512 that follows it in SB3's ``NatureCNN``.
-
-    :param channels: input channels
-    :param image_size: (height, width) of the input, which sets the linear layer's width
-    """
-
-    def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
-        super().__init__(channels)
-        height, width = (_conv_sizes(size) for size in image_size)
-        self.linear = nn.Sequential(nn.Linear(64 * height * width, 512), nn.ReLU())
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Features (B, 512) of preprocessed images."""
-        features_BD: Tensor = self.linear(self.cnn(images_BCHW))
-        return features_BD
-
-
-class Architecture(NamedTuple):
-    """How to build a trunk, and which layers of a weight file it may leave out."""
-
-    build: Callable[[EncoderSpec], nn.Module]
-    unused_layers: tuple[str, ...] = ()
-
-
-#: The trunks that a card may name.
-ARCHITECTURES: dict[str, Architecture] = {
-    "nature_cnn": Architecture(lambda spec: NatureCNN(spec.channels, spec.image_size)),
-    # An agent's linear layer belongs to its own game: this trunk takes the convolutions alone.
-    "nature_conv": Architecture(lambda spec: NatureConv(spec.channels), unused_layers=("linear.",)),
-    # As wide as two: what comparisons with two activated encoders need.
-    "nature_conv_wide": Architecture(lambda spec: NatureConv(spec.channels, width=2)),
-}
 
 
 class Encoder(nn.Module):
@@ -195,13 +132,7 @@ def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -
     :raises ValueError: if the architecture is unknown, or the weight file is missing, truncated,
         has another sha256 or other layers than its card says
     """
-    if spec.architecture not in ARCHITECTURES:
-        hint = closest(spec.architecture, ARCHITECTURES)
-        raise ValueError(
-            f"encoder {spec.name!r}: architecture {spec.architecture!r} is unknown{hint}; "
-            f"architectures: {', '.join(ARCHITECTURES)}"
-        )
-    architecture = ARCHITECTURES[spec.architecture]
+    architecture = find_architecture(spec)
     path = hub.weights_path(spec) if pretrained else None
     # A seeded agent must not depend on whether its encoders were built before it: weights from a
     # file draw no random numbers.
@@ -308,6 +239,16 @@ def orthogonal_init(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def with_features_dim(spec: EncoderSpec) -> EncoderSpec:
+    """
+    The card with the features_dim that its architecture gives.
+
+    :raises ValueError: if the architecture is unknown, or the image too small for it
+    """
+    _, shape = _build_trunk(spec)
+    return dataclasses.replace(spec, features_dim=math.prod(shape) * spec.n_frames)
+
+
 def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
     """
     Whether the encoder can take images of this shape, (C, H, W).
@@ -364,7 +305,7 @@ def _load_weights(
 def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
     """The trunk, and the shape of the features of one image."""
     try:
-        trunk = ARCHITECTURES[spec.architecture].build(spec).eval()
+        trunk = find_architecture(spec).build(spec).eval()
         features = trunk(torch.zeros(1, spec.channels, *spec.image_size))
     except RuntimeError:  # a convolution without a pixel left
         raise ValueError(
@@ -401,10 +342,3 @@ def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
 def _n_frames(channels: int) -> int:
     """Frames of a stack: in threes, channels are colours; else each is a grey frame."""
     return channels // 3 if channels % 3 == 0 else channels
-
-
-def _conv_sizes(pixels: int) -> int:
-    """Pixels left of a side after the three convolutions."""
-    for kernel, stride in ((8, 4), (4, 2), (3, 1)):
-        pixels = (pixels - kernel) // stride + 1
-    return pixels

@@ -1,4 +1,4 @@
-"""``hubrl hubs``: lists hubs, shows their cards, and checks that a hub means what it says."""
+"""``hubrl hubs``: lists, shows, checks, ranks, fills and shares hubs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
@@ -15,6 +16,18 @@ from torch import Tensor
 
 from hubrl import cli
 from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
+from hubrl.pretraining.member import add_encoder
+from hubrl.providers import (
+    Provided,
+    Wishes,
+    from_file,
+    from_hf,
+    from_sb3,
+    from_timm,
+    from_torchvision,
+    require_license,
+)
+from hubrl.sharing import pull, push
 from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub
 
 N_PROBES = 32
@@ -23,6 +36,15 @@ MIN_CHANGE = 0.01  # of the features' length
 MAX_CONSTANT = 0.75  # share of the features; agents of 1 million steps had up to a third
 NO_LICENSE = ("", "none", "unknown", "noassertion")
 LABEL_WIDTH = 16
+FILE = click.Path(path_type=Path)
+#: Options of ``add`` that say where an encoder comes from.
+SOURCES: Mapping[str, Callable[[Any, Wishes], Provided]] = {
+    "from_sb3": from_sb3,
+    "from_file": from_file,
+    "from_timm": from_timm,
+    "from_torchvision": from_torchvision,
+    "from_hf": from_hf,
+}
 
 
 class Check(NamedTuple):
@@ -36,7 +58,7 @@ class Check(NamedTuple):
 @click.group("hubs", invoke_without_command=True)
 @click.pass_context
 def command(context: click.Context) -> None:
-    """List, show and check hubs; HUB is a name, NAME:ENCODER, a folder or a YAML file."""
+    """Hubs and their cards; HUB is a name, NAME:ENCODER, a folder or a YAML file."""
     if context.invoked_subcommand is None:
         context.fail(f"a command is missing, commands: {', '.join(command.commands)}")
 
@@ -132,6 +154,62 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
     for found in ranks:
         interval = f"({found.low:.3f} to {found.high:.3f})"
         click.echo(f"{found.encoder:<{width}}  {found.r2:.3f} {interval}")
+
+
+@command.command("add")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--from-sb3", type=FILE, help="An agent that SB3 saved; its NatureCNN.")
+@click.option("--from-file", type=FILE, help="Safetensors; needs --architecture.")
+@click.option("--from-timm", metavar="NAME", help="A pretrained model of timm.")
+@click.option("--from-torchvision", metavar="NAME", help="A classification model.")
+@click.option("--from-hf", metavar="REPO[/FILE]", help="Weights of a Hugging Face repository.")
+@click.option("--architecture", help="nature_cnn, nature_conv, timm:NAME, torchvision:NAME ...")
+@click.option("--name", help="Of the encoder in the hub.  [default: from its source]")
+@click.option("--license", help="SPDX identifier of the weights.  [default: what the source says]")
+@click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.")
+def add_command(folder: Path, **options: Any) -> None:
+    """
+    Add an encoder to the hub in FOLDER, which is made if it isn't there.
+
+    Give one source. Of an SB3 zip nothing but tensors is read: no stranger's code runs.
+    """
+    wishes = Wishes(*(options.pop(field) for field in Wishes._fields))
+    sources = {name: source for name, source in options.items() if source is not None}
+    with cli.user_errors():
+        if len(sources) != 1:
+            given = " and ".join(_option(name) for name in sources) or "no source"
+            allowed = ", ".join(map(_option, SOURCES))
+            raise ValueError(f"{given} given, allowed: one of {allowed}")
+        (name, source), *_ = sources.items()
+        card, tensors = SOURCES[name](source, wishes)
+        require_license(card)
+        file = add_encoder(folder, card, tensors)
+    click.echo(f"{file}: encoder {card.name}, {card.architecture}, {_input(card)}")
+    click.echo(f"hubrl hubs check {folder} proves that it means what its card says")
+
+
+@command.command("push")
+@click.argument("hub")
+@click.argument("place")
+def push_command(hub: str, place: str) -> None:
+    """Copy HUB to PLACE: a new folder (/..., ./...), or OWNER/NAME of a Hugging Face repository."""
+    with cli.user_errors():
+        push(load_hub(hub), place)
+    click.echo(f"{hub} is in {place}")
+
+
+@command.command("pull")
+@click.argument("place")
+@click.argument("folder", type=click.Path(path_type=Path))
+def pull_command(place: str, folder: Path) -> None:
+    """Bring the hub in PLACE, as of push, into a new FOLDER; each file's sha256 is compared."""
+    with cli.user_errors():
+        hub = pull(place, folder)
+    click.echo(f"{folder}: {', '.join(_summary(hub))}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def check_encoder(encoder: Encoder) -> Iterator[Check]:

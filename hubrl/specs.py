@@ -27,7 +27,7 @@ class EncoderSpec:
     The card of one pretrained encoder: what it is, and what it wants to see.
 
     :param name: unique in its hub; lower case letters, digits, ``_`` and ``-``
-    :param architecture: a key of ``hubrl.encoders.ARCHITECTURES``
+    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``
     :param features_dim: length of the feature vector
     :param image_size: (height, width) in pixels that the encoder was trained on
     :param channels: input channels: grey frames of a stack, or 3 for RGB

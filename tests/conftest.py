@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_hubs import BatchNormTrunk, nature_spec, write_hub
 
-from hubrl.encoders import ARCHITECTURES, Architecture
+from hubrl.architectures import ARCHITECTURES, Architecture
 from hubrl.specs import EncoderSpec
 
 # Each core runs tests of its own; threads of small networks would only wait for each other.

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hubrl.encoders import ARCHITECTURES, file_sha256
+from hubrl.architectures import ARCHITECTURES
+from hubrl.encoders import file_sha256
 from hubrl.specs import EncoderSpec, HubSpec, save_hub
 
 

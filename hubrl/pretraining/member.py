@@ -52,39 +52,14 @@ class Member:
 
     def add(self, tensors: dict[str, Tensor], pretraining: Mapping[str, Any]) -> Path:
         """
-        Write the weights, then the card; returns the weight file.
-
-        Commands that finish at the same moment take turns: each adds to what the other has written.
+        Add the trained encoder to the hub; returns the weight file.
 
         :param tensors: of the encoder, named as in SB3's NatureCNN
         :param pretraining: facts for the card
         :raises ValueError: if another command has added an encoder of this name in the meantime
         """
-        folder = self.out / WORK_FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / LOCK_FILE):
-            if self.is_complete():
-                raise ValueError(
-                    f"name {self.card.name!r} was taken in the hub {self.out} by another command "
-                    "in the meantime, and nothing was written; give another --name"
-                )
-            return self._add(tensors, pretraining)
-
-    def _add(self, tensors: dict[str, Tensor], pretraining: Mapping[str, Any]) -> Path:
-        file = self.out / f"{self.card.name}.safetensors"
-        save_tensors(tensors, file)
-        card = dataclasses.replace(
-            self.card, weights=file.name, sha256=file_sha256(file), pretraining=dict(pretraining)
-        )
-        alone = HubSpec(name=card.name, encoders=(card,), folder=self.out)
-        card = dataclasses.replace(card, golden=golden_features(build_encoder(alone, card)))
-        if (self.out / HUB_FILE).exists():
-            hub = load_hub(self.out)
-            hub = dataclasses.replace(hub, encoders=(*hub.encoders, card))
-        else:
-            hub = HubSpec(name=self.out.resolve().name, encoders=(card,))
-        save_hub(hub, self.out)
-        return file
+        card = dataclasses.replace(self.card, pretraining=dict(pretraining))
+        return add_encoder(self.out, card, tensors)
 
     def _check_settings(self) -> None:
         file = self.work / SETTINGS_FILE
@@ -97,6 +72,50 @@ class Member:
                     f"{key} is {value!r}, but the encoder {self.card.name!r} in {self.out} was "
                     f"begun with {before.get(key)!r}; give another --name, or remove {self.work}"
                 )
+
+
+def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> Path:
+    """
+    Write an encoder's weights into a hub's folder, then its card; returns the weight file.
+
+    Commands that finish at the same moment take turns: each adds to what the other has written.
+
+    :param out: folder of the hub, new or old
+    :param card: still without weights and golden features
+    :param tensors: those that the card's architecture takes, and the layers that it leaves out
+    :raises ValueError: if the folder can't be written to, has an encoder of this name, or the
+        tensors don't fit the architecture; nothing of the encoder is left then
+    """
+    _check_writable(out)
+    folder = out / WORK_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / LOCK_FILE):
+        hub = load_hub(out) if (out / HUB_FILE).exists() else None
+        if hub and card.name in hub.encoder_names:
+            raise ValueError(
+                f"name {card.name!r} is taken in the hub {out}, and nothing was written; give "
+                "another --name"
+            )
+        file = out / f"{card.name}.safetensors"
+        save_tensors(dict(tensors), file)
+        try:
+            card = _with_weights(card, file)
+        except ValueError:
+            file.unlink()
+            raise
+        if hub is None:
+            hub = HubSpec(name=out.resolve().name, encoders=(card,))
+        else:
+            hub = dataclasses.replace(hub, encoders=(*hub.encoders, card))
+        save_hub(hub, out)
+        return file
+
+
+def _with_weights(card: EncoderSpec, file: Path) -> EncoderSpec:
+    """The card with its file's sha256 and the features that it gives."""
+    card = dataclasses.replace(card, weights=file.name, sha256=file_sha256(file))
+    alone = HubSpec(name=card.name, encoders=(card,), folder=file.parent)
+    return dataclasses.replace(card, golden=golden_features(build_encoder(alone, card)))
 
 
 def _check_writable(out: Path) -> None:

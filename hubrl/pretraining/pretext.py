@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.encoders import NatureConv, orthogonal_init
+from hubrl.architectures import NatureConv
+from hubrl.encoders import orthogonal_init
 from hubrl.pretraining.objectives import (
     info_nce,
     inverse_dynamics_loss,

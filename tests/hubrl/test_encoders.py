@@ -16,10 +16,9 @@ from stable_baselines3.common.torch_layers import NatureCNN as SB3NatureCNN
 from torch import nn
 from torch.nn import functional as F
 
+from hubrl.architectures import ARCHITECTURES, NatureConv
 from hubrl.encoders import (
-    ARCHITECTURES,
     Encoder,
-    NatureConv,
     build_encoder,
     check_image_shape,
     file_sha256,

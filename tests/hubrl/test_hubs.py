@@ -17,13 +17,8 @@ from small_hubs import nature_spec, write_hub
 from torch import Tensor, nn
 
 from hubrl import cli
-from hubrl.encoders import (
-    ARCHITECTURES,
-    Architecture,
-    build_encoder,
-    file_sha256,
-    golden_features,
-)
+from hubrl.architectures import ARCHITECTURES, Architecture
+from hubrl.encoders import build_encoder, file_sha256, golden_features
 from hubrl.hubs import command
 from hubrl.specs import BUILT_IN_HUBS, load_hub, save_hub
 

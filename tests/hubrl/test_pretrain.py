@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from small_runs import small_config, write_small_config
 
 from hubrl import load_hub, pretrain, train
-from hubrl.encoders import NatureConv, build_encoder
+from hubrl.architectures import NatureConv
+from hubrl.encoders import build_encoder
 from hubrl.pretrain import Settings, command
 from hubrl.pretraining import member as member_module
 from hubrl.pretraining import trainer

@@ -1,0 +1,169 @@
+"""The trunks that a card may name: our own, and those of timm and torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from hubrl.specs import EncoderSpec, closest
+
+# Shape letters: B batch, D features, C H W image.
+
+
+class NatureConv(nn.Module):
+    """
+    The three convolutions of Mnih et al. 2015: (B, C, H, W) -> (B, D), D = 3136 at 84 px.
+
+    Layers are named as in SB3's ``NatureCNN``, so that its weights fit.
+
+    :param channels: input channels
+    :param width: multiplies the channels of all layers, and with them D
+    """
+
+    def __init__(self, channels: int, width: int = 1) -> None:
+        super().__init__()
+        self.cnn = nn.Sequential(
+            nn.Conv2d(channels, 32 * width, kernel_size=8, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(32 * width, 64 * width, kernel_size=4, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(64 * width, 64 * width, kernel_size=3, stride=1),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Features (B, D) of preprocessed images."""
+        features_BD: Tensor = self.cnn(images_BCHW)
+        return features_BD
+
+
+class NatureCNN(NatureConv):
+    """
+    ``NatureConv`` and the linear layer of 512 that follows it in SB3's ``NatureCNN``.
+
+    :param channels: input channels
+    :param image_size: (height, width) of the input, which sets the linear layer's width
+    """
+
+    def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
+        super().__init__(channels)
+        height, width = (_conv_sizes(size) for size in image_size)
+        self.linear = nn.Sequential(nn.Linear(64 * height * width, 512), nn.ReLU())
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Features (B, 512) of preprocessed images."""
+        features_BD: Tensor = self.linear(self.cnn(images_BCHW))
+        return features_BD
+
+
+class Architecture(NamedTuple):
+    """How to build a trunk, and which layers of a weight file it may leave out."""
+
+    build: Callable[[EncoderSpec], nn.Module]
+    unused_layers: tuple[str, ...] = ()
+
+
+#: The trunks of our own that a card may name.
+ARCHITECTURES: dict[str, Architecture] = {
+    "nature_cnn": Architecture(lambda spec: NatureCNN(spec.channels, spec.image_size)),
+    # An agent's linear layer belongs to its own game: this trunk takes the convolutions alone.
+    "nature_conv": Architecture(lambda spec: NatureConv(spec.channels), unused_layers=("linear.",)),
+    # As wide as two: what comparisons with two activated encoders need.
+    "nature_conv_wide": Architecture(lambda spec: NatureConv(spec.channels, width=2)),
+}
+
+
+def find_architecture(spec: EncoderSpec) -> Architecture:
+    """
+    What the card's ``architecture`` names: a key of ``ARCHITECTURES``, or a key of ``FAMILIES`` and
+    a model of that library, such as ``timm:resnet18``.
+
+    :raises ValueError: if there is none; the message has the closest one
+    """
+    family, colon, model = spec.architecture.partition(":")
+    if spec.architecture in ARCHITECTURES:
+        return ARCHITECTURES[spec.architecture]
+    try:
+        if colon and family in FAMILIES:
+            return FAMILIES[family](model)
+    except ValueError as error:
+        raise ValueError(f"encoder {spec.name!r}: {error}") from None
+    hint = closest(spec.architecture, ARCHITECTURES)
+    raise ValueError(
+        f"encoder {spec.name!r}: architecture {spec.architecture!r} is unknown{hint}; "
+        f"architectures: {', '.join([*ARCHITECTURES, *(f'{name}:MODEL' for name in FAMILIES)])}"
+    )
+
+
+def _timm(model: str) -> Architecture:
+    """A timm model without its classifier."""
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(
+            f"architecture 'timm:{model}' needs timm: pip install \"hubrl[vision]\""
+        ) from None
+    if not timm.is_model(model):
+        raise ValueError(f"timm has no model {model!r}{closest(model, timm.list_models())}")
+    config = timm.get_pretrained_cfg(model)
+
+    def build(spec: EncoderSpec) -> nn.Module:
+        # Transformers are built for one size.
+        size = {"img_size": spec.image_size} if config and config.fixed_input_size else {}
+        trunk: nn.Module = timm.create_model(
+            model, pretrained=False, num_classes=0, in_chans=spec.channels, **size
+        )
+        return trunk
+
+    heads = (config.classifier if config else None) or ()
+    names = (heads,) if isinstance(heads, str) else heads
+    return Architecture(build, unused_layers=tuple(f"{name}." for name in names))
+
+
+def _torchvision(model: str) -> Architecture:
+    """A torchvision classification model without its classifier."""
+    try:
+        from torchvision import models
+    except ImportError:
+        raise ValueError(
+            f"architecture 'torchvision:{model}' needs torchvision: pip install \"hubrl[vision]\""
+        ) from None
+    names = models.list_models(module=models)
+    if model not in names:
+        raise ValueError(
+            f"torchvision has no classification model {model!r}{closest(model, names)}"
+        )
+
+    def build(spec: EncoderSpec) -> nn.Module:
+        if spec.channels != 3:
+            raise ValueError(
+                f"encoder {spec.name!r}: channels is {spec.channels}, but torchvision's models "
+                "take 3; correct the card"
+            )
+        trunk: nn.Module = models.get_model(model, weights=None)
+        setattr(trunk, _torchvision_head(trunk), nn.Identity())
+        return trunk
+
+    return Architecture(build, unused_layers=tuple(f"{head}." for head in TORCHVISION_HEADS))
+
+
+#: Where torchvision's models have their classifier.
+TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
+
+
+def _torchvision_head(trunk: nn.Module) -> str:
+    return next(name for name in TORCHVISION_HEADS if hasattr(trunk, name))
+
+
+#: Libraries whose models a card may name, as ``LIBRARY:MODEL``.
+FAMILIES: dict[str, Callable[[str], Architecture]] = {"timm": _timm, "torchvision": _torchvision}
+
+
+def _conv_sizes(pixels: int) -> int:
+    """Pixels left of a side after the three convolutions."""
+    for kernel, stride in ((8, 4), (4, 2), (3, 1)):
+        pixels = (pixels - kernel) // stride + 1
+    return pixels

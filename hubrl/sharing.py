@@ -1,0 +1,101 @@
+"""Hubs that are shared: in a folder of others, or in a Hugging Face repository."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+
+from hubrl.encoders import read_weights
+from hubrl.providers import INSTALL_SHARE, download
+from hubrl.specs import HUB_FILE, HubSpec, load_hub, save_hub
+
+
+def push(hub: HubSpec, place: str) -> None:
+    """
+    Copy a hub's cards and weight files to a place, after each sha256 was compared.
+
+    :param place: a new folder, given as a path with a slash at its start or after its dots, or
+        ``OWNER/NAME`` of a Hugging Face repository, which is made if it isn't there
+    :raises ValueError: if a weight file is missing or another one, or the place can't be written to
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        gathered = Path(folder, "hub")
+        _gather(hub, gathered)
+        if _is_folder(place):
+            _move(gathered, Path(place).expanduser())
+        else:
+            _upload(gathered, place)
+
+
+def pull(place: str, folder: Path) -> HubSpec:
+    """
+    Bring a hub from a place into a new folder: its cards, and the weight files that they name.
+
+    :param place: as in ``push``
+    :raises ValueError: if there is no hub, a card is wrong, a file is another one than its card
+        says, or the folder exists; nothing is left then
+    """
+    if folder.exists():
+        raise ValueError(f"{folder} exists; give a new folder")
+    with tempfile.TemporaryDirectory() as parent:
+        fetched = Path(parent, "hub")
+        fetched.mkdir()
+        _fetch(place, HUB_FILE, fetched)
+        for spec in load_hub(fetched).encoders:
+            if spec.weights is not None:  # a file inside: the card was checked
+                _fetch(place, spec.weights, fetched)
+                read_weights(fetched / spec.weights, spec)
+        _move(fetched, folder)
+    return load_hub(folder)
+
+
+def _gather(hub: HubSpec, folder: Path) -> None:
+    folder.mkdir()
+    for spec in hub.encoders:
+        path = hub.weights_path(spec)
+        if path is not None and spec.weights is not None:
+            read_weights(path, spec)
+            (folder / spec.weights).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / spec.weights)
+    save_hub(dataclasses.replace(hub, folder=None), folder)
+
+
+def _is_folder(place: str) -> bool:
+    return place.startswith(("/", "./", "../", "~")) or Path(place).is_dir()
+
+
+def _move(folder: Path, to: Path) -> None:
+    if to.exists():
+        raise ValueError(f"{to} exists; give a new folder")
+    to.absolute().parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(folder, to)
+
+
+def _fetch(place: str, file: str, folder: Path) -> None:
+    if not _is_folder(place):
+        path = download(place, file)
+    else:
+        path = Path(place).expanduser() / file
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: {place} is no hub, or not a whole one")
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, folder / file)
+
+
+def _upload(folder: Path, repository: str) -> None:
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise ValueError(f"Hugging Face needs huggingface_hub: {INSTALL_SHARE}") from None
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Hub of encoders")
+    except Exception as error:  # no network, no such right, no such name
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{repository} can't be written to ({reason}): check the name, the network, and that "
+            "you are logged in (hf auth login)"
+        ) from None
