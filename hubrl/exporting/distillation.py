@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
-from numpy.typing import NDArray
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.distributions import kl_divergence, make_proba_distribution
 from stable_baselines3.common.policies import BasePolicy
@@ -28,7 +27,8 @@ BATCH = 128
 CAPACITY = 20_000  # observations that are kept to learn from: 0.6 GB at 84x84 pixels
 LEARNING_RATE = 5e-4
 TEACHERS_SHARE = 1 / 3  # of the play; the student's own follows (DAgger, Ross et al. 2011)
-MIN_SCALE = 1e-8
+TEMPERATURE = 0.1
+MIN_SCALE = 1e-6  # of a loss: what is smaller needs no learning
 
 
 class Distillation:
@@ -93,9 +93,9 @@ class Distillation:
         images_BCHW, labels = self._memory.sample(self._rng, BATCH, policy.device)
         policy.set_training_mode(True)
         answer = outputs(policy, images_BCHW)
-        log = losses(policy, answer, labels)
+        log, scales = losses(policy, answer, labels), loss_scales(policy, labels)
+        loss = torch.stack([log[name] / scales[name] for name in log]).sum()
         self._optimizer.zero_grad()
-        loss: Tensor = sum(log.values())  # type: ignore[assignment]
         loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
         log |= accuracy(policy, answer, labels)
@@ -157,28 +157,38 @@ def losses(policy: BasePolicy, student: Outputs, teacher: Outputs) -> dict[str, 
     """
     How far the student's answers are from the teacher's; scalars, by name.
 
-    ``kl``: of the distributions of actions, KL(teacher || student); ``greedy``: the cross-entropy
-    of the teacher's best action, where the scores are Q-values, in units of how much they differ;
-    ``mean_action``: the mean squared error of continuous actions' means. ``values``: the mean
-    squared error of the rest, as a share of the variance of the teacher's.
+    ``kl``: of the distributions of actions, KL(teacher || student), nats; of Q-values those that a
+    softmax makes of them (policy distillation, Rusu et al. 2016, arXiv 1511.06295), sharp enough
+    for the best action to count most. ``mean_action``: the mean squared error of continuous
+    actions' means. ``values``: the mean squared error of the rest.
 
     :param policy: of either
     """
     found = {}
     if isinstance(policy.action_space, spaces.Box):
         found["mean_action"] = F.mse_loss(student.scores, teacher.scores)
-    elif has_action_values(policy):
-        spread = (teacher.scores - teacher.scores.mean(dim=1, keepdim=True)).std()
-        logits_BA = student.scores / spread.clamp_min(MIN_SCALE)
-        found["greedy"] = F.cross_entropy(logits_BA, teacher.actions)
     else:
-        found["kl"] = _kl(policy.action_space, teacher.scores, student.scores)
+        unit = _temperature(teacher.scores) if has_action_values(policy) else 1.0
+        found["kl"] = _kl(policy.action_space, teacher.scores / unit, student.scores / unit)
     if student.values is not None and teacher.values is not None:
-        # Where a value hardly varies, a tenth of its size counts as its deviation.
-        scale = torch.maximum(teacher.values.var(), 0.01 * teacher.values.square().mean())
-        error = F.mse_loss(student.values, teacher.values)
-        found["values"] = error / scale.clamp_min(MIN_SCALE)
+        found["values"] = F.mse_loss(student.values, teacher.values)
     return found
+
+
+def loss_scales(policy: BasePolicy, teacher: Outputs) -> dict[str, Tensor]:
+    """
+    What the losses are divided by before they are added: the losses of the teacher's mean answer.
+
+    So all count alike, whatever a game's rewards are, and however sure the teacher is. Where its
+    answers hardly differ from each other, a hundredth of the losses of all zeros is taken.
+    """
+    mean = _answered(teacher, lambda part: part.mean(dim=0).expand_as(part))
+    zero = _answered(teacher, torch.zeros_like)
+    of_mean, of_zero = losses(policy, mean, teacher), losses(policy, zero, teacher)
+    return {
+        name: torch.maximum(of_mean[name], 0.01 * of_zero[name]).clamp_min(MIN_SCALE)
+        for name in of_mean
+    }
 
 
 def accuracy(policy: BasePolicy, student: Outputs, teacher: Outputs) -> dict[str, Tensor]:
@@ -189,14 +199,30 @@ def accuracy(policy: BasePolicy, student: Outputs, teacher: Outputs) -> dict[str
     return {"accuracy": equal.reshape(len(equal), -1).all(dim=1).float().mean()}
 
 
-def acting_seconds(agent: BaseAlgorithm, observations: NDArray[Any]) -> float:
-    """Median of 50 calls of ``predict`` for these observations."""
-    seconds = []
-    for _ in range(55):
-        start = time.perf_counter()
-        agent.predict(observations, deterministic=True)
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[5:]))  # the first ones choose kernels
+def acting_seconds(agents: Sequence[BaseAlgorithm], images: Sequence[Images]) -> list[float]:
+    """
+    For each agent the fastest of 50 calls of ``predict``; in turns, on a machine that may be busy.
+
+    :param images: for each agent a batch that it sees
+    """
+    seconds = [float("inf")] * len(agents)
+    for _ in range(50):
+        for i, (agent, observations) in enumerate(zip(agents, images, strict=True)):
+            start = time.perf_counter()
+            agent.predict(observations, deterministic=True)
+            seconds[i] = min(seconds[i], time.perf_counter() - start)
+    return seconds
+
+
+def _answered(teacher: Outputs, by: Callable[[Tensor], Tensor]) -> Outputs:
+    values = None if teacher.values is None else by(teacher.values)
+    return Outputs(teacher.actions, by(teacher.scores), values)
+
+
+def _temperature(q_values_BA: Tensor) -> Tensor:
+    """Of the softmax, in units of how much the Q-values of an observation differ."""
+    advantages_BA = q_values_BA - q_values_BA.mean(dim=1, keepdim=True)
+    return TEMPERATURE * advantages_BA.std().clamp_min(MIN_SCALE)
 
 
 def _kl(space: spaces.Space[Any], teacher: Tensor, student: Tensor) -> Tensor:

@@ -64,11 +64,7 @@ class ActingGraph(nn.Module):
         check_policy(policy)
         self.policy = copy.deepcopy(policy)
         self.policy.set_training_mode(False)
-        for module in list(self.policy.modules()):
-            # Not named_children, which gives an extractor that actor and critic share one name.
-            for name, child in module._modules.items():
-                if isinstance(child, HubFeaturesExtractor):
-                    setattr(module, name, DenseHub(child.pathway).eval())
+        _make_dense(self.policy)
 
     def forward(self, observations_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -156,6 +152,16 @@ def equal_actions(ours: Acts, theirs: Acts, space: spaces.Space[np.generic]) -> 
         equal = ours.actions == theirs.actions
     found: NDArray[np.bool_] = equal.reshape(len(equal), -1).all(axis=1)
     return found
+
+
+def _make_dense(policy: BasePolicy) -> None:
+    """Replace each features extractor of a hub, under all names that it has."""
+    dense: dict[HubFeaturesExtractor, DenseHub] = {}
+    for module in list(policy.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, HubFeaturesExtractor):
+                dense.setdefault(child, DenseHub(child.pathway).eval())
+                setattr(module, name, dense[child])
 
 
 def _batches(observations: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
