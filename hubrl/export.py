@@ -325,7 +325,7 @@ def _progress_line(row: dict[str, float], n_steps: int) -> str:
 
 
 def _numbers(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
 def _title(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,13 @@ from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from hubrl.exporting.graph import ActingGraph, acts_of_graph, acts_of_policy, write_graph
+from hubrl.exporting.graph import (
+    ActingGraph,
+    acts_of_graph,
+    acts_of_policy,
+    import_onnx,
+    write_graph,
+)
 from hubrl.exporting.outputs import check_policy, outputs
 from hubrl.extractor import HubFeaturesExtractor
 
@@ -135,6 +142,12 @@ def test_recurrent_agents_are_refused(hub3: Path) -> None:
     model = agent("recurrent_ppo", hub3)
     with pytest.raises(ValueError, match="a recurrent agent can't be exported: its actions follow"):
         check_policy(model.policy)
+
+
+def test_a_missing_package_comes_with_its_install_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ValueError, match=r"ONNX needs onnxscript: pip install 'hubrl\[export\]'"):
+        import_onnx()
 
 
 @pytest.mark.slow
