@@ -14,6 +14,7 @@ from hubrl.specs import closest
 COMMANDS = {
     "train": "Train an agent, with a hub or without.",
     "evaluate": "Play whole games with a trained agent.",
+    "export": "Make an ONNX graph of an agent, or distil it into one encoder.",
     "pretrain": "Train an encoder on a game and make it a hub member.",
     "study": "Compare variants over games and seeds, with intervals.",
     "hubs": "List, show and check hubs.",

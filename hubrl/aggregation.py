@@ -83,7 +83,7 @@ class Concat(nn.Module):
         :param weights_BE: pathway weights
         :param casts: as in ``HubPathway.route``
         """
-        total_BO = self.bias.expand(len(weights_BE), -1)
+        total_BO = self.bias.expand(weights_BE.shape[0], -1)
         for i, rows_R, features_RD in parts:
             features_RO = _linear(self.blocks[i], features_RD, casts)
             weighted_RO = features_RO.float() * weights_BE[rows_R, i, None]
@@ -117,7 +117,7 @@ class Sum(nn.Module):
         self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
         """As in ``Concat``."""
-        total_BD = weights_BE.new_zeros(len(weights_BE), self.linear.in_features)
+        total_BD = weights_BE.new_zeros(weights_BE.shape[0], self.linear.in_features)
         for i, rows_R, features_RD in parts:
             total_BD = total_BD.to(features_RD.dtype)
             weighted_RD = features_RD * weights_BE[rows_R, i, None].to(features_RD.dtype)

@@ -54,11 +54,12 @@ class Encoder(nn.Module):
             ``check_image_shape`` accepts
         :param dtype: what the trunk computes in; the features have it, too
         """
-        n_rows = len(images_BCHW)
         images_BCHW = self.preprocess(images_BCHW, dtype)
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
-        return features_BD.reshape(n_rows, -1)
+        if self.spec.n_frames > 1:
+            features_BD = features_BD.reshape(-1, self.spec.features_dim)
+        return features_BD
 
     def preprocess(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """
@@ -329,8 +330,8 @@ def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
     if spec.frames == "last":
         images_BCHW = images_BCHW[:, -images_BCHW.shape[1] // n_frames :]
     elif spec.frames == "each":
-        n_rows, _, height, width = images_BCHW.shape
-        images_BCHW = images_BCHW.reshape(n_rows * n_frames, -1, height, width)
+        _, channels, height, width = images_BCHW.shape
+        images_BCHW = images_BCHW.reshape(-1, channels // n_frames, height, width)
     if images_BCHW.shape[1] == spec.channels:
         return images_BCHW
     if spec.channels == 3:

@@ -132,7 +132,8 @@ class PathwayGenerator(nn.Module):
         return patches_BCHW - project(self.image_mean.running_mean[None], layer.weight)
 
     def _standardise(self, features_BD: Tensor) -> Tensor:
-        if self.image_mean.n_rows > 0:  # features of whole images would tell of something else
+        # Features of whole images would tell of something else.
+        if self.training and self.image_mean.n_rows > 0:
             self.feature_mean.observe(features_BD)
             self.feature_square.observe(features_BD.square())
         mean_D = self.feature_mean.running_mean
@@ -153,7 +154,7 @@ class UniformGenerator(nn.Module):
 
     def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
         """Scores (B, E), zero."""
-        return torch.zeros(len(images_BCHW), self.n_encoders, device=images_BCHW.device)
+        return torch.zeros(images_BCHW.shape[0], self.n_encoders, device=images_BCHW.device)
 
 
 #: Where the scores come from.
@@ -477,7 +478,8 @@ class HubPathway(nn.Module):
             )
 
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        zero_BE = torch.zeros(len(images_BCHW), len(self.encoders), device=images_BCHW.device)
+        shape = (images_BCHW.shape[0], len(self.encoders))  # len would fix B for a traced graph
+        zero_BE = torch.zeros(shape, device=images_BCHW.device)
         if len(self._choices_M) == 1:  # nothing to choose
             return zero_BE.index_fill(1, self._choices_M, 1.0)
         noise_BM = None if noise_BE is None else noise_BE[:, self._choices_M]

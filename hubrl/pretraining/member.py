@@ -93,8 +93,8 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
         hub = load_hub(out) if (out / HUB_FILE).exists() else None
         if hub and card.name in hub.encoder_names:
             raise ValueError(
-                f"name {card.name!r} is taken in the hub {out}, and nothing was written; give "
-                "another --name"
+                f"name {card.name!r} was taken in the hub {out} before, and nothing was written; "
+                "give another --name"
             )
         file = out / f"{card.name}.safetensors"
         save_tensors(dict(tensors), file)

@@ -88,7 +88,7 @@ def test_help_lists_all_commands_without_importing_them(
         cli.run(group, "hubrl", ["--help"])
     assert exit.value.code == 0
     output = capsys.readouterr().out
-    for name in ("train", "evaluate", "pretrain", "hubs", "bench"):
+    for name in ("train", "evaluate", "export", "pretrain", "hubs", "bench"):
         assert f"  {name} " in output
 
 

@@ -256,7 +256,7 @@ def test_the_command_adds_and_says_what_is_wrong(
     assert not (tmp_path / "my_hub").exists()
     run("add", hub, *source, "--license", "MIT")
     assert "encoder ppo_pong, nature_cnn, 4 channels of 36x36 px" in capsys.readouterr().out
-    with pytest.raises(Exception, match="name 'ppo_pong' is taken in the hub"):
+    with pytest.raises(Exception, match="name 'ppo_pong' was taken in the hub"):
         run("add", hub, *source, "--license", "MIT")
     with pytest.raises(Exception, match="no source given, allowed: one of --from-sb3, --from-file"):
         run("add", hub)

@@ -1,0 +1,1 @@
+"""What ``hubrl export`` is made of: an agent's outputs, the ONNX graph, play, distillation."""
