@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from envs.atari import AtariVecEnv, is_atari
 from envs.seeds import EpisodeSeeds, check_seed
 
 MINIGRID_PREFIXES = ("MiniGrid-", "BabyAI-")
+MINIGRID_TILE = 8  # pixels of a cell, as its wrapper has it; more where images would be too small
 GREY_CHANNELS, COLOUR_CHANNELS = 1, 3
 
 
@@ -35,15 +37,18 @@ class ImageFormat:
     :param size: height and width, in pixels
     :param grey: one channel for an image instead of red, green and blue
     :param stack: number of successive images in an observation
-    :raises ValueError: if ``size`` or ``stack`` is below 1
+    :param min_size: height and width below which the environment's own images are refused, in
+        pixels; smaller ones would be blurs of ``size``
+    :raises ValueError: if a number is below 1
     """
 
     size: int = 84
     grey: bool = True
     stack: int = 4
+    min_size: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("size", "stack"):
+        for name in ("size", "stack", "min_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, but at least 1 is needed")
 
@@ -63,7 +68,8 @@ def make_vec_env(
     :param env_id: ``ALE/Name-v5``, or any registered environment that observes images;
         ``module:Name-v0`` imports a module that registers it
     :param n_envs: number of environments
-    :param seed: seed of the run; each episode starts from ``episode_seed(seed, index, episode)``
+    :param seed: seed of the run; each episode starts from ``episode_seed(seed, index, episode)``,
+        in Atari from that of its block of 32 and the games before it in the block
     :param sticky: probability that an Atari emulator repeats the last action, per frame
     :param training: in Atari, report a lost life as an end and the reward's sign as the reward
     :param image: format of the observations
@@ -136,7 +142,9 @@ def _make_env(env_id: str, seed: int, index: int, image: ImageFormat) -> gym.Env
     if env_id.rpartition(":")[2].startswith(MINIGRID_PREFIXES):
         from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 
-        env = ImgObsWrapper(RGBImgObsWrapper(env))  # type: ignore[no-untyped-call]
+        cells = min(env.unwrapped.width, env.unwrapped.height)  # type: ignore[attr-defined]
+        tile = max(MINIGRID_TILE, math.ceil(image.min_size / cells))
+        env = ImgObsWrapper(RGBImgObsWrapper(env, tile))  # type: ignore[no-untyped-call]
     _check_image(env_id, env.observation_space, image)
     env = EpisodeSeeds(Monitor(env), seed, index)
     return _to_format(env, image)
@@ -157,7 +165,15 @@ def _check_image(env_id: str, space: gym.Space[Any], image: ImageFormat) -> None
     if not is_image:
         raise ValueError(
             f"env {env_id!r} observes {space}, but only images are allowed: "
-            "a Box of 0..255, uint8, (height, width), (height, width, 1) or (height, width, 3)"
+            "a Box of 0..255, uint8, (height, width), (height, width, 1) or (height, width, 3); "
+            "wrap it so that it observes what it renders (gymnasium's AddRenderObservation)"
+        )
+    assert space.shape is not None
+    if min(space.shape[:2]) < image.min_size:
+        raise ValueError(
+            f"env {env_id!r} observes images of {space.shape[0]}x{space.shape[1]} px, but at "
+            f"least {image.min_size}x{image.min_size} px are needed, half of what the hub's "
+            "encoders were trained on: render larger observations"
         )
     if not image.grey and not _has_colour(space):
         raise ValueError(f"grey is False, but env {env_id!r} observes grey images: use grey=True")

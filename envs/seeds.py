@@ -1,4 +1,4 @@
-"""Seeds of episodes: each episode of each environment of a run starts from its own seed."""
+"""Seeds of episodes: where one begins follows from run, environment and episode alone."""
 
 from __future__ import annotations
 

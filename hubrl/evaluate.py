@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
 
@@ -17,7 +19,9 @@ from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import Episodes, bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import checkpoint_dir, derive_seed, open_run  # noqa: E402
-from hubrl.train import make_env  # noqa: E402
+from agents.zips import hub_of, rebuild  # noqa: E402
+from envs import make_vec_env, with_action_masks  # noqa: E402
+from hubrl.train import image_format, make_env  # noqa: E402
 
 N_ENVS = 8
 
@@ -34,30 +38,48 @@ N_ENVS = 8
 @click.option(
     "--json", "file", type=click.Path(path_type=Path), help="[default: RUN/evaluation.json]"
 )
+@click.option("--env", help="Where the agent of a zip plays; Gymnasium id.")
+@click.option("--algo", help="What the agent of a zip was trained with.  [default: ppo]")
 def command(
-    run: Path, episodes: int, checkpoint: str | None, seed: int | None, file: Path | None
+    run: Path,
+    episodes: int,
+    checkpoint: str | None,
+    seed: int | None,
+    file: Path | None,
+    env: str | None,
+    algo: str | None,
 ) -> None:
     """
-    Play whole games with the agent of the folder RUN.
+    Play whole games with the agent of the folder RUN, or of a zip that SB3's save has written.
 
     Prints the mean unclipped return with a 95 % bootstrap interval. The games are others than those
     by which training chose the best checkpoint. As in training, actions are sampled unless the
     configuration says deterministic_eval.
     """
+    if run.is_file():
+        with cli.user_errors():
+            played = _play_zip(run, algo or "ppo", env, episodes, seed or 0)
+        mean, low, high = bootstrap_interval(played.returns)
+        click.echo(
+            f"{env}, {run}, {episodes} games: mean return {mean:.2f} "
+            f"(95% interval {low:.2f} to {high:.2f})"
+        )
+        return
     with cli.user_errors():
+        if env or algo:
+            raise ValueError("--env and --algo are for an agent's zip: a run's folder knows them")
         config = open_run(run)
         if checkpoint is None:
             checkpoint = "best" if checkpoint_dir(run, "best").exists() else "last"
-        env = make_env(config, min(N_ENVS, episodes))
-        model = build_model(config, env)
+        games = make_env(config, min(N_ENVS, episodes))
+        model = build_model(config, games)
         state = load_checkpoint(model, checkpoint_dir(run, checkpoint))
         file = file or run / "evaluation.json"
         if not file.parent.is_dir():
             raise ValueError(f"--json {file}: there is no folder {file.parent}")
     seed = derive_seed(config.train.seed, "evaluate") if seed is None else seed
     deterministic = config.train.deterministic_eval
-    played = evaluate(model, env, episodes, deterministic=deterministic, seed=seed)
-    assert played is not None
+    played = _play(model, games, episodes, deterministic, seed)
     facts = {"checkpoint": checkpoint, "timesteps": state["num_timesteps"], "seed": seed}
     result = _result(config, facts, played)
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -67,6 +89,25 @@ def command(
         f"{episodes} games: mean return {result['mean_return']:.2f} "
         f"(95% interval {low:.2f} to {high:.2f})"
     )
+
+
+def _play_zip(file: Path, algo: str, env: str | None, episodes: int, seed: int) -> Episodes:
+    """Sampled actions, as by default in training."""
+    if env is None:
+        raise ValueError(f"{file} doesn't say where its agent plays: give --env")
+    image = image_format(hub_of(file))
+    games = make_vec_env(env, min(N_ENVS, episodes), training=False, image=image)
+    if algo == "maskable_ppo":
+        games = with_action_masks(games)
+    return _play(rebuild(file, algo, games), games, episodes, False, seed)
+
+
+def _play(
+    model: BaseAlgorithm, games: VecEnv, episodes: int, deterministic: bool, seed: int
+) -> Episodes:
+    played = evaluate(model, games, episodes, deterministic=deterministic, seed=seed)
+    assert played is not None  # nothing stops it
+    return played
 
 
 def _result(config: RunConfig, facts: dict[str, Any], played: Episodes) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class Settings:
 
 @click.command("pretrain")
 @click.option("--env", "envs", multiple=True, required=True, help="ALE/Name-v5; may be repeated.")
-@click.option("--objective", required=True, help=f"{', '.join(OBJECTIVES)}.")
+@click.option(
+    "--objective", default="contrast", show_default=True, help=f"{', '.join(OBJECTIVES)}."
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder of the hub.")
 @click.option(
     "-n",
@@ -386,6 +388,7 @@ def _add_self_supervised(
         "updates": training.progress.update,
         "minutes": round(training.progress.seconds / 60, 1),
         "play": settings.play,
+        "sticky": STICKY,
         "losses": means,
     }
     _add(member, training.encoder(), _facts(settings, facts))

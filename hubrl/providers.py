@@ -66,7 +66,7 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
     :param file: what ``model.save`` wrote
     :raises ValueError: if it is no such zip, holds anything but tensors, or another architecture
     """
-    tensors = _nature_tensors(_policy_tensors(file), file)
+    tensors = _nature_tensors(policy_tensors(file), file)
     channels, n_features = tensors["cnn.0.weight"].shape[1], len(tensors["linear.0.weight"])
     default = "nature_cnn" if n_features == N_FEATURES else "nature_conv"
     size = wishes.image_size or _pixels(tensors["linear.0.weight"].shape[1], file)
@@ -179,6 +179,43 @@ def from_hf(address: str, wishes: Wishes) -> Provided:
     return Provided(_with_timm_config(card, config.get("pretrained_cfg", {}), wishes), tensors)
 
 
+def policy_tensors(file: Path) -> dict[str, Tensor]:
+    """
+    The policy's tensors in a zip that SB3 saved; the pickled rest is not read.
+
+    :raises ValueError: if it is no such zip, or its policy.pth holds anything but tensors
+    """
+    content = zip_entry(file, "policy.pth")
+    try:
+        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a stranger's pickle makes of torch's restricted reader
+        raise ValueError(
+            f"{file}: policy.pth holds more than tensors or is damaged, so it was not read "
+            f"({_reason(error)})"
+        ) from None
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise ValueError(f"{file}: policy.pth is no mapping of names to tensors")
+    return {str(key): tensor for key, tensor in tensors.items()}
+
+
+def zip_entry(file: Path, entry: str) -> bytes:
+    """
+    The bytes of an entry of a zip that SB3 saved.
+
+    :raises ValueError: if it is no such zip, or the entry is too large
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            size = archive.getinfo(entry).file_size
+            if size > MAX_UNPACKED:
+                raise ValueError(f"{file}: {entry} would unpack to {size:,} bytes, too many")
+            return archive.read(entry)
+    except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(
+            f"{file} is no agent saved by Stable-Baselines3, a zip with {entry} ({_reason(error)})"
+        ) from None
+
+
 def download(repository: str, file: str) -> Path:
     """
     A file of a Hugging Face repository, in huggingface_hub's own cache.
@@ -198,31 +235,6 @@ def download(repository: str, file: str) -> Path:
             f"{repository}/{file} can't be downloaded ({_reason(error)}): check the name and the "
             "network, or get the file otherwise and give --from-file"
         ) from None
-
-
-def _policy_tensors(file: Path) -> dict[str, Tensor]:
-    """The policy's tensors in an SB3 zip."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            size = archive.getinfo("policy.pth").file_size
-            if size > MAX_UNPACKED:
-                raise ValueError(f"{file}: policy.pth would unpack to {size:,} bytes, too many")
-            content = archive.read("policy.pth")
-    except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ValueError(
-            f"{file} is no agent saved by Stable-Baselines3, a zip with policy.pth "
-            f"({_reason(error)})"
-        ) from None
-    try:
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a stranger's pickle makes of torch's restricted reader
-        raise ValueError(
-            f"{file}: policy.pth holds more than tensors or is damaged, so it was not read "
-            f"({_reason(error)})"
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{file}: policy.pth is no mapping of names to tensors")
-    return {str(key): tensor for key, tensor in tensors.items()}
 
 
 def _nature_tensors(policy: dict[str, Tensor], file: Path) -> dict[str, Tensor]:

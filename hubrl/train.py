@@ -200,11 +200,13 @@ def image_format(hub: str) -> ImageFormat:
         return ImageFormat()
     encoders = load_hub(hub).encoders
     size = max(max(spec.image_size) for spec in encoders)
+    min_size = -(-size // 2)  # as check_image_shape
     n_frames = max(spec.n_frames for spec in encoders)
     stacks = [spec.channels for spec in encoders if spec.channels != 3]
     if stacks:
-        return ImageFormat(size=size, grey=True, stack=max(n_frames, *stacks))
-    return ImageFormat(size=size, grey=False, stack=n_frames)
+        stack = max(n_frames, *stacks)
+        return ImageFormat(size=size, grey=True, stack=stack, min_size=min_size)
+    return ImageFormat(size=size, grey=False, stack=n_frames, min_size=min_size)
 
 
 def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:

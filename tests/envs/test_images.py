@@ -227,3 +227,22 @@ class TestBadInput:
             ImageFormat(size=0)
         with pytest.raises(ValueError, match="stack is 0, but at least 1 is needed"):
             ImageFormat(stack=0)
+
+
+class TestSmallImages:
+    """Images that would be blurs of what an encoder was trained on."""
+
+    @pytest.mark.parametrize(("min_size", "fits"), [(1, True), (36, True), (37, False)])
+    def test_the_environments_own_size_counts(self, min_size: int, fits: bool) -> None:
+        image = ImageFormat(size=84, min_size=min_size)
+        if fits:
+            make_vec_env(TINY, 1, image=image)
+        else:
+            message = f"36x36 px, but at least {min_size}x{min_size} px are needed.*render larger"
+            with pytest.raises(ValueError, match=message):
+                make_vec_env(TINY, 1, image=image)
+
+    def test_minigrid_renders_larger_cells(self) -> None:
+        image = ImageFormat(size=84, min_size=42)
+        first, _ = first_step(make_vec_env("MiniGrid-Empty-5x5-v0", 1, image=image))
+        assert first.shape == (1, 4, 84, 84)

