@@ -27,7 +27,7 @@ class Agent(NamedTuple):
 
 
 REPLAY = {"buffer_size": 64, "learning_starts": 8, "batch_size": 8, "train_freq": 4}
-ROLLOUT = {"n_steps": 32, "batch_size": 16}
+ROLLOUT = {"n_steps": 32, "batch_size": 16, "n_epochs": 2}
 SMALL_NETS = {"net_arch": [8]}
 
 ON_POLICY: dict[str, Agent] = {

@@ -66,7 +66,7 @@ def make(
             "net_arch": [],
             **(policy or {}),
         },
-        **(settings or {"n_steps": 32, "batch_size": 16}),
+        **(settings or {"n_steps": 32, "batch_size": 16, "n_epochs": 2}),
     )
 
 
@@ -93,7 +93,9 @@ def test_features_are_the_images_then_the_vectors(hub5: Path) -> None:
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_the_extractor_promises_holds(algorithm: Any, shared: bool, hub5: Path) -> None:
     """Weights survive ``ortho_init``, the first ratio is 1 with noise on, each key learns."""
-    settings = {"n_steps": 8} if algorithm is A2C else {"n_steps": 32, "batch_size": 16}
+    settings = (
+        {"n_steps": 8} if algorithm is A2C else {"n_steps": 32, "batch_size": 16, "n_epochs": 2}
+    )
     policy = {"share_features_extractor": shared}
     model = make(algorithm, hub5, policy=policy, settings=settings)
     found = extractors_of(model)

@@ -438,7 +438,8 @@ def test_card_that_does_not_fit_its_file(
 
 
 def test_missing_command_names_the_commands(hubs: Hubs) -> None:
-    message = "hubrl hubs: error: a command is missing, commands: list, show, check, rank, add, push, pull\n"
+    names = "list, show, check, rank, add, push, pull"
+    message = f"hubrl hubs: error: a command is missing, commands: {names}\n"
     assert hubs() == (2, "", message)
 
 
