@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from stable_baselines3.common.callbacks import BaseCallback
+from torch import nn
 
+from hubrl.combined import HubCombinedExtractor
 from hubrl.extractor import HubFeaturesExtractor
 
 
@@ -14,6 +16,11 @@ class PathwayCallback(BaseCallback):
     For each rollout it logs ``pathway/usage_<encoder>``, ``pathway/entropy``,
     ``pathway/exploration_loss`` and ``pathway/exploration_coef``, each a mean over the updates
     since the last rollout. With an ``exploration_coef`` that is a schedule, it is required.
+
+    Where several extractors learn, these are means over them, and each one's own are logged beside
+    them: ``pathway/<place>/usage_<encoder>``, the place being ``pi`` and ``vf``, or ``actor`` and
+    ``critic``, of networks that don't share, and the key of an image in a Dict. They are left out
+    of the console's table, where SB3 cuts names at 36 characters.
     """
 
     def _on_training_start(self) -> None:
@@ -25,19 +32,21 @@ class PathwayCallback(BaseCallback):
         if not self._extractors:
             raise ValueError(
                 "PathwayCallback needs a model whose features_extractor_class is "
-                "HubFeaturesExtractor, set in policy_kwargs"
+                "HubFeaturesExtractor or HubCombinedExtractor, set in policy_kwargs"
             )
+        self._places = places(self.model.policy)
         self._tell_progress()
 
     def _on_rollout_start(self) -> None:
         self._tell_progress()
-        # Target networks are built the same way, but never learn: they have nothing to tell.
-        for extractor in self._extractors:
+        for place, extractor in self._places.items():
             statistics = extractor.statistics()
             if statistics:
                 statistics["exploration_coef"] = extractor.exploration_coef
             for name, value in statistics.items():
                 self.logger.record_mean(f"pathway/{name}", value)
+                if len(self._places) > 1:
+                    self.logger.record_mean(f"pathway/{place}/{name}", value, ("stdout", "log"))
 
     def _on_step(self) -> bool:
         return True
@@ -51,3 +60,31 @@ class PathwayCallback(BaseCallback):
     def _tell_progress(self) -> None:
         for extractor in self._extractors:
             extractor.progress_remaining = self.model._current_progress_remaining
+
+
+def places(policy: nn.Module) -> dict[str, HubFeaturesExtractor]:
+    """
+    The extractors of a policy that learn, by network and key of a Dict: ``critic/camera``.
+
+    Target networks are built the same way, but never learn: they have nothing to tell.
+    """
+    found: dict[str, HubFeaturesExtractor] = {}
+    for path, module in policy.named_modules():
+        network = _network(policy, path)
+        if network.endswith("_target"):
+            continue
+        if isinstance(module, HubCombinedExtractor):
+            for key, extractor in module.image_extractors.items():
+                found[f"{network}/{key}".lstrip("/")] = extractor
+        elif isinstance(module, HubFeaturesExtractor) and module not in found.values():
+            found[network] = module
+    return found
+
+
+def _network(policy: nn.Module, path: str) -> str:
+    """``pi`` of SB3's ``pi_features_extractor``, ``actor`` of ``actor.features_extractor``."""
+    network = path.partition("features_extractor")[0].rstrip("._")
+    other = getattr(policy, "vf_features_extractor", None)
+    # An unshared one is listed under its first name, which says nothing.
+    is_one_of_two = other is not None and other is not getattr(policy, "features_extractor", None)
+    return "pi" if is_one_of_two and not network else network

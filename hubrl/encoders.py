@@ -263,10 +263,10 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
             f"observation space has shape {tuple(shape)}, but {where} takes images (C, H, W)"
         )
     channels, *size = shape
-    if shape[2] < min(shape[:2]) and shape[2] in (1, 3, spec.channels):
+    if size[1] < min(channels, size[0]):  # by the smallest dimension, as SB3 tells it
         raise ValueError(
-            f"observation space has shape {tuple(shape)}, channels last, but {where} takes "
-            "(C, H, W): wrap the environment in SB3's VecTransposeImage"
+            f"observation space has shape {tuple(shape)}, channels last, but {where} takes images "
+            "(C, H, W): SB3's VecTransposeImage turns uint8 images, a wrapper of yours others"
         )
     if any(have < want / 2 for have, want in zip(size, spec.image_size, strict=True)):
         raise ValueError(
@@ -274,17 +274,14 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
             f"{spec.image_size[0]}x{spec.image_size[1]} px and no less than half of it; "
             "render larger observations"
         )
-    if spec.frames == "each" and _n_frames(channels) != spec.n_frames:
-        raise ValueError(
-            f"observation space has {channels} channels, {_n_frames(channels)} frames, but {where} "
-            f"runs on each of {spec.n_frames}: stack {spec.n_frames} frames (VecFrameStack), or "
-            "change n_frames and features_dim in its card"
-        )
-    seen = channels if spec.frames == "stack" else channels // _n_frames(channels)
+    seen = _frame_channels(channels, spec)
     if seen != spec.channels and {seen, spec.channels} != {1, 3}:
+        n, is_each = spec.n_frames, spec.frames == "each"
+        takes = f"{n} frames, grey or RGB: {n} or {3 * n} channels" if is_each else spec.channels
         raise ValueError(
-            f"observation space has {channels} channels, but {where} takes {spec.channels}; "
-            f"stack {spec.channels} grey frames (VecFrameStack) or use another hub"
+            f"observation space has {channels} channels, but {where} takes {takes}; "
+            f"stack {n if is_each else spec.channels} grey frames (VecFrameStack) or use another "
+            "hub"
         )
 
 
@@ -326,13 +323,12 @@ def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:
 
 
 def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
-    n_frames = _n_frames(images_BCHW.shape[1])
-    if spec.frames == "last":
-        images_BCHW = images_BCHW[:, -images_BCHW.shape[1] // n_frames :]
-    elif spec.frames == "each":
-        _, channels, height, width = images_BCHW.shape
-        images_BCHW = images_BCHW.reshape(-1, channels // n_frames, height, width)
-    if images_BCHW.shape[1] == spec.channels:
+    channels = _frame_channels(images_BCHW.shape[1], spec)
+    if spec.frames == "each":
+        images_BCHW = images_BCHW.reshape(-1, channels, *images_BCHW.shape[2:])
+    elif spec.frames == "last":
+        images_BCHW = images_BCHW[:, -channels:]
+    if channels == spec.channels:
         return images_BCHW
     if spec.channels == 3:
         return images_BCHW.expand(-1, 3, -1, -1)
@@ -340,6 +336,10 @@ def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
     return (images_BCHW * weights).sum(dim=1, keepdim=True)
 
 
-def _n_frames(channels: int) -> int:
-    """Frames of a stack: in threes, channels are colours; else each is a grey frame."""
-    return channels // 3 if channels % 3 == 0 else channels
+def _frame_channels(channels: int, spec: EncoderSpec) -> int:
+    """Channels that the encoder sees at once, before they are adapted; 0 for none."""
+    if spec.frames == "last":
+        return 3 if channels % 3 == 0 else 1
+    if spec.frames == "each":
+        return {spec.n_frames: 1, 3 * spec.n_frames: 3}.get(channels, 0)
+    return channels

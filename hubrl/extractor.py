@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -90,14 +91,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     ) -> None:
         super().__init__(observation_space, features_dim)
         _refuse_unfit_algorithm()
-        if not isinstance(observation_space, spaces.Box):
-            raise ValueError(
-                f"observation space is {observation_space}, but HubFeaturesExtractor takes a Box "
-                "of images: for a Dict use hubrl.HubCombinedExtractor with MultiInputPolicy"
-            )
         hub = load_hub(hub)
-        for spec in hub.encoders:
-            check_image_shape(spec, observation_space.shape)
+        _check_space(observation_space, hub)
         channels, height, width = observation_space.shape
         self.pathway = HubPathway(
             hub,
@@ -117,7 +112,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self._statistics: deque[Tensor] = deque(maxlen=1000)
         self._casts = Casts()
         self._cache = FeatureCache()
-        self._is_first = True
+        self._is_range_known = False
 
     @property
     def exploration_coef(self) -> float:
@@ -142,9 +137,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
         In training mode and with grad enabled, the exploration loss is attached.
         """
-        if self._is_first:
-            _check_range(observations_BCHW)
-            self._is_first = False
+        if not self._is_range_known:
+            self._is_range_known = _check_range(observations_BCHW)
         if torch.is_grad_enabled():
             if self.training:
                 features_BO, loss = self._learn_unpadded(observations_BCHW)
@@ -295,9 +289,35 @@ def _schedule(coef: Schedule) -> tuple[float, float]:
     return float(coef["start"]), float(coef["end"])
 
 
-def _check_range(observations: Tensor) -> None:
-    if observations.dtype != torch.uint8 and observations.max() > 1.0:
+def _check_space(space: spaces.Space[Any], hub: HubSpec) -> None:
+    if isinstance(space, spaces.Dict):
         raise ValueError(
-            f"observations reach {observations.max():.4g}, but float images must lie in 0..1: "
-            "leave normalize_images=True (SB3's default) for uint8 observations, or divide by 255"
+            "observation space is a Dict, but HubFeaturesExtractor takes images alone: use "
+            "hubrl.HubCombinedExtractor, with MultiInputPolicy"
+        )
+    for spec in hub.encoders:
+        check_image_shape(spec, space.shape or ())
+    if isinstance(space, spaces.Box) and space.dtype != np.uint8 and space.is_bounded():
+        low, high = space.low.min(), space.high.max()
+        _refuse(float(low), float(high), f"observation space is {space.dtype} and its bounds")
+
+
+def _check_range(observations: Tensor) -> bool:
+    """Whether they tell their range: black images don't."""
+    if observations.dtype == torch.uint8:
+        return True
+    low, high = (bound.item() for bound in observations.aminmax())
+    _refuse(low, high, "observations")
+    return high > 0.0
+
+
+def _refuse(low: float, high: float, what: str) -> None:
+    """
+    :raises ValueError: if images other than uint8 leave 0..1
+    """
+    if low < 0.0 or high > 1.0:
+        raise ValueError(
+            f"{what} reach {low if low < 0.0 else high:.4g}, but float images must lie in 0..1: "
+            "give uint8 images in 0..255, which SB3 divides by 255 (normalize_images=True, its "
+            "default), or divide them in a wrapper that tells the bounds 0 and 1"
         )

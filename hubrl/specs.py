@@ -35,10 +35,11 @@ class EncoderSpec:
     :param std: divides what is left, per channel or one for all
     :param frames: what the encoder sees of a stack: ``stack`` (all grey frames, one channel each),
         ``last`` (the newest frame alone) or ``each`` (it runs on one frame after the other, and its
-        features follow each other, the newest last). Of 4 or more channels, those that come in
-        threes are colour frames, others grey ones. A grey frame feeds an encoder of colour as
+        features follow each other, the newest last). For ``last``, channels in threes are colour
+        frames, others grey ones. A grey frame feeds an encoder of colour as
         three equal channels; a colour frame feeds a grey encoder as its luma
-    :param n_frames: for ``each``, the frames of a stack; ``features_dim`` is that of all together
+    :param n_frames: for ``each``, the frames of a stack: as many channels are grey frames, three
+        times as many are colours; ``features_dim`` is that of all frames together
     :param license: SPDX identifier of the weights
     :param source: where the weights come from: a command, a paper or a URL
     :param weights: safetensors file, relative to the hub's folder; None: no pretrained weights

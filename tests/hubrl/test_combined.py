@@ -84,8 +84,8 @@ def test_features_are_the_images_then_the_vectors(hub5: Path) -> None:
     with torch.no_grad():
         features = extractor(observations)
         # Gymnasium sorts the keys of a Dict.
-        expected = [extractor.images[key](observations[key]) for key in ("back", "front")]
-    expected += [observations["gear"], observations["speed"]]
+        expected = [extractor.image_extractors[key](observations[key]) for key in ("back", "front")]
+    expected += [observations["gear"], observations["speed"]]  # they come after, by the alphabet
     assert torch.equal(features, torch.cat(expected, dim=1))
 
 
@@ -161,7 +161,7 @@ def test_the_exploration_loss_counts_once_for_each_image(hub5: Path) -> None:
     parameters = [p for p in extractor.parameters() if p.requires_grad]
     task = extractor(observations).square().mean()
     attached = torch.autograd.grad(task, parameters, materialize_grads=True)
-    outputs = [image._learn(observations[key]) for key, image in extractor.images.items()]
+    outputs = [image._learn(observations[key]) for key, image in extractor.image_extractors.items()]
     features = torch.cat([output.features for output in outputs], dim=1)
     vectors = torch.cat([observations["gear"], observations["speed"]], dim=1)
     explicit = torch.cat([features, vectors], dim=1).square().mean()
@@ -185,6 +185,20 @@ def test_save_and_load(algorithm: Any, freeze: Any, hub5: Path, tmp_path: Path) 
     assert np.array_equal(loaded.predict(observation, deterministic=True)[0], expected)
 
 
+def test_keys_may_be_named_as_modules_may_not(hub5: Path) -> None:
+    make(PPO, hub5, keys={"arm.camera": IMAGE, "values": IMAGE, "type": VECTOR}).learn(32)
+
+
+def test_each_extractor_logs_its_own(hub5: Path) -> None:
+    model = make(PPO, hub5, policy={"share_features_extractor": False})
+    callback = hubrl.PathwayCallback()
+    model.learn(32, callback=callback)
+    names = set(model.logger.name_to_value)
+    for place in ("pi/front", "pi/back", "vf/front", "vf/back"):
+        assert f"pathway/{place}/usage_a" in names
+    assert "pathway/usage_a" in names
+
+
 def test_images_alone_are_enough(hub5: Path) -> None:
     make(PPO, hub5, keys={"image": IMAGE}).learn(32)
 
@@ -192,11 +206,14 @@ def test_images_alone_are_enough(hub5: Path) -> None:
 @pytest.mark.parametrize(
     ("space", "message"),
     [
-        (spaces.Dict({"speed": VECTOR}), "has the keys speed, none of them with images"),
-        (IMAGE, "HubCombinedExtractor takes a Dict: use HubFeaturesExtractor"),
+        (
+            spaces.Dict({"speed": VECTOR}),
+            r"has no image \(a Box of three dimensions\) among its keys speed",
+        ),
+        (IMAGE, "is a Box, but HubCombinedExtractor takes a Dict: use hubrl"),
         (
             spaces.Dict({"image": spaces.Box(0, 255, (36, 36, 4), np.uint8)}),
-            r"\(36, 36, 4\), channels last, .* wrap the environment in SB3's VecTransposeImage",
+            r"observation key 'image' .*\(36, 36, 4\), channels last, .* SB3's VecTransposeImage",
         ),
     ],
 )
@@ -206,5 +223,5 @@ def test_spaces_that_it_does_not_take(space: Any, message: str, hub5: Path) -> N
 
 
 def test_a_dict_belongs_to_the_combined_extractor(hub5: Path) -> None:
-    with pytest.raises(ValueError, match=r"for a Dict use hubrl\.HubCombinedExtractor with M"):
+    with pytest.raises(ValueError, match=r"is a Dict, .* use hubrl\.HubCombinedExtractor, with"):
         hubrl.HubFeaturesExtractor(spaces.Dict({"image": IMAGE}), hub=hub5)
