@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_agents import Memory
 from small_runs import small_env
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.logger import KVWriter, Logger
 
 from hubrl.callback import PathwayCallback
 from hubrl.extractor import HubFeaturesExtractor
+
+
+class Memory(KVWriter):
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
+        self.rows.append(dict(key_values))
 
 
 def policy_kwargs(hub: Path, **kwargs: Any) -> dict[str, Any]:
