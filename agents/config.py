@@ -41,6 +41,7 @@ LATER_KEYS: Mapping[str, Any] = {
     "always_active": [],
     "aggregation": "concat",
     "generator": "small",
+    "encoder_lr_scale": 1.0,
 }
 
 
@@ -125,6 +126,7 @@ class HubSection(Section):
         have one length, else ``concat``
     :param freeze: names of encoders that stay as they are, or ``all``
     :param random_init: orthogonal initialization in the place of the pretrained weights
+    :param encoder_lr_scale: learning rate of the encoders, as a share of the algorithm's
     :param precision: what the encoders compute in
     """
 
@@ -136,6 +138,7 @@ class HubSection(Section):
     aggregation: Literal["auto", "concat", "sum"]
     freeze: Names
     random_init: bool
+    encoder_lr_scale: Positive
     precision: Precision
 
 

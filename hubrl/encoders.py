@@ -40,6 +40,8 @@ class Encoder(nn.Module):
         self.trunk = trunk.eval()
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
+        for weight in self.weights:
+            weight.is_encoder = True  # type: ignore[attr-defined]
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
@@ -90,6 +92,11 @@ class Encoder(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode; whether the weights learn is ``requires_grad``'s business."""
         return super().train(False)
+
+
+def is_encoder_weight(weight: Tensor) -> bool:
+    """Whether it is a trained weight of an encoder; copies of modules don't remember it."""
+    return getattr(weight, "is_encoder", False)
 
 
 class Casts:

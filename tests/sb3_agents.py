@@ -56,12 +56,18 @@ class MaskedImageEnv(FakeImageEnv):
 
 
 def make_agent(
-    name: str, hub: Path | str, settings: dict[str, Any] | None = None, **extractor: Any
+    name: str,
+    hub: Path | str,
+    settings: dict[str, Any] | None = None,
+    *,
+    optimizer: dict[str, Any] | None = None,
+    **extractor: Any,
 ) -> BaseAlgorithm:
     """
     An agent on random images of (4, 36, 36) with the bare extractor, in float32 unless told.
 
     :param settings: of the algorithm; they win over its small ones
+    :param optimizer: what the policy takes of it
     :param extractor: arguments of HubFeaturesExtractor
     """
     agent = AGENTS[name]
@@ -78,6 +84,7 @@ def make_agent(
         "features_extractor_class": hubrl.HubFeaturesExtractor,
         "features_extractor_kwargs": {"hub": str(hub), "precision": "float32", **extractor},
         "net_arch": [],
+        **(optimizer or {}),
         **agent.policy_kwargs,
     }
     return agent.model(

@@ -15,6 +15,7 @@ CORE = {
     "encoders": {"hubrl.architectures", "hubrl.specs"},
     "losses": set(),
     "precision": set(),
+    "optimizer": {"hubrl.encoders"},
     "replay": set(),
     "aggregation": {"hubrl.encoders", "hubrl.specs"},
     "pathway": {
@@ -60,7 +61,7 @@ def test_envs_import_nothing_of_ours() -> None:
 
 
 def test_agents_import_the_extractor_but_no_command() -> None:
-    core = {"aggregation", "encoders", "pathway", "precision", "specs"}
+    core = {"aggregation", "encoders", "optimizer", "pathway", "precision", "specs"}
     allowed = core | {"callback", "extractor", "providers"}
     for file in (ROOT / "agents").glob("*.py"):
         for name in imported(file):

@@ -23,6 +23,7 @@ from envs import make_vec_env
 from hubrl.aggregation import Sum
 from hubrl.callback import PathwayCallback
 from hubrl.extractor import HubFeaturesExtractor
+from hubrl.pathway import HubPathway
 from hubrl.specs import load_hub, save_hub
 
 ALGOS = list(ALGORITHMS)
@@ -116,6 +117,19 @@ def test_the_optimizer_is_sb3s_but_fused(algorithm: str) -> None:
     assert ours.defaults["eps"] == eps
     assert ours.defaults["betas"] == theirs.defaults["betas"]
     assert ours.defaults["weight_decay"] == theirs.defaults["weight_decay"] == 0
+
+
+def test_encoders_learn_at_the_share_of_the_rate_that_is_configured(hub5: Path) -> None:
+    optimizer = build("ppo", hub5, hub__encoder_lr_scale=0.25).policy.optimizer
+    heads, encoders = optimizer.param_groups
+    n_weights = sum(len(encoder.weights) for encoder in HubPathway(hub5).encoders)
+    assert (heads["lr_scale"], encoders["lr_scale"]) == (1.0, 0.25)
+    assert len(encoders["params"]) == n_weights
+
+
+def test_a2c_has_one_learning_rate(hub5: Path) -> None:
+    with pytest.raises(ValueError, match=r"hub.encoder_lr_scale is 0.5, but a2c .* set it to 1"):
+        build("a2c", hub5, hub__encoder_lr_scale=0.5)
 
 
 def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:
