@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.checkpoints import read_state, save_checkpoint
+from agents.checkpoints import save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
-from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, CsvTable, checkpoint_dir, derive_seed
+from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
+from hubrl.run_folder import CsvTable
+from hubrl.signals import StopSignal
+from hubrl.state_folder import read_state
 
 #: Agent steps between two rows of ``progress.csv``: a PPO iteration of 8 environments.
 LOG_FREQ = 1024
@@ -44,35 +44,6 @@ class EveryN:
         due = self._freq > 0 and count > self._count
         self._count = max(count, self._count)
         return due
-
-
-class StopSignal:
-    """
-    Remembers SIGINT and SIGTERM; a second one acts as if it was not caught.
-
-    ``number`` is None, or the signal's number.
-    """
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-
-    @contextlib.contextmanager
-    def caught(self) -> Iterator[None]:
-        """Catch the signals inside."""
-        signals = (signal.SIGINT, signal.SIGTERM)
-        self._previous = {number: signal.signal(number, self._remember) for number in signals}
-        try:
-            yield
-        finally:
-            self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 class ProgressCallback(BaseCallback):

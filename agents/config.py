@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
 import yaml
 from pydantic import BeforeValidator, Field
-from pydantic.fields import FieldInfo
 
 from hubrl.extractor import UNFIT_ALGORITHMS
+from hubrl.sections import (
+    Count,
+    Fraction,
+    Integer,
+    NonNegative,
+    Positive,
+    Section,
+    parse,
+    read_mapping,
+    with_overrides,
+)
 from hubrl.specs import closest
 
 #: Complete configurations that ship with hubrl, one for each algorithm.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"
 
 
-def _number(value: Any) -> Any:
-    """``1e6`` without a dot is a string in YAML 1.1, but a number to everyone else."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_number)]
-Count = Annotated[Integer, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
@@ -43,12 +38,6 @@ LATER_KEYS: Mapping[str, Any] = {
     "generator": "small",
     "encoder_lr_scale": 1.0,
 }
-
-
-class Section(pydantic.BaseModel):
-    """Frozen data; an unknown key is an error."""
-
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Schedule(Section):
@@ -363,32 +352,13 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     :param overrides: values by key path, such as ``{"train.seed": 3}``; they win over the file
     :raises ValueError: if the file can't be read, or a key or a value is wrong; one line
     """
-    data = read_mapping(file)
-    for path, value in (overrides or {}).items():
-        section, key = path.split(".")
-        if isinstance(data.get(section), dict):
-            data[section][key] = value
-    return parse_config(data)
+    return parse_config(with_overrides(read_mapping(file), overrides or {}))
 
 
 def with_later_keys(data: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration, completed by the keys that are newer than the run."""
     hub = data.get("hub")
     return {**data, "hub": {**LATER_KEYS, **hub}} if isinstance(hub, dict) else data
-
-
-def read_mapping(file: Path) -> dict[str, Any]:
-    """
-    :raises ValueError: if the file can't be read as a mapping of keys to values; one line
-    """
-    try:
-        data = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config file {file} is not valid YAML: {reason}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"config file {file} must be a mapping of keys to values")
-    return data
 
 
 def parse_config(data: Mapping[str, Any]) -> RunConfig:
@@ -401,10 +371,7 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
     algorithm = data.get("algorithm")
     if isinstance(algorithm, dict) and "name" in algorithm:
         _check_algorithm(algorithm["name"])
-    try:
-        return RunConfig.model_validate(data)
-    except pydantic.ValidationError as error:
-        raise ValueError(_explain(error)) from None
+    return parse(RunConfig, data)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -426,45 +393,3 @@ def _check_algorithm(name: Any) -> None:
             f"algorithm.name is {name!r}{closest(str(name), allowed)}, "
             f"allowed: {', '.join(allowed)}"
         )
-
-
-def _explain(error: pydantic.ValidationError) -> str:
-    """The first error in one line; unknown keys first, for they explain missing ones."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    if not first["loc"]:
-        return first["msg"].removeprefix("Value error, ")
-    loc = [part for part in first["loc"] if isinstance(part, str)]  # no places in a list
-    algorithm = loc.pop(1) if loc[0] == "algorithm" and len(loc) > 1 else ""
-    path = ".".join(loc)
-    if first["type"] == "extra_forbidden":
-        keys = list(_owner(loc, algorithm).model_fields)
-        return f"unknown key {path}{closest(loc[-1], keys)}, keys: {', '.join(keys)}"
-    if first["type"] == "missing":
-        return f"key {path} is missing: a configuration is complete"
-    allowed = _range(_owner(loc, algorithm).model_fields.get(loc[-1]))
-    allowed = allowed or first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{path} is {first['input']!r}, allowed: {allowed}"
-
-
-def _owner(loc: Sequence[str], algorithm: str) -> type[Section]:
-    """The section that the last key of a path belongs to."""
-    owner: type[Section] = RunConfig
-    for key in loc[:-1]:
-        if key == "algorithm":
-            owner = _algorithm_sections()[algorithm]
-        else:
-            owner = owner.model_fields[key].annotation  # type: ignore[assignment]
-    return owner
-
-
-def _range(field: FieldInfo | None) -> str:
-    """``"a number above 0"`` and the like; empty for a field without bounds."""
-    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    bounds = [
-        f"{sign} {getattr(bound, name)}"
-        for bound in (field.metadata if field else [])
-        for name, sign in signs.items()
-        if hasattr(bound, name)
-    ]
-    kind = "a whole number" if field and field.annotation is int else "a number"
-    return f"{kind} {' and '.join(bounds)}" if bounds else ""

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import csv
-import os
-import shlex
-import sys
 import time
 import zlib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +16,11 @@ from stable_baselines3.common.logger import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from agents.config import RunConfig, dump_config, parse_config, read_mapping, with_later_keys
+from agents.config import RunConfig, dump_config, parse_config, with_later_keys
+from hubrl.run_folder import CONFIG_FILE, CsvTable, create_folder
+from hubrl.sections import read_mapping
 from hubrl.specs import load_hub
 
-CONFIG_FILE = "config.yaml"
-COMMAND_FILE = "command.txt"
 PROGRESS_FILE = "progress.csv"
 EVALUATIONS_FILE = "evaluations.csv"
 EPISODES_FILE = "episodes.csv"
@@ -44,32 +39,13 @@ def default_run_dir(config: RunConfig) -> Path:
     return Path("runs", f"{config.algorithm.name}-{env}-{hub}-s{config.train.seed}-{now}")
 
 
-def check_new_run(folder: Path) -> None:
-    """
-    :raises ValueError: if the folder has files already
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"run-dir {folder} exists; give another, or continue it by --resume")
-
-
 def create_run(folder: Path, config: RunConfig) -> None:
     """
     Make the folder with the resolved configuration.
 
     :raises ValueError: if another command has made it in the meantime
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with (folder / CONFIG_FILE).open("x") as file:
-            file.write(dump_config(config))
-    except FileExistsError:
-        raise ValueError(f"run-dir {folder} was made by another command; give another") from None
-
-
-def note_command(folder: Path) -> None:
-    """Add the exact command of this process to ``command.txt``."""
-    with (folder / COMMAND_FILE).open("a") as file:
-        file.write(shlex.join(sys.orig_argv) + "\n")
+    create_folder(folder, dump_config(config))
 
 
 def open_run(folder: Path) -> RunConfig:
@@ -108,55 +84,6 @@ def make_logger(folder: Path, timesteps: int) -> Logger:
     :param timesteps: a resumed run starts here; what was logged after it is dropped
     """
     return Logger(str(folder), [_ProgressCsv(folder, timesteps), _Events(folder, timesteps)])
-
-
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none if it does not exist."""
-    if not file.exists():
-        return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
-
-
-class CsvTable:
-    """
-    A CSV file that rows are appended to; a new column rewrites it.
-
-    :param file: may exist
-    :param step_column: holds agent steps
-    :param timesteps: existing rows after this step are dropped; ``last_row`` is the last one that
-        stays, empty without any, and ``last_step`` its step, 0 without any
-    """
-
-    def __init__(self, file: Path, step_column: str, timesteps: int) -> None:
-        self._file = file
-        self._columns: list[str] = []
-        rows = [row for row in read_rows(self._file) if int(row[step_column]) <= timesteps]
-        self.last_step = max((int(row[step_column]) for row in rows), default=0)
-        self.last_row = rows[-1] if rows else {}
-        if rows:
-            self._columns = list(rows[0])
-            self._rewrite(rows)
-        else:
-            self._file.unlink(missing_ok=True)
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; missing columns stay empty."""
-        new = [column for column in row if column not in self._columns]
-        if new:
-            rows = read_rows(self._file) if self._columns else []
-            self._columns += new
-            self._rewrite(rows)
-        with self._file.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
-
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        temporary = self._file.with_suffix(".new")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(temporary, self._file)
 
 
 class _ProgressCsv(KVWriter):

@@ -9,7 +9,8 @@ from typing import Annotated, Any, NamedTuple, Self
 import pydantic
 from pydantic import Field
 
-from agents.config import Count, Integer, RunConfig, Section, load_config, read_mapping
+from agents.config import RunConfig, load_config
+from hubrl.sections import Count, Integer, Section, read_mapping
 from hubrl.specs import closest, list_hubs
 
 #: What a study sets itself: key of a run -> key of the study.

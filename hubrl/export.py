@@ -16,21 +16,21 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from hubrl import cli
+from hubrl.run_folder import CsvTable, note_command
 from hubrl.specs import load_hub
+from hubrl.state_folder import read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model  # noqa: E402
 from agents.callbacks import LINE_SECONDS  # noqa: E402
-from agents.checkpoints import load_checkpoint, read_state, save_checkpoint  # noqa: E402
+from agents.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
-    CsvTable,
     checkpoint_dir,
     create_run,
     derive_seed,
-    note_command,
     open_run,
 )
 from hubrl.exporting.distillation import CHUNK_STEPS, Distillation, acting_seconds  # noqa: E402

@@ -26,18 +26,19 @@ from hubrl.pretraining.frames import Player, Policy
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
+from hubrl.run_folder import CsvTable
+from hubrl.signals import StopSignal
 from hubrl.specs import EncoderSpec, closest
+from hubrl.state_folder import has_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model, check_device  # noqa: E402
-from agents.callbacks import StopSignal  # noqa: E402
-from agents.checkpoints import has_checkpoint, load_checkpoint  # noqa: E402
+from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
     PROGRESS_FILE,
-    CsvTable,
     checkpoint_dir,
     derive_seed,
     open_run,
@@ -210,7 +211,7 @@ def _agent(member: Member, settings: Settings, device: str) -> Callable[[], int]
         model = _load_player(settings, config)
         return lambda: _add_agent(member, settings, config, model, Path(settings.play))
     folder = member.work / "run"
-    is_begun = has_checkpoint(checkpoint_dir(folder, "last"))
+    is_begun = has_state(checkpoint_dir(folder, "last"))
 
     def run() -> int:
         if is_begun:

@@ -12,14 +12,16 @@ from pathlib import Path
 import click
 
 from hubrl import cli
+from hubrl.run_folder import CONFIG_FILE
+from hubrl.sections import read_mapping
+from hubrl.signals import StopSignal
+from hubrl.state_folder import read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model, resolve  # noqa: E402
-from agents.callbacks import StopSignal  # noqa: E402
-from agents.checkpoints import read_state  # noqa: E402
-from agents.config import RunConfig, dump_config, read_mapping, with_later_keys  # noqa: E402
-from agents.runs import CONFIG_FILE, checkpoint_dir  # noqa: E402
+from agents.config import RunConfig, dump_config, with_later_keys  # noqa: E402
+from agents.runs import checkpoint_dir  # noqa: E402
 from agents.study_config import Run, StudyConfig, load_study  # noqa: E402
 from hubrl.studies.engines import (  # noqa: E402
     Job,

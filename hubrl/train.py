@@ -15,7 +15,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
 from hubrl.callback import PathwayCallback
+from hubrl.run_folder import check_new_run, note_command, read_rows
+from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
+from hubrl.state_folder import read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
@@ -26,9 +29,8 @@ from agents.callbacks import (  # noqa: E402
     EpisodesCallback,
     EvaluationCallback,
     ProgressCallback,
-    StopSignal,
 )
-from agents.checkpoints import load_checkpoint, read_state  # noqa: E402
+from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import (  # noqa: E402
     MaskablePPOSection,
     RunConfig,
@@ -38,15 +40,12 @@ from agents.config import (  # noqa: E402
 )
 from agents.runs import (  # noqa: E402
     EVALUATIONS_FILE,
-    check_new_run,
     checkpoint_dir,
     create_run,
     default_run_dir,
     derive_seed,
     make_logger,
-    note_command,
     open_run,
-    read_rows,
 )
 from envs import ImageFormat, make_vec_env, with_action_masks  # noqa: E402
 

@@ -17,6 +17,9 @@ CORE = {
     "precision": set(),
     "optimizer": {"hubrl.encoders"},
     "replay": set(),
+    "run_folder": set(),
+    "signals": set(),
+    "state_folder": set(),
     "aggregation": {"hubrl.encoders", "hubrl.specs"},
     "pathway": {
         "hubrl.aggregation",
@@ -62,7 +65,8 @@ def test_envs_import_nothing_of_ours() -> None:
 
 def test_agents_import_the_extractor_but_no_command() -> None:
     core = {"aggregation", "encoders", "optimizer", "pathway", "precision", "specs"}
-    allowed = core | {"callback", "extractor", "providers"}
+    files = {"run_folder", "sections", "signals", "state_folder"}
+    allowed = core | files | {"callback", "extractor", "providers"}
     for file in (ROOT / "agents").glob("*.py"):
         for name in imported(file):
             package, _, module = name.partition(".")

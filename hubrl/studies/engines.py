@@ -16,12 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agents import checkpoints
-from agents.callbacks import StopSignal
 from agents.config import load_config
-from agents.runs import CONFIG_FILE, checkpoint_dir
+from agents.runs import checkpoint_dir
 from agents.study_config import Run
+from hubrl.run_folder import CONFIG_FILE
+from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
+from hubrl.state_folder import has_state
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NICENESS = 10
@@ -190,7 +191,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
 
 def can_resume(folder: Path) -> bool:
     """Whether a run can be resumed."""
-    return checkpoints.has_checkpoint(checkpoint_dir(folder, "last"))
+    return has_state(checkpoint_dir(folder, "last"))
 
 
 def commit() -> str:

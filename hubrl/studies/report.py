@@ -9,9 +9,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from agents.config import read_mapping
-from agents.runs import CONFIG_FILE
 from agents.study_config import StudyConfig
+from hubrl.run_folder import CONFIG_FILE
+from hubrl.sections import read_mapping
 from hubrl.studies.engines import Job, commit
 from hubrl.studies.figures import FIGURES
 from hubrl.studies.results import ALL, AXES, CURVES_FILE, SUMMARY_FILE, Axis, Row, Table

@@ -9,8 +9,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from agents.runs import EPISODES_FILE, read_rows
+from agents.runs import EPISODES_FILE
 from agents.study_config import Run, StudyConfig
+from hubrl.run_folder import read_rows
 from hubrl.studies import statistics
 from hubrl.studies.statistics import Estimate, Floats, Strata
 

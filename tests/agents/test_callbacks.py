@@ -23,10 +23,11 @@ from agents.callbacks import (
     EvaluationCallback,
     EveryN,
     ProgressCallback,
-    StopSignal,
 )
-from agents.checkpoints import load_checkpoint, read_state
+from agents.checkpoints import load_checkpoint
 from agents.runs import make_logger
+from hubrl.signals import StopSignal
+from hubrl.state_folder import read_state
 
 
 class SignalAt(BaseCallback):

@@ -14,11 +14,12 @@ from small_hubs import nature_spec, write_hub
 from small_runs import small_config, small_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from agents import checkpoints
 from agents.algorithms import ALGORITHMS, build_model
-from agents.checkpoints import has_checkpoint, load_checkpoint, read_state, save_checkpoint
+from agents.checkpoints import load_checkpoint, save_checkpoint
+from hubrl import state_folder
 from hubrl.encoders import file_sha256
 from hubrl.specs import load_hub, save_hub
+from hubrl.state_folder import has_state, read_state
 
 
 def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
@@ -91,7 +92,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
 ) -> None:
     model = build("a2c")
     save_checkpoint(model, tmp_path / "last", {"number": 1})
-    monkeypatch.setattr(checkpoints, "save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr(state_folder, "save_file", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(model, tmp_path / "last", {"number": 2})
     monkeypatch.undo()
@@ -104,8 +105,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     model, folder = build("a2c"), tmp_path / "last"
     save_checkpoint(model, folder, {"number": 1})
     folder.rename(tmp_path / ".last.old")
-    assert not has_checkpoint(tmp_path / "best")
-    assert has_checkpoint(folder)
+    assert not has_state(tmp_path / "best")
+    assert has_state(folder)
     assert load_checkpoint(model, folder)["number"] == 1
 
 

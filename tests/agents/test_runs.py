@@ -11,16 +11,8 @@ import yaml
 from small_runs import small_config
 
 from agents.config import load_config
-from agents.runs import (
-    CsvTable,
-    check_new_run,
-    create_run,
-    default_run_dir,
-    derive_seed,
-    make_logger,
-    note_command,
-    open_run,
-)
+from agents.runs import create_run, default_run_dir, derive_seed, make_logger, open_run
+from hubrl.run_folder import CsvTable, check_new_run, note_command
 
 
 def read(file: Path) -> list[dict[str, str]]:

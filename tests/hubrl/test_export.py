@@ -12,10 +12,11 @@ from small_runs import write_small_config
 
 from agents.algorithms import build_model
 from agents.checkpoints import load_checkpoint
-from agents.runs import checkpoint_dir, open_run, read_rows
+from agents.runs import checkpoint_dir, open_run
 from hubrl import cli, evaluate, export, train
 from hubrl.exporting import distillation
 from hubrl.exporting.graph import Acts, acts_of_graph, acts_of_policy
+from hubrl.run_folder import read_rows
 from hubrl.train import make_env
 
 

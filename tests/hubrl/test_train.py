@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from small_runs import write_small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.checkpoints import read_state
 from agents.config import load_config
 from hubrl import cli, train
 from hubrl.specs import load_hub, save_hub
+from hubrl.state_folder import read_state
 
 FILES = {"config.yaml", "command.txt", "checkpoints"} | {
     f"{name}.csv" for name in ("progress", "evaluations", "episodes")

@@ -1,0 +1,140 @@
+"""Sections of a configuration: frozen, typed, complete; wrong ones are explained in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import pydantic
+import yaml
+from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
+
+from hubrl.specs import closest
+
+
+def _number(value: Any) -> Any:
+    """``1e6`` without a dot is a string in YAML 1.1, but a number to everyone else."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Count = Annotated[Integer, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(pydantic.BaseModel):
+    """Frozen data; an unknown key is an error."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Config = TypeVar("Config", bound=Section)
+
+
+def parse(cls: type[Config], data: Mapping[str, Any]) -> Config:
+    """
+    Check plain data.
+
+    :param cls: what it shall be
+    :raises ValueError: one line for the first wrong key or value: its key path, the value, what is
+        allowed, and the closest key
+    """
+    try:
+        return cls.model_validate(data)
+    except pydantic.ValidationError as error:
+        raise ValueError(_explain(cls, error)) from None
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """
+    :raises ValueError: if the file can't be read as a mapping of keys to values; one line
+    """
+    try:
+        data = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config file {file} is not valid YAML: {reason}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"config file {file} must be a mapping of keys to values")
+    return data
+
+
+def with_overrides(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    The data with values by key path, such as ``{"train.seed": 3}``, which win.
+
+    A path into a section that isn't there is left to ``parse`` to report.
+    """
+    for path, value in overrides.items():
+        section, key = path.split(".")
+        if isinstance(data.get(section), dict):
+            data[section][key] = value
+    return data
+
+
+def _explain(cls: type[Section], error: pydantic.ValidationError) -> str:
+    """The first error in one line; unknown keys first, for they explain missing ones."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    if not first["loc"]:
+        return first["msg"].removeprefix("Value error, ")
+    loc, owner = _place(cls, [part for part in first["loc"] if isinstance(part, str)])
+    path = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        keys = list(owner.model_fields)
+        return f"unknown key {path}{closest(loc[-1], keys)}, keys: {', '.join(keys)}"
+    if first["type"] == "missing":
+        return f"key {path} is missing: a configuration is complete"
+    allowed = _range(owner.model_fields.get(loc[-1]))
+    allowed = allowed or first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"{path} is {first['input']!r}, allowed: {allowed}"
+
+
+def _place(cls: type[Section], loc: Sequence[str]) -> tuple[list[str], type[Section]]:
+    """
+    The path as a user wrote it, and the section that its last key belongs to.
+
+    Where a section is one of several, pydantic puts the name of the one that was taken after it.
+    """
+    owner, path = cls, [loc[0]]
+    i = 0
+    while i + 1 < len(loc):
+        field = owner.model_fields.get(loc[i])
+        choices = [c for c in _classes(field.annotation if field else None)]
+        if len(choices) > 1:
+            i += 1
+            choices = [c for c in choices if loc[i] in get_args(c.model_fields["name"].annotation)]
+        if not choices or i + 1 == len(loc):
+            break
+        owner = choices[0]
+        i += 1
+        path.append(loc[i])
+    return path, owner
+
+
+def _classes(annotation: Any) -> list[type[Section]]:
+    """The sections that a field may hold."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [cls for part in get_args(annotation) for cls in _classes(part)]
+
+
+def _range(field: FieldInfo | None) -> str:
+    """``"a number above 0"`` and the like; empty for a field without bounds."""
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    bounds = [
+        f"{sign} {getattr(bound, name)}"
+        for bound in (field.metadata if field else [])
+        for name, sign in signs.items()
+        if hasattr(bound, name)
+    ]
+    kind = "a whole number" if field and field.annotation is int else "a number"
+    return f"{kind} {' and '.join(bounds)}" if bounds else ""

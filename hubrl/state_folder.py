@@ -1,0 +1,142 @@
+"""A folder of safetensors files and ``state.json``, replaced as a whole; nothing is pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+STATE_FILE = "state.json"
+
+#: A module, an optimizer or a tensor.
+Part = nn.Module | torch.optim.Optimizer | Tensor
+
+
+def save_state(parts: Mapping[str, Part], state: Mapping[str, Any], folder: Path) -> None:
+    """
+    Write parts and numbers; the folder is replaced as a whole or not at all.
+
+    :param parts: by the names of their files
+    :param state: plain data for ``state.json``
+    """
+    temporary = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    scalars: dict[str, Any] = {}
+    for name, part in parts.items():
+        tensors, scalars[name] = _pack(part)
+        save_file(tensors, temporary / f"{name}.safetensors")
+    (temporary / STATE_FILE).write_text(json.dumps({**state, "scalars": scalars}, indent=1))
+    _replace(temporary, folder)
+
+
+def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
+    """
+    Put a saved state into parts that were built in the same way.
+
+    :raises ValueError: if a file is missing, damaged or of other parts
+    """
+    scalars = read_state(folder)["scalars"]
+    for name, part in parts.items():
+        file = folder / f"{name}.safetensors"
+        try:
+            _unpack(part, load_file(file), scalars[name])
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(f"checkpoint file {file} can't be loaded: {reason}") from None
+
+
+def has_state(folder: Path) -> bool:
+    """Whether there is a checkpoint; one that was being replaced by a killed process comes back."""
+    old = _old(folder)
+    if old.exists() and not folder.exists():
+        os.replace(old, folder)
+    return folder.exists()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """
+    The numbers of a checkpoint.
+
+    :raises ValueError: if there is no checkpoint
+    """
+    has_state(folder)
+    try:
+        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError):
+        raise ValueError(f"there is no checkpoint in {folder} (no readable {STATE_FILE})") from None
+    return state
+
+
+def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors for safetensors, and what is no tensor for JSON."""
+    if isinstance(part, torch.optim.Optimizer):
+        values = {
+            f"{index}.{key}": value
+            for index, state in part.state_dict()["state"].items()
+            for key, value in state.items()
+        }
+    else:
+        values = part.state_dict() if isinstance(part, nn.Module) else {"value": part.detach()}
+    tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
+    scalars = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+    # PPO names the shared features extractor three times; safetensors takes no aliases.
+    seen: set[tuple[int, torch.Size]] = set()
+    unique = {}
+    for key, tensor in tensors.items():
+        identity = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() == 0 or identity not in seen:
+            unique[key] = tensor.contiguous()
+        seen.add(identity)
+    return unique, scalars
+
+
+def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+    if isinstance(part, torch.optim.Optimizer):
+        state: dict[int, dict[str, Any]] = {}
+        for path, value in {**tensors, **scalars}.items():
+            index, key = path.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
+    elif isinstance(part, nn.Module):
+        _load_module(part, tensors)
+    else:
+        part.data.copy_(tensors["value"])
+
+
+def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Strict, but for aliases: one name of a shared tensor is enough."""
+    loaded = {key: value for key, value in module.state_dict().items() if key in tensors}
+    addresses = {tensor.data_ptr() for tensor in loaded.values() if tensor.numel()}
+    missing = [
+        key
+        for key, tensor in module.state_dict().items()
+        if key not in loaded and tensor.data_ptr() not in addresses
+    ]
+    if missing:
+        raise KeyError(f"no tensor {missing[0]}")
+    # Aliases are all in the state dict of the module, so they are left out on purpose.
+    result = module.load_state_dict(tensors, strict=False)
+    if result.unexpected_keys:
+        raise KeyError(f"unknown tensor {result.unexpected_keys[0]}")
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Rename can't replace a folder that has files, so the old one steps aside first."""
+    if has_state(folder):
+        shutil.rmtree(_old(folder), ignore_errors=True)
+        os.replace(folder, _old(folder))
+    os.replace(new, folder)
+    shutil.rmtree(_old(folder), ignore_errors=True)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
