@@ -65,10 +65,12 @@ class Concat(nn.Module):
 
     :param features_dims: the encoders' features_dim
     :param features_dim: length of the aggregated features, O
+    :param relu: whether the ReLU follows
     """
 
-    def __init__(self, features_dims: list[int], features_dim: int) -> None:
+    def __init__(self, features_dims: list[int], features_dim: int, *, relu: bool = True) -> None:
         super().__init__()
+        self._relu = relu
         self.blocks = nn.ModuleList(nn.Linear(n, features_dim, bias=False) for n in features_dims)
         self.bias = nn.Parameter(torch.zeros(features_dim))
         orthogonal_init(self.blocks)
@@ -88,7 +90,7 @@ class Concat(nn.Module):
             features_RO = _linear(self.blocks[i], features_RD, casts)
             weighted_RO = features_RO.float() * weights_BE[rows_R, i, None]
             total_BO = total_BO.index_add(0, rows_R, weighted_RO)
-        return total_BO.relu()
+        return total_BO.relu() if self._relu else total_BO
 
 
 class Sum(nn.Module):

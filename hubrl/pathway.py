@@ -320,9 +320,10 @@ class HubPathway(nn.Module):
         remembers which, and a pathway with others refuses it
     :param generator: a key of ``GENERATORS``; ``uniform`` runs all encoders with equal weights
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
-    :param features_dim: length of the aggregated features
+    :param features_dim: length of the aggregated features, unless ``aggregation`` is a module
     :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's, and
-        ``"auto"`` takes ``sum``, which is cheaper, where the encoders' features have one length
+        ``"auto"`` takes ``sum``, which is cheaper, where the encoders' features have one length; or
+        a module of your own that is called as those are
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
@@ -344,7 +345,7 @@ class HubPathway(nn.Module):
         generator: str = "small",
         image_shape: tuple[int, int, int] | None = None,
         features_dim: int = 512,
-        aggregation: str = "auto",
+        aggregation: str | nn.Module = "auto",
         freeze: Collection[str] | str = (),
         pretrained: bool = True,
         precision: str = "float32",
@@ -364,21 +365,24 @@ class HubPathway(nn.Module):
         )
         self.pretrained = pretrained
         self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
-        features_dims = [spec.features_dim for spec in self.hub.encoders]
-        self.aggregator = build_aggregator(aggregation, features_dims, features_dim)
+        if isinstance(aggregation, str):
+            features_dims = [spec.features_dim for spec in self.hub.encoders]
+            aggregation = build_aggregator(aggregation, features_dims, features_dim)
+        self.aggregator = aggregation
 
-    def forward(self, images_BCHW: Tensor) -> PathwayOutput:
+    def forward(self, images_BCHW: Tensor, *, encode: Encode | None = None) -> PathwayOutput:
         """
         Route the images with fresh noise in training mode and without noise in evaluation mode.
 
         :param images_BCHW: uint8 in 0..255 or float in 0..1
+        :param encode: as in ``route``
         """
         noise_BE = None
         if self.training:
             noise_BE = torch.randn(
                 len(images_BCHW), len(self.hub.encoders), device=images_BCHW.device
             )
-        return self.route(images_BCHW, noise_BE)
+        return self.route(images_BCHW, noise_BE, encode=encode)
 
     def route(
         self,

@@ -1,0 +1,170 @@
+"""What the commands of all image tasks have in common: options, run folder, resume, exit codes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from hubrl import cli
+from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, note_command
+from hubrl.signals import StopSignal
+from hubrl.specs import HubSpec
+from vision_tasks import distributed
+from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, load_config
+from vision_tasks.hubs import load_vision_hub
+from vision_tasks.methods import METHODS, Settings, build_method
+from vision_tasks.methods.method import Method
+from vision_tasks.tasks import Task
+from vision_tasks.training import RESULTS_FILE, Data, DivergedError, Trainer
+
+#: The keys of the configuration that options override.
+KEYS = {
+    "data": "data.name",
+    "root": "data.root",
+    "image_size": "data.image_size",
+    "limit": "data.limit",
+    "hub": "hub.name",
+    "top_k": "hub.top_k",
+    "generator": "hub.generator",
+    "exploration_coef": "hub.exploration_coef",
+    "random_init": "hub.random_init",
+    "method": "method",
+    "epochs": "train.epochs",
+    "batch_size": "train.batch_size",
+    "learning_rate": "train.learning_rate",
+    "seed": "train.seed",
+    "device": "train.device",
+}
+FOLDER = click.Path(path_type=Path)
+EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
+METHOD_HELP = ", ".join("single:ENCODER" if name == "single" else name for name in METHODS)
+
+LoadData = Callable[[VisionConfig], tuple[Data, Task]]
+
+
+def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> click.Command:
+    """
+    The command of a task.
+
+    :param task: its name, which its configuration has, too
+    :param load_data: gives the images and what is learned
+    :param data_names: for the help
+    """
+
+    @click.command(task, help=f"Train and test a method on {task}; options win over the file.")
+    @click.option("--data", help=f"{', '.join(data_names)}.")
+    @click.option("--root", help="Folder of the data.  [default: where its package puts it]")
+    @click.option("--hub", help="HUB, HUB:ENCODER, FOLDER or FILE.yaml.")
+    @click.option("--method", help=f"{METHOD_HELP}.")
+    @click.option("--epochs", help="Of each phase of the method.")
+    @click.option("--limit", help="Training images at most.")
+    @click.option("--image-size", help="Side of the images, in pixels.")
+    @click.option("--top-k", help="Encoders that an image activates.")
+    @click.option("--generator", help="small, resnet10 or uniform.")
+    @click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
+    @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
+    @click.option("--batch-size", help="Images of a step.")
+    @click.option("--learning-rate", help="Of all new layers.")
+    @click.option("--seed", help="Everything random follows from it.")
+    @click.option("--device", help="auto, cpu, cuda ...")
+    @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
+    @click.option("--run-dir", type=FOLDER, help="A new folder.  [default: runs/...]")
+    @click.option("--resume", type=FOLDER, metavar="RUN", help="Continue the run in this folder.")
+    def command(**options: Any) -> int:
+        given = {name: value for name, value in options.items() if value is not None}
+        distributed.join()
+        with cli.user_errors():
+            config, folder = _resumed(given) if "resume" in given else _new(task, given)
+            if (folder / RESULTS_FILE).exists():
+                print(f"{folder} is complete")
+                return 0
+            if config.task != task:
+                raise ValueError(f"{folder / CONFIG_FILE} is of {config.task}, not of {task}")
+            data, what = load_data(config)
+            hub = load_vision_hub(config.hub.name, config.data.image_size)
+            method = _build(config, hub, what)
+            if "resume" not in given and distributed.rank() == 0:
+                create_folder(folder, dump_config(config))
+        return _train(method, data, config, folder)
+
+    return command
+
+
+def check_device(name: str) -> torch.device:
+    """
+    The device of this name, ``auto`` for a GPU where there is one.
+
+    :raises ValueError: if this machine has no such device
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"train.device is {name!r}, which this machine doesn't have") from None
+    return torch.device(name)
+
+
+def _new(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
+    file = given.get("config") or BUILT_IN_CONFIGS / f"{task}.yaml"
+    overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    config = load_config(file, overrides)
+    folder = given.get("run_dir") or _default_run_dir(config)
+    check_new_run(folder)
+    return config, folder
+
+
+def _resumed(given: dict[str, Any]) -> tuple[VisionConfig, Path]:
+    folder = given["resume"]
+    others = [name for name in given if name != "resume"]
+    if others:
+        option = others[0].replace("_", "-")
+        raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
+    return load_config(folder / CONFIG_FILE), folder
+
+
+def _build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
+    settings = Settings(
+        seed=config.train.seed,
+        image_size=config.data.image_size,
+        top_k=config.hub.top_k,
+        generator=config.hub.generator,
+        exploration_coef=config.hub.exploration_coef,
+        exploitation_coef=config.hub.exploitation_coef,
+        pretrained=not config.hub.random_init,
+        precision=config.hub.precision,
+    )
+    device = check_device(config.train.device)
+    return build_method(config.method, hub, task, settings).to(device)
+
+
+def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> int:
+    if distributed.rank() == 0:
+        note_command(folder)
+        print(f"run folder: {folder}", flush=True)
+    stop = StopSignal()
+    try:
+        with stop.caught():
+            Trainer(method, data, config, folder).run(stop)
+    except DivergedError as error:
+        raise click.ClickException(str(error)) from error
+    if stop.number is not None:
+        return 128 + stop.number
+    if distributed.rank() == 0:
+        print((folder / RESULTS_FILE).read_text())
+    return 0
+
+
+def _default_run_dir(config: VisionConfig) -> Path:
+    method, hub = (
+        name.replace(":", "_").replace("/", "_") for name in (config.method, config.hub.name)
+    )
+    now = time.strftime("%Y%m%d-%H%M%S")
+    return Path("runs", f"{config.data.name}-{method}-{hub}-s{config.train.seed}-{now}")

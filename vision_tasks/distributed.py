@@ -1,0 +1,70 @@
+"""Data parallel training under ``torchrun``: gradients and means over all processes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+def join() -> None:
+    """Join the processes that ``torchrun`` started; alone, nothing happens."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def n_processes() -> int:
+    """Number of processes that train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is; 0 writes the files."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Mean of the gradients over all processes.
+
+    An encoder that no image of a process activated has no gradient there, and counts as 0.
+    """
+    if n_processes() == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= n_processes()
+
+
+def mean_over_processes(tensor: Tensor) -> Tensor:
+    """
+    Mean of a tensor over all processes, with its gradient.
+
+    After ``average_gradients`` a loss of it has the gradient that one process has for all images.
+    """
+    if n_processes() == 1:
+        return tensor
+    mean: Tensor = _Mean.apply(tensor)
+    return mean
+
+
+class _Mean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _mean(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
+        return _mean(grad_outputs[0])
+
+
+def _mean(tensor: Tensor) -> Tensor:
+    tensor = tensor.clone()
+    distributed.all_reduce(tensor)
+    return tensor / n_processes()

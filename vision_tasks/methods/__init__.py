@@ -1,0 +1,52 @@
+"""Hub-Pathway and what it is compared with: one file a method, all behind ``Method``."""
+
+from __future__ import annotations
+
+from hubrl.specs import HubSpec, closest
+from vision_tasks.methods.ensembles import EnsembleI, EnsembleJ
+from vision_tasks.methods.hub_pathway import HubPathwayMethod
+from vision_tasks.methods.method import Losses, Method, Settings
+from vision_tasks.methods.single import Single
+from vision_tasks.tasks import Task
+
+__all__ = ["METHODS", "Losses", "Method", "Settings", "build_method"]
+
+#: By name; ``single`` takes an encoder, as ``single:ENCODER``.
+METHODS: dict[str, type[Method]] = {
+    "single": Single,
+    "ensemble-j": EnsembleJ,
+    "ensemble-i": EnsembleI,
+    "hub-pathway": HubPathwayMethod,
+}
+
+
+def build_method(name: str, hub: HubSpec, task: Task, settings: Settings) -> Method:
+    """
+    An untrained method.
+
+    :param name: a key of ``METHODS``, or ``single:ENCODER``
+    :param hub: the encoders' cards, at the size that they shall run at
+    :raises ValueError: if there is no such method or encoder, or the hub doesn't fit the method
+    """
+    method, colon, encoder = name.partition(":")
+    check_method(name)
+    if colon:
+        hub = hub.only(encoder)
+    elif method == "single" and len(hub.encoders) > 1:
+        raise ValueError(
+            f"method is 'single', but hub {hub.name!r} has {len(hub.encoders)} encoders: choose "
+            f"one, as single:{hub.encoder_names[0]}"
+        )
+    return METHODS[method](hub, task, settings)
+
+
+def check_method(name: str) -> None:
+    """
+    :raises ValueError: if there is no such method
+    """
+    method, colon, _ = name.partition(":")
+    if method not in METHODS or (colon and method != "single"):
+        allowed = ["single:ENCODER" if key == "single" else key for key in METHODS]
+        raise ValueError(
+            f"method is {name!r}{closest(method, METHODS)}, allowed: {', '.join(allowed)}"
+        )

@@ -1,0 +1,122 @@
+"""``hub-pathway``: each image activates the encoders that its pathway weights choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hubrl.aggregation import Concat, Part
+from hubrl.losses import pathway_exploration_loss
+from hubrl.pathway import HubPathway, PathwayOutput
+from hubrl.specs import HubSpec
+from vision_tasks.distributed import mean_over_processes
+from vision_tasks.methods.method import Batches, Losses, Method, Settings, build_head
+from vision_tasks.tasks import Task
+
+# Shape letters: B batch, E encoders, O outputs, D features of one encoder, C H W image,
+# R rows of the batch that activate one encoder.
+
+
+class HubPathwayMethod(Method):
+    """
+    Hub-Pathway (Shu et al., NeurIPS 2022, arXiv 2206.03726) with its three losses.
+
+    ``y = A(concat_i [w_i * h_i(f_i(x))])`` over the activated encoders, with a head ``h_i`` for
+    each. The task's loss of ``y``, the exploration loss, and the exploitation loss: the mean over
+    images of the sum of the losses of each activated encoder's own output. Ours: ``A`` starts as
+    the weighted sum, so that an untrained one doesn't scramble what the heads say.
+    """
+
+    def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
+        super().__init__(hub, task, settings)
+        self.model = HubPathwayModel(hub, task, settings)
+
+    def begin(self, phase: str, batches: Batches) -> None:
+        """Let the generator know the mean image and its features' statistics."""
+        settle_generator(self.model.pathway, batches)
+
+    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+        """Task + exploration_coef x exploration + exploitation_coef x exploitation."""
+        output, parts = self.model.route(images_BCHW)
+        task = self.task.losses(output.features, targets_B).mean()
+        exploitation = torch.stack(
+            [self.task.losses(part.features_RD, targets_B[part.rows_R]).sum() for part in parts]
+        ).sum() / len(targets_B)
+        mean_1E = mean_over_processes(output.probabilities.mean(dim=0, keepdim=True))
+        exploration = pathway_exploration_loss(mean_1E)
+        total = (
+            task
+            + self.settings.exploration_coef * exploration
+            + self.settings.exploitation_coef * exploitation
+        )
+        return Losses(
+            total, {"task": task, "exploration": exploration, "exploitation": exploitation}
+        )
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Outputs (B, O), without noise in evaluation mode."""
+        return self.model.route(images_BCHW)[0].features
+
+
+class HubPathwayModel(nn.Module):
+    """
+    A pathway over the heads' outputs instead of the encoders' features.
+
+    :param hub: the encoders' cards
+    :param task: gives the outputs
+    :param settings: seed of the heads, top_k, generator, weights and precision of the encoders
+    """
+
+    def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
+        super().__init__()
+        aggregator = Concat([task.n_outputs] * len(hub.encoders), task.n_outputs, relu=False)
+        for block in aggregator.blocks:
+            assert isinstance(block, nn.Linear)
+            nn.init.eye_(block.weight)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self.pathway = HubPathway(
+                hub,
+                settings.top_k,
+                generator=settings.generator,
+                image_shape=(3, settings.image_size, settings.image_size),
+                aggregation=aggregator,
+                pretrained=settings.pretrained,
+                precision=settings.precision,
+            )
+        heads = {spec.name: build_head(spec, task, settings.seed) for spec in hub.encoders}
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Outputs (B, O)."""
+        return self.route(images_BCHW)[0].features
+
+    def route(self, images_BCHW: Tensor) -> tuple[PathwayOutput, list[Part]]:
+        """
+        Route the images; ``features`` are the outputs (B, O), and the parts have those of each
+        activated encoder's head, (R, O).
+        """
+        parts: list[Part] = []
+        heads = list(self.heads.values())
+
+        def encode(i: int, rows_R: Tensor) -> Tensor:
+            features_RD = self.pathway.encode(i, images_BCHW, rows_R)
+            outputs_RO: Tensor = heads[i](features_RD.float())
+            parts.append(Part(i, rows_R, outputs_RO))
+            return outputs_RO
+
+        return self.pathway(images_BCHW, encode=encode), parts
+
+
+def settle_generator(pathway: HubPathway, batches: Batches) -> None:
+    """
+    Show a generator the images before the first step.
+
+    Its running statistics count from when training mode is left; those of features can be taken
+    once the mean image is known, so it sees them twice.
+    """
+    for _ in range(2):
+        pathway.train()
+        for images_BCHW, _ in batches():
+            pathway.generator(images_BCHW, None)
+        pathway.eval()

@@ -1,0 +1,131 @@
+"""The interface of a method: a model, its losses, and the phases that it learns in."""
+
+from __future__ import annotations
+
+import zlib
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hubrl.encoders import Encoder, build_encoder
+from hubrl.precision import resolve_precision
+from hubrl.specs import EncoderSpec, HubSpec
+from vision_tasks.tasks import Task
+
+# Shape letters: B batch, O outputs, D features, C H W image.
+
+#: Batches of training images and targets, one pass over all, in a fixed order.
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+
+
+class Losses(NamedTuple):
+    """What a training step minimises, and what it consists of."""
+
+    total: Tensor
+    """Scalar, coefficients included."""
+    parts: dict[str, Tensor]
+    """Scalars without their coefficients, for the log."""
+
+
+class Settings(NamedTuple):
+    """
+    What methods are built from beside hub and task.
+
+    :param seed: of the new layers
+    :param image_size: side of the data's images, in pixels
+    :param top_k: encoders that an image activates
+    :param generator: a key of ``hubrl.generators.GENERATORS``
+    :param exploration_coef: weight of the pathway exploration loss
+    :param exploitation_coef: weight of the exploitation loss
+    :param pretrained: load the hub's weights; otherwise random ones
+    :param precision: what encoders compute in: float32, bfloat16 or auto
+    """
+
+    seed: int
+    image_size: int
+    top_k: int = 2
+    generator: str = "small"
+    exploration_coef: float = 0.3
+    exploitation_coef: float = 1.0
+    pretrained: bool = True
+    precision: str = "float32"
+
+
+class Method(nn.Module):
+    """
+    A model of an image task and how it learns.
+
+    The training loop asks for nothing else: ``begin`` each phase, ``loss`` for each step,
+    ``forward`` for evaluation. Weights that learn are those that require gradients after ``begin``.
+
+    :param hub: the encoders' cards, at the size that the images have
+    :param task: what is learned
+    :param settings: the rest
+    """
+
+    #: Each is trained for the whole number of epochs.
+    phases: ClassVar[tuple[str, ...]] = ("train",)
+
+    def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
+        super().__init__()
+        self.hub, self.task, self.settings = hub, task, settings
+
+    def begin(self, phase: str, batches: Batches) -> None:
+        """Prepare a phase; ``batches`` may be looked at, and no weight may learn from them."""
+
+    @abstractmethod
+    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+        """Losses of a batch of uint8 images."""
+
+    @abstractmethod
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Outputs (B, O) of uint8 images, float32."""
+
+    def results(self, images_BCHW: Tensor) -> dict[str, Tensor]:
+        """Outputs (B, O) of all models that are results by themselves; ``""`` is the method's."""
+        return {"": self(images_BCHW)}
+
+
+class Predictor(nn.Module):
+    """
+    An encoder and a linear head: what is fine-tuned where a single encoder is.
+
+    :param hub: that the encoder is of
+    :param spec: its card
+    :param task: gives the head's outputs
+    :param settings: the head's seed, the encoder's weights and its precision
+    """
+
+    def __init__(self, hub: HubSpec, spec: EncoderSpec, task: Task, settings: Settings) -> None:
+        super().__init__()
+        self.encoder: Encoder = build_encoder(hub, spec, pretrained=settings.pretrained)
+        self.head = build_head(spec, task, settings.seed)
+        self._precision = settings.precision
+
+    def features(self, images_BCHW: Tensor) -> Tensor:
+        """Features (B, D) of uint8 images, float32."""
+        dtype = resolve_precision(self._precision, images_BCHW.device)
+        features_BD: Tensor = self.encoder(images_BCHW, dtype).float()
+        return features_BD
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Outputs (B, O) of uint8 images, float32."""
+        outputs_BO: Tensor = self.head(self.features(images_BCHW))
+        return outputs_BO
+
+
+def build_head(spec: EncoderSpec, task: Task, seed: int) -> nn.Linear:
+    """
+    An untrained head for an encoder, the same in every method that has the same seed.
+
+    :param spec: the encoder's card
+    :param task: gives the number of outputs and the bias
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed * 2**32 + zlib.crc32(spec.name.encode()))
+        head = nn.Linear(spec.features_dim, task.n_outputs)
+    nn.init.constant_(head.bias, task.output_start)
+    return head

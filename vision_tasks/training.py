@@ -1,0 +1,328 @@
+"""The training loop of all methods: steps, schedule, evaluation, checkpoints, log."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from hubrl.encoders import is_encoder_weight
+from hubrl.run_folder import CsvTable
+from hubrl.signals import StopSignal
+from hubrl.state_folder import has_state, load_parts, read_state, save_state
+from vision_tasks import distributed
+from vision_tasks.config import VisionConfig
+from vision_tasks.data import ImageData, LandmarkData
+from vision_tasks.methods import Losses, Method
+
+# Shape letters: B batch, O outputs, C H W image.
+
+RESULTS_FILE = "results.json"
+EPOCHS_FILE = "epochs.csv"
+#: Images of an evaluation step; a training step needs more memory for each.
+EVALUATION_BATCH = 128
+
+Data = ImageData | LandmarkData
+Batch = tuple[Tensor, Tensor]
+
+
+class DivergedError(Exception):
+    """A loss is no number any more; what was saved before is whole."""
+
+
+class Position(NamedTuple):
+    """How far a run is: phases, epochs of this phase and steps of this epoch that are done."""
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+
+
+class Trainer:
+    """
+    Trains a method phase by phase; a run that was stopped goes on at its last checkpoint.
+
+    All random numbers of a step follow from the seed and the step's position, so that a run which
+    was resumed gives the same weights as one that was not.
+
+    :param method: to be trained, on its device
+    :param data: its images
+    :param config: of the run
+    :param folder: of the run
+    """
+
+    def __init__(self, method: Method, data: Data, config: VisionConfig, folder: Path) -> None:
+        self._method, self._data, self._config, self._folder = method, data, config, folder
+        self._device = next(method.parameters()).device
+        self._last, self._best = (folder / "checkpoints" / name for name in ("last", "best"))
+        self._position = Position()
+        self._scores: dict[str, Any] = {"best": None, "bad_epochs": 0, "seconds": 0.0}
+        if has_state(self._last):
+            state = read_state(self._last)
+            self._position, self._scores = Position(*state["position"]), state["scores"]
+        self._log = _Log(folder, self._steps_done()) if distributed.rank() == 0 else None
+
+    def run(self, stop: StopSignal) -> int | None:
+        """
+        Train what is left, then score the test images.
+
+        :param stop: asked after each step
+        :return: None, or the number of the signal that ended the run after a checkpoint
+        :raises DivergedError: if a loss is not finite
+        """
+        phases = self._method.phases
+        for phase in phases[self._position.phase :]:
+            self._method.begin(phase, self._training_batches)
+            optimizer = self._optimizer()
+            if has_state(self._last) and self._position != (self._position.phase, 0, 0):
+                load_parts(self._parts(optimizer), self._last)
+            while self._position.epoch < self._config.train.epochs:
+                losses = self._train_epoch(phase, optimizer, stop)
+                if stop.number is not None:
+                    self._save(self._last, optimizer)
+                    return stop.number
+                self._end_epoch(phase, optimizer, losses)
+            self._end_phase(optimizer)
+        self._write_results()
+        return None
+
+    @property
+    def _epoch_steps(self) -> int:
+        n, size = _length(self._data.train), self._config.train.batch_size
+        # Processes have equal shares of a step, so the last images of an epoch may be left out.
+        return n // size if distributed.n_processes() > 1 else math.ceil(n / size)
+
+    def _steps_done(self) -> int:
+        phase, epoch, step = self._position
+        return (phase * self._config.train.epochs + epoch) * self._epoch_steps + step
+
+    def _optimizer(self) -> AdamW:
+        train = self._config.train
+        groups: dict[tuple[bool, bool], list[Tensor]] = {}
+        for weight in self._method.parameters():
+            if is_encoder_weight(weight) and train.encoder_lr_scale == 0:
+                weight.requires_grad_(False)
+            if weight.requires_grad:
+                groups.setdefault((is_encoder_weight(weight), weight.ndim > 1), []).append(weight)
+        return AdamW(
+            {
+                "params": weights,
+                "lr_scale": train.encoder_lr_scale if is_encoder else 1.0,
+                "weight_decay": train.weight_decay if is_matrix else 0.0,
+            }
+            for (is_encoder, is_matrix), weights in groups.items()
+        )
+
+    def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> dict[str, float]:
+        """Mean of each loss over the steps that were made."""
+        sums: dict[str, float] = {}
+        start, first = time.perf_counter(), self._position.step
+        self._method.train()
+        for step, (images_BCHW, targets_B) in enumerate(self._epoch_batches(), first):
+            for name, value in self._step(phase, optimizer, images_BCHW, targets_B).items():
+                sums[name] = sums.get(name, 0.0) + value
+            self._position = self._position._replace(step=step + 1)
+            save_freq = self._config.train.save_freq
+            if save_freq and (step + 1) % save_freq == 0:
+                self._save(self._last, optimizer)
+            if stop.number is not None:
+                break
+        self._scores["seconds"] += time.perf_counter() - start
+        return {name: total / (self._position.step - first) for name, total in sums.items()}
+
+    def _step(
+        self, phase: str, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor
+    ) -> dict[str, float]:
+        self._seed(distributed.rank())
+        data, train = self._config.data, self._config.train
+        images_BCHW = augment(images_BCHW, flip=data.flip, shift=data.shift)
+        losses = self._method.loss(phase, images_BCHW.to(self._device), targets_B.to(self._device))
+        self._check(losses)
+        for group in optimizer.param_groups:
+            group["lr"] = train.learning_rate * group["lr_scale"] * self._lr_scale()
+        optimizer.zero_grad()
+        losses.total.backward()
+        distributed.average_gradients(self._method.parameters())
+        optimizer.step()
+        return {name: float(value.detach()) for name, value in losses.parts.items()}
+
+    def _check(self, losses: Losses) -> None:
+        if not torch.isfinite(losses.total):
+            bad = [name for name, value in losses.parts.items() if not torch.isfinite(value)]
+            raise DivergedError(
+                f"{self._folder}: the loss ({', '.join(bad or ['total'])}) of step "
+                f"{self._steps_done()} is not finite; the last checkpoint is whole: train anew "
+                f"with a lower train.learning_rate than {self._config.train.learning_rate:g}"
+            )
+
+    def _lr_scale(self) -> float:
+        """Linear warm-up, then a cosine to 0 at the end of the phase."""
+        train, total = self._config.train, self._config.train.epochs * self._epoch_steps
+        done = self._position.epoch * self._epoch_steps + self._position.step
+        warmup = train.warmup * total
+        if done < warmup:
+            return (done + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (total - warmup)))
+
+    def _seed(self, *purpose: int) -> None:
+        seed = np.random.SeedSequence((self._config.train.seed, *self._position, *purpose))
+        torch.manual_seed(int(seed.generate_state(1)[0]))
+
+    def _epoch_batches(self) -> Iterator[Batch]:
+        """What is left of an epoch, in its random order; of each step this process' share."""
+        train, dataset = self._config.train, self._data.train
+        seed = np.random.SeedSequence((train.seed, *self._position[:2]))
+        generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+        steps = torch.randperm(_length(dataset), generator=generator).split(train.batch_size)
+        n, rank = distributed.n_processes(), distributed.rank()
+        rows = [step.chunk(n)[rank].tolist() for step in steps[: self._epoch_steps]]
+        loader: DataLoader[Any] = DataLoader(
+            dataset, batch_sampler=rows[self._position.step :], num_workers=train.n_workers
+        )
+        label = f"epoch {self._position.epoch + 1}/{train.epochs}"
+        bar = tqdm(loader, label, leave=False, disable=not sys.stdout.isatty() or rank > 0)
+        return iter(bar)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        batches = _batches(self._data.train, self._config.train.n_workers)
+        return ((images.to(self._device), targets.to(self._device)) for images, targets in batches)
+
+    def _end_epoch(self, phase: str, optimizer: Optimizer, losses: dict[str, float]) -> None:
+        train, task = self._config.train, self._method.task
+        scores = self._evaluate(self._data.validation)[""]
+        score, best = scores[task.metric], self._scores["best"]
+        is_better = best is None or (score > best if task.is_more_better else score < best)
+        self._scores["best"] = score if is_better else best
+        self._scores["bad_epochs"] = 0 if is_better else self._scores["bad_epochs"] + 1
+        is_over = 0 < train.patience <= self._scores["bad_epochs"]
+        steps = self._steps_done()
+        epoch = train.epochs if is_over else self._position.epoch + 1
+        self._position = Position(self._position.phase, epoch)
+        if is_better and train.patience:
+            self._save(self._best, optimizer)
+        self._save(self._last, optimizer)
+        if self._log is not None:
+            seconds = self._scores["seconds"]
+            self._log.write(steps, phase, seconds, losses, scores)
+
+    def _end_phase(self, optimizer: Optimizer) -> None:
+        if self._config.train.patience:
+            load_parts({"method": self._method}, self._best)
+        self._position = Position(self._position.phase + 1)
+        self._scores |= {"best": None, "bad_epochs": 0}
+
+    def _evaluate(self, dataset: Dataset[Any]) -> dict[str, dict[str, float]]:
+        n_workers = self._config.train.n_workers
+        return evaluate(self._method, dataset, self._device, n_workers)
+
+    def _write_results(self) -> None:
+        if distributed.rank() > 0:
+            return
+        results = {
+            "method": self._config.method,
+            "task": self._config.task,
+            "data": self._config.data.name,
+            "hub": self._config.hub.name,
+            "seed": self._config.train.seed,
+            "n_training_images": _length(self._data.train),
+            "train_seconds": round(self._scores["seconds"], 3),
+            "validation": self._evaluate(self._data.validation),
+            "test": self._evaluate(self._data.test),
+        }
+        temporary = self._folder / f".{RESULTS_FILE}.new"
+        temporary.write_text(json.dumps(results, indent=1))
+        temporary.rename(self._folder / RESULTS_FILE)
+
+    def _parts(self, optimizer: Optimizer) -> dict[str, Any]:
+        return {"method": self._method, "optimizer": optimizer}
+
+    def _save(self, folder: Path, optimizer: Optimizer) -> None:
+        if distributed.rank() == 0:
+            state = {"position": self._position, "scores": self._scores}
+            save_state(self._parts(optimizer), state, folder)
+
+
+@torch.no_grad()
+def evaluate(
+    method: Method, dataset: Dataset[Any], device: torch.device, n_workers: int = 0
+) -> dict[str, dict[str, float]]:
+    """
+    Scores of each of the method's results on a data set; those of the method itself at ``""``.
+    """
+    method.eval()
+    outputs: dict[str, list[Tensor]] = {}
+    targets = []
+    for images_BCHW, targets_B in _batches(dataset, n_workers):
+        targets.append(targets_B)
+        for name, outputs_BO in method.results(images_BCHW.to(device)).items():
+            outputs.setdefault(name, []).append(outputs_BO.cpu())
+    all_targets = torch.cat(targets)
+    return {
+        name: method.task.scores(torch.cat(parts), all_targets) for name, parts in outputs.items()
+    }
+
+
+def augment(images_BCHW: Tensor, *, flip: bool, shift: int) -> Tensor:
+    """
+    Mirror half of the images, and move each by up to ``shift`` pixels, borders repeated.
+
+    :param images_BCHW: uint8
+    """
+    n, _, height, width = images_BCHW.shape
+    if flip:
+        is_flipped_B = torch.rand(n) < 0.5
+        images_BCHW = torch.where(is_flipped_B.view(-1, 1, 1, 1), images_BCHW.flip(3), images_BCHW)
+    if shift == 0:
+        return images_BCHW
+    offsets_2B = torch.randint(-shift, shift + 1, (2, n, 1))
+    rows_BH = (torch.arange(height) + offsets_2B[0]).clamp(0, height - 1)
+    columns_BW = (torch.arange(width) + offsets_2B[1]).clamp(0, width - 1)
+    index_B = torch.arange(n).view(-1, 1, 1)
+    # Indexed dimensions around a slice come first.
+    moved_BHWC = images_BCHW[index_B, :, rows_BH[:, :, None], columns_BW[:, None, :]]
+    return moved_BHWC.permute(0, 3, 1, 2)
+
+
+class _Log:
+    """``epochs.csv``, TensorBoard events and a line on the screen for each epoch."""
+
+    def __init__(self, folder: Path, steps_done: int) -> None:
+        self._table = CsvTable(folder / EPOCHS_FILE, "step", steps_done)
+        self._writer = SummaryWriter(str(folder), purge_step=steps_done or None)
+
+    def write(
+        self,
+        step: int,
+        phase: str,
+        seconds: float,
+        losses: dict[str, float],
+        scores: dict[str, float],
+    ) -> None:
+        values = {f"train/{name}": value for name, value in losses.items()}
+        values |= {f"validation/{name}": value for name, value in scores.items()}
+        self._table.append({"step": step, "phase": phase, "seconds": round(seconds, 3), **values})
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        print(f"{phase}, step {step:,}, {seconds:.0f} s:  {numbers}", flush=True)
+
+
+def _batches(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:
+    return DataLoader(dataset, EVALUATION_BATCH, num_workers=n_workers)
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]
