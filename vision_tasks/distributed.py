@@ -42,6 +42,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad /= n_processes()
 
 
+def average_buffers(module: nn.Module) -> None:
+    """Mean over all processes of what they have noted of their shares, such as running means."""
+    if n_processes() == 1:
+        return
+    for buffer in module.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(_mean(buffer))
+
+
 def mean_over_processes(tensor: Tensor) -> Tensor:
     """
     Mean of a tensor over all processes, with its gradient.

@@ -87,6 +87,8 @@ class Trainer:
             self._method.begin(phase, self._training_batches)
             optimizer = self._optimizer()
             if has_state(self._last) and self._position != (self._position.phase, 0, 0):
+                # Running means that were saved in the middle of an epoch are not taken up yet.
+                self._method.train(self._position.step > 0)
                 load_parts(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
                 losses = self._train_epoch(phase, optimizer, stop)
@@ -201,6 +203,7 @@ class Trainer:
 
     def _end_epoch(self, phase: str, optimizer: Optimizer, losses: dict[str, float]) -> None:
         train, task = self._config.train, self._method.task
+        distributed.average_buffers(self._method)
         scores = self._evaluate(self._data.validation)[""]
         score, best = scores[task.metric], self._scores["best"]
         is_better = best is None or (score > best if task.is_more_better else score < best)

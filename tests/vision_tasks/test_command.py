@@ -1,0 +1,113 @@
+"""The commands of the image tasks: files, resume, and what users get wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_images import SIZE, quadrant_data, write_rgb_hub
+
+from hubrl import cli
+from vision_tasks import classification, landmarks
+from vision_tasks.config import BUILT_IN_CONFIGS, load_config
+
+NAME = "python -m vision_tasks.classification"
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(classification, "load_classification", lambda *_: quadrant_data())
+    monkeypatch.chdir(tmp_path)
+    return write_rgb_hub(tmp_path / "rgb")
+
+
+def run(*args: Any, task: Any = classification) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(task.command, NAME, [str(arg) for arg in args])
+    return int(stop.value.code or 0)
+
+
+def small(hub: Path, *args: Any) -> tuple[Any, ...]:
+    sizes = ("--image-size", SIZE, "--epochs", 1, "--batch-size", 8, "--device", "cpu")
+    return ("--data", "fashion-mnist", "--hub", hub, *sizes, *args)
+
+
+@pytest.mark.parametrize("method", ["hub-pathway", "ensemble-j", "ensemble-i", "single:b"])
+def test_a_run_leaves_its_files(
+    method: str, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert run(*small(hub, "--method", method, "--run-dir", folder)) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["method"] == method
+    assert 0 <= results["test"][""]["accuracy"] <= 1
+    names = {file.name.split(".")[0] for file in folder.iterdir()}
+    assert names == {"checkpoints", "command", "config", "epochs", "events", "results"}
+    config = load_config(folder / "config.yaml")
+    assert (config.method, config.train.epochs) == (method, 1)
+    assert "accuracy" in capsys.readouterr().out
+    assert run("--resume", folder) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert run("--config", folder / "config.yaml", "--run-dir", tmp_path / "again") == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["test"] == results["test"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--method", "hub-pathwy"), r"method is 'hub-pathwy' \(closest: 'hub-pathway'\), allowed"),
+        (("--method", "single"), r"hub 'rgb' has 3 encoders: choose one, as single:a"),
+        (("--method", "single:z"), r"hub 'rgb' has no encoder 'z'.*it has: a, b, c"),
+        (("--method", "ensemble-j:a"), r"method is 'ensemble-j:a'.*, allowed: single:ENCODER"),
+        (("--top-k", "9"), r"top_k is 9, allowed: 1..3"),
+        (("--epochs", "0"), r"train.epochs is '0', allowed: a whole number at least 1"),
+        (("--device", "cuda:7"), r"train.device is 'cuda:7', which this machine doesn't have"),
+        (("--generator", "big"), r"generator is 'big'"),
+    ],
+)
+def test_what_users_get_wrong(
+    args: tuple[str, ...],
+    message: str,
+    hub: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(*small(hub, "--run-dir", tmp_path / "run", *args)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert re.search(message, error), error
+
+
+def test_a_run_folder_is_not_used_twice(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*small(hub, "--run-dir", hub)) == 2
+    assert "exists; give another, or continue it by --resume" in capsys.readouterr().err
+    assert run("--resume", hub) == 2
+    assert "is not the folder of a run: it has no config.yaml" in capsys.readouterr().err
+    assert run("--resume", hub, "--seed", 3) == 2
+    assert "--seed and --resume: a resumed run keeps its config.yaml" in capsys.readouterr().err
+
+
+def test_a_configuration_of_the_other_task(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--config", BUILT_IN_CONFIGS / "landmarks.yaml", "--hub", hub) == 2
+    assert "is of landmarks, not of classification" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [{"flip": True}, {"shift": 2}])
+def test_landmarks_do_not_move(
+    change: dict[str, Any], hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = yaml.safe_load((BUILT_IN_CONFIGS / "landmarks.yaml").read_text())
+    data["data"] |= change
+    (tmp_path / "moved.yaml").write_text(yaml.safe_dump(data))
+    assert run("--config", tmp_path / "moved.yaml", "--hub", hub, task=landmarks) == 2
+    assert "data.flip and data.shift would leave the landmarks" in capsys.readouterr().err

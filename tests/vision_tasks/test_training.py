@@ -1,0 +1,193 @@
+"""The training loop: schedule, groups, resume, early stop, results, bad losses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_images import (
+    SIZE,
+    quadrant_data,
+    quadrant_images,
+    small_vision_config,
+    write_rgb_hub,
+)
+
+from hubrl.encoders import is_encoder_weight
+from hubrl.signals import StopSignal
+from hubrl.specs import load_hub
+from vision_tasks.config import VisionConfig
+from vision_tasks.methods import Losses, Settings, build_method
+from vision_tasks.tasks import Classification
+from vision_tasks.training import DivergedError, Trainer, augment
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    return write_rgb_hub(tmp_path / "rgb")
+
+
+def trainer(config: VisionConfig, folder: Path) -> Trainer:
+    settings = Settings(config.train.seed, SIZE)
+    method = build_method(config.method, load_hub(config.hub.name), Classification(4), settings)
+    return Trainer(method, quadrant_data(), config, folder)
+
+
+def last_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / "last" / "method.safetensors")
+
+
+class StopsAfter(StopSignal):
+    """A signal that comes in a given step."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    @property
+    def number(self) -> int | None:
+        self._left -= 1
+        return None if self._left > 0 else 15
+
+
+@pytest.mark.parametrize("save_freq", [0, 2])
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_a_resumed_run_gives_the_same_bytes(
+    hub: Path, tmp_path: Path, steps: int, save_freq: int
+) -> None:
+    config = small_vision_config(hub, train__save_freq=save_freq, data__shift=2)
+    assert trainer(config, tmp_path / "whole").run(StopSignal()) is None
+    assert trainer(config, tmp_path / "cut").run(StopsAfter(steps)) == 15
+    assert trainer(config, tmp_path / "cut").run(StopSignal()) is None
+    whole, cut = last_weights(tmp_path / "whole"), last_weights(tmp_path / "cut")
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+    results = [json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "cut")]
+    assert results[0]["test"] == results[1]["test"]
+    with (tmp_path / "cut" / "epochs.csv").open() as lines:
+        assert [row["step"] for row in csv.DictReader(lines)] == ["3", "6"]
+
+
+def test_seeds_differ(hub: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        trainer(small_vision_config(hub, train__seed=seed), tmp_path / str(seed)).run(StopSignal())
+    a, b = last_weights(tmp_path / "0"), last_weights(tmp_path / "1")
+    assert not torch.equal(a["model.heads.a.weight"], b["model.heads.a.weight"])
+
+
+def test_members_of_an_ensemble_are_the_single_models(hub: Path, tmp_path: Path) -> None:
+    """To the last digit, since the sum of the losses leaves each gradient as it was."""
+    for method in ("ensemble-i", "single:b"):
+        config = small_vision_config(hub, method)
+        trainer(config, tmp_path / method).run(StopSignal())
+    ensemble, single = (
+        json.loads((tmp_path / name / "results.json").read_text())["test"]
+        for name in ("ensemble-i", "single:b")
+    )
+    assert ensemble["b"] == single[""]
+    assert set(ensemble) == {"", "a", "b", "c"}
+
+
+def test_learning_rates_by_hand(hub: Path, tmp_path: Path) -> None:
+    """6 steps; 2 of them warm-up, so the cosine has 4: 1, .854, .5, .146."""
+    config = small_vision_config(hub, train__warmup=1 / 3, train__encoder_lr_scale=0.25)
+    seen: list[tuple[float, float]] = []
+    run = trainer(config, tmp_path)
+    make = run._optimizer
+
+    def watched() -> torch.optim.AdamW:
+        optimizer = make()
+
+        def note(*_: object) -> None:
+            rates = {is_encoder_weight(g["params"][0]): g["lr"] for g in optimizer.param_groups}
+            seen.append((rates[False], rates[True]))
+
+        optimizer.register_step_pre_hook(note)
+        return optimizer
+
+    run._optimizer = watched
+    run.run(StopSignal())
+    scales = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]
+    assert [rates[0] for rates in seen] == pytest.approx([1e-3 * scale for scale in scales])
+    assert [rates[1] for rates in seen] == pytest.approx([0.25e-3 * scale for scale in scales])
+
+
+def test_biases_do_not_decay_and_scale_0_freezes(hub: Path, tmp_path: Path) -> None:
+    run = trainer(small_vision_config(hub, train__encoder_lr_scale=0.0), tmp_path)
+    for group in run._optimizer().param_groups:
+        decays = {weight.ndim > 1 for weight in group["params"]}
+        assert decays == {group["weight_decay"] == 0.05}
+        assert not any(is_encoder_weight(weight) for weight in group["params"])
+    run.run(StopSignal())
+    for name in "abc":
+        old = load_file(hub / f"{name}.safetensors")
+        new = last_weights(tmp_path)
+        assert all(
+            torch.equal(new[f"model.pathway.encoders.owned.{name}.trunk.{key}"], value)
+            for key, value in old.items()
+        )
+
+
+def test_early_stop_takes_the_best_weights(hub: Path, tmp_path: Path) -> None:
+    config = small_vision_config(
+        hub, "single:a", train__epochs=30, train__patience=2, train__learning_rate=1e-9
+    )
+    trainer(config, tmp_path).run(StopSignal())
+    with (tmp_path / "epochs.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert len(rows) == 3  # the first is the best, and nothing moves
+    results = json.loads((tmp_path / "results.json").read_text())
+    best = max(float(row["validation/accuracy"]) for row in rows)
+    assert results["validation"][""]["accuracy"] == pytest.approx(best)
+
+
+def test_a_loss_that_is_no_number_stops_at_once(hub: Path, tmp_path: Path) -> None:
+    config = small_vision_config(hub, "single:a")
+    run = trainer(config, tmp_path)
+    run._method.loss, n_steps = _breaks_after(run._method.loss, 4), 4
+    with pytest.raises(DivergedError, match=r"the loss \(task\) of step 4 is not finite; .* lower"):
+        run.run(StopSignal())
+    state = json.loads((tmp_path / "checkpoints" / "last" / "state.json").read_text())
+    assert state["position"] == [0, 1, 0]
+    assert all(value.isfinite().all() for value in last_weights(tmp_path).values())
+    assert n_steps == 4
+
+
+def _breaks_after(loss: object, n_steps: int) -> object:
+    left = [n_steps]
+
+    def broken(*args: object) -> Losses:
+        left[0] -= 1
+        losses = loss(*args)  # type: ignore[operator]
+        if left[0] >= 0:
+            return losses
+        return Losses(losses.total * math.nan, {"task": losses.parts["task"] * math.nan})
+
+    return broken
+
+
+def test_shifted_images_repeat_their_borders() -> None:
+    """Against a plain loop over pixels."""
+    images, _ = quadrant_images(6, seed=0)
+    torch.manual_seed(2)
+    moved = augment(images, flip=False, shift=3)
+    torch.manual_seed(2)
+    offsets = torch.randint(-3, 4, (2, 6, 1))
+    for b in range(6):
+        dy, dx = int(offsets[0, b]), int(offsets[1, b])
+        for y, x in ((0, 0), (5, 9), (35, 35), (17, 0)):
+            expected = images[b, :, min(max(y + dy, 0), 35), min(max(x + dx, 0), 35)]
+            assert torch.equal(moved[b, :, y, x], expected)
+
+
+def test_half_of_the_images_are_mirrored() -> None:
+    images, _ = quadrant_images(200, seed=0)
+    torch.manual_seed(2)
+    flipped = augment(images, flip=True, shift=0)
+    is_same = [torch.equal(a, b) for a, b in zip(images, flipped, strict=True)]
+    is_mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(images, flipped, strict=True)]
+    assert all(a != b for a, b in zip(is_same, is_mirrored, strict=True))
+    assert 70 < sum(is_mirrored) < 130
