@@ -104,21 +104,23 @@ def check_command(hub: str) -> None:
 
     Weight files are compared with the sha256 of their cards, features of made-up images with the
     golden ones; features must be finite, alive, and change with the image. Exit code 0: all holds,
-    1: a check failed, 2: the hub doesn't load.
+    1: a check failed, 2: an encoder doesn't load.
     """
     with cli.user_errors():
         spec = load_hub(hub)
-    encoders = _load(spec)
     width = max(map(len, spec.encoder_names))
-    n_checks = n_failed = 0
-    for encoder in encoders:
+    n_checks = n_failed = n_loaded = 0
+    for encoder in _load_all(spec):
+        n_loaded += 1
         for check in check_encoder(encoder):
             word = click.style("ok    ") if check.holds else click.style("FAILED", fg="red")
             click.echo(f"{word}  {encoder.spec.name:<{width}}  {check.name:<12}  {check.finding}")
             n_checks += 1
             n_failed += not check.holds
-    click.echo(f"hub {spec.name}: {n_checks} checks, {n_failed or 'none'} failed")
-    sys.exit(1 if n_failed else 0)
+    n_lost = len(spec.encoders) - n_loaded
+    lost = f"; encoders that don't load: {n_lost} of {len(spec.encoders)}" if n_lost else ""
+    click.echo(f"hub {spec.name}: {n_checks} checks, {n_failed or 'none'} failed{lost}")
+    sys.exit(2 if n_lost else 1 if n_failed else 0)
 
 
 @command.command("rank")
@@ -241,19 +243,14 @@ def check_encoder(encoder: Encoder) -> Iterator[Check]:
             yield _check_change("order", "of channels reversed", features_BD, reversed_BD)
 
 
-def _load(hub: HubSpec) -> list[Encoder]:
-    """All encoders, or exit 2 with one line for each that doesn't load."""
-    encoders, errors = [], []
+def _load_all(hub: HubSpec) -> Iterator[Encoder]:
+    """The encoders that load, and a line on standard error for each that doesn't."""
     for spec in hub.encoders:
         try:
-            encoders.append(build_encoder(hub, spec))
+            yield build_encoder(hub, spec)
         except (ValueError, OSError) as error:
-            errors.append(f"{click.get_current_context().command_path}: error: {error}")
-    for line in errors:
-        click.echo(line, err=True)
-    if errors:
-        sys.exit(2)
-    return encoders
+            path = click.get_current_context().command_path
+            click.echo(f"{path}: error: {error}", err=True)
 
 
 def _check_weights(spec: EncoderSpec) -> Check:

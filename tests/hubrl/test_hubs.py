@@ -404,9 +404,13 @@ def test_damaged_weight_file(
 ) -> None:
     damage(hub / "left.safetensors")
     outcome = hubs("check", hub)
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     assert re.search(rf"^hubrl hubs check: error: encoder 'left': .*{message}", line)
+    # The other one is checked all the same.
+    *lines, last = outcome.out.splitlines()
+    assert [line.split()[:3] for line in lines] == [["ok", "right", check] for check in CHECKS]
+    assert last == "hub pair: 9 checks, none failed; encoders that don't load: 1 of 2"
 
 
 def test_every_damaged_file_has_its_line(hubs: Hubs, hub: Path) -> None:
@@ -415,6 +419,7 @@ def test_every_damaged_file_has_its_line(hubs: Hubs, hub: Path) -> None:
     outcome = hubs("check", hub)
     left, right = outcome.err.splitlines()
     assert outcome.code == 2
+    assert outcome.out == "hub pair: 0 checks, none failed; encoders that don't load: 2 of 2\n"
     assert left.startswith("hubrl hubs check: error: encoder 'left': its weight file ")
     assert right.startswith("hubrl hubs check: error: encoder 'right': its weight file ")
 
