@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hubrl import cli
 from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
-from hubrl.pretraining.member import add_encoder
+from hubrl.pretraining.member import add_encoder, check_writable
 from hubrl.providers import (
     Provided,
     Wishes,
@@ -34,7 +34,6 @@ N_PROBES = 32
 GOLDEN_TOLERANCE = 1e-3  # of the largest golden number: processors add in another order
 MIN_CHANGE = 0.01  # of the features' length
 MAX_CONSTANT = 0.75  # share of the features; agents of 1 million steps had up to a third
-NO_LICENSE = ("", "none", "unknown", "noassertion")
 LABEL_WIDTH = 16
 FILE = click.Path(path_type=Path)
 #: Options of ``add`` that say where an encoder comes from.
@@ -182,6 +181,7 @@ def add_command(folder: Path, **options: Any) -> None:
             given = " and ".join(_option(name) for name in sources) or "no source"
             allowed = ", ".join(map(_option, SOURCES))
             raise ValueError(f"{given} given, allowed: one of {allowed}")
+        check_writable(folder)
         (name, source), *_ = sources.items()
         card, tensors = SOURCES[name](source, wishes)
         require_license(card)
@@ -204,7 +204,11 @@ def push_command(hub: str, place: str) -> None:
 @click.argument("place")
 @click.argument("folder", type=click.Path(path_type=Path))
 def pull_command(place: str, folder: Path) -> None:
-    """Bring the hub in PLACE, as of push, into a new FOLDER; each file's sha256 is compared."""
+    """
+    Bring the hub in PLACE into a new FOLDER; each file's sha256 is compared.
+
+    PLACE is as of push, or the name of a hub that ships with hubrl, which begins one of your own.
+    """
     with cli.user_errors():
         hub = pull(place, folder)
     click.echo(f"{folder}: {', '.join(_summary(hub))}")
@@ -225,8 +229,8 @@ def check_encoder(encoder: Encoder) -> Iterator[Check]:
     n_numbers = sum(parameter.numel() for parameter in encoder.trunk.parameters())
     yield Check("tensors", True, f"fit {spec.architecture}: {n_numbers:,} numbers")
     yield Check("features_dim", True, f"{spec.features_dim}, as the card says")
-    licensed = str(spec.license).strip().lower() not in NO_LICENSE
-    yield Check("license", licensed, f"{spec.license!r}" + ("" if licensed else ", must be stated"))
+    finding = f"{spec.license!r}" + ("" if spec.is_licensed else ", must be stated")
+    yield Check("license", spec.is_licensed, finding)
     # A stack, where only the newest frame counts: another order then shows another frame.
     channels = probe_channels(spec)[1]
     images = probe_images(N_PROBES, channels, spec.image_size)

@@ -19,6 +19,7 @@ FramePolicy = Literal["stack", "last", "each"]
 BUILT_IN_HUBS = Path(__file__).resolve().parents[1] / "configs" / "hubs"
 HUB_FILE = "hub.yaml"
 N_GOLDEN = 8
+NO_LICENSE = ("", "none", "unknown", "noassertion")
 MAX_DEPTH = 32  # of YAML
 
 
@@ -28,7 +29,8 @@ class EncoderSpec:
     The card of one pretrained encoder: what it is, and what it wants to see.
 
     :param name: unique in its hub; lower case letters, digits, ``_`` and ``-``
-    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``
+    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``, ``timm:MODEL`` or
+        ``torchvision:MODEL``
     :param features_dim: length of the feature vector
     :param image_size: (height, width) in pixels that the encoder was trained on
     :param channels: input channels: grey frames of a stack, or 3 for RGB
@@ -96,6 +98,11 @@ class EncoderSpec:
         if self.golden is not None:
             is_golden = len(self.golden) == N_GOLDEN and all(map(math.isfinite, self.golden))
             self._require(is_golden, "golden", f"{N_GOLDEN} finite numbers")
+
+    @property
+    def is_licensed(self) -> bool:
+        """Whether the card states a license."""
+        return str(self.license).strip().lower() not in NO_LICENSE
 
     def _require(self, holds: bool, field: str, allowed: str) -> None:
         if not holds:

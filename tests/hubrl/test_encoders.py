@@ -191,7 +191,7 @@ def test_file_that_is_not_safetensors(hub5: Path) -> None:
             r"architecture 'nature_con' is unknown \(closest: 'nature_conv'\); architectures: ",
         ),
         ({"architecture": "nature_cnn"}, "does not fit architecture 'nature_cnn': .*linear.0"),
-        ({"image_size": (20, 20)}, r"image_size \[20, 20\] in its card is too small for arch"),
+        ({"image_size": (20, 20)}, r"image_size \[20, 20\] in its card does not fit arch"),
         ({"features_dim": 65}, r"features_dim is 65 in its card, but the architecture gives \(64,"),
     ],
 )

@@ -7,19 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from small_hubs import nature_spec, write_hub
+from small_hubs import Outcome, add_golden, call_hubs, nature_spec, write_hub
 from torch import Tensor, nn
 
-from hubrl import cli
 from hubrl.architectures import ARCHITECTURES, Architecture
-from hubrl.encoders import build_encoder, file_sha256, golden_features
-from hubrl.hubs import command
+from hubrl.encoders import file_sha256
 from hubrl.specs import BUILT_IN_HUBS, load_hub, save_hub
 
 CHECKS = [
@@ -35,43 +33,13 @@ CHECKS = [
 ]
 
 
-class Outcome(NamedTuple):
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def failed(self) -> list[str]:
-        """Encoder and check of each line that says FAILED."""
-        lines = [line.split() for line in self.out.splitlines()]
-        return [f"{words[1]} {words[2]}" for words in lines if words[0] == "FAILED"]
-
-
 Hubs = Callable[..., Outcome]
 
 
 @pytest.fixture
-def hubs(capsys: pytest.CaptureFixture[str]) -> Hubs:
+def hubs() -> Hubs:
     """The command as a user calls it, to its exit."""
-
-    def call(*args: object) -> Outcome:
-        with pytest.raises(SystemExit) as end:
-            cli.run(command, "hubrl hubs", [str(arg) for arg in args])
-        return Outcome(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
-
-
-def add_golden(folder: Path) -> None:
-    """Write the golden features of a hub's encoders into its cards."""
-    hub = load_hub(folder)
-    encoders = tuple(
-        dataclasses.replace(spec, golden=golden_features(build_encoder(hub, spec)))
-        for spec in hub.encoders
-    )
-    save_hub(dataclasses.replace(hub, encoders=encoders), folder)
+    return call_hubs
 
 
 def change_card(folder: Path, encoder: str, **changes: Any) -> None:
