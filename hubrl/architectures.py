@@ -129,7 +129,9 @@ def _timm(model: str) -> Architecture:
 
     heads = (config.classifier if config else None) or ()
     names = (heads,) if isinstance(heads, str) else heads
-    return Architecture(build, unused_layers=tuple(f"{name}." for name in names))
+    # Some have more in a head than the classifier, such as a norm; what the trunk keeps it takes.
+    tops = (name.partition(".")[0] for name in names)
+    return Architecture(build, unused_layers=tuple(f"{top}." for top in tops))
 
 
 def _torchvision(model: str) -> Architecture:

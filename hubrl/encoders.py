@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -307,7 +308,11 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
 
 def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: EncoderSpec) -> None:
     own, unused = trunk.state_dict().keys(), find_architecture(spec).unused_layers or ("\0",)
-    used = {key: w for key, w in weights.items() if key in own or not key.startswith(unused)}
+    used = OrderedDict(
+        (key, w) for key, w in weights.items() if key in own or not key.startswith(unused)
+    )
+    # Files don't say it, and MNASNet must know in which version of it its layers are named.
+    used._metadata = {"": {"version": trunk._version}}  # type: ignore[attr-defined]
     try:
         trunk.load_state_dict(used)
     except RuntimeError as error:
