@@ -172,7 +172,7 @@ def add_command(folder: Path, **options: Any) -> None:
     """
     Add an encoder to the hub in FOLDER, which is made if it isn't there.
 
-    Give one source. Of an SB3 zip nothing but tensors is read: no stranger's code runs.
+    Give one source. Of an SB3 zip tensors and plain JSON are read: no stranger's code runs.
     """
     wishes = Wishes(*(options.pop(field) for field in Wishes._fields))
     sources = {name: source for name, source in options.items() if source is not None}

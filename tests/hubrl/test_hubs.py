@@ -359,6 +359,20 @@ def test_unknown_hub(hubs: Hubs, built_in: Path, hub: Path) -> None:
         assert outcome.err.count("\n") == 1
 
 
+def test_a_card_that_would_fill_the_memory(hubs: Hubs, hub: Path, tmp_path: Path) -> None:
+    """Nine times nine times nine ... words by YAML aliases."""
+    lines = ["  x0: &x0 [ha]"]
+    lines += [f"  x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 30)]
+    text = (hub / "hub.yaml").read_text()
+    nested = "\n".join(f"  {line}" for line in ["pretraining:", *lines]) + "\n"
+    (hub / "hub.yaml").write_text(text.replace("  pretraining: {}\n", nested, 1))
+    for arguments in (("show", hub), ("check", hub), ("push", hub, tmp_path / "shared")):
+        outcome = hubs(*arguments)
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert "has the YAML anchor or alias 'x0', allowed: none; write out at" in outcome.err
+    assert len(outcome.err) < 300
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
