@@ -384,15 +384,16 @@ def _check_inner_zip(content: bytes) -> None:
 
 def _of_shared_hub(hub: HubSpec, repository: str, file: str, wishes: Wishes) -> Provided:
     """The encoder with its card."""
-    found = [card for card in hub.encoders if card.weights and file in ("", card.weights)]
-    if len(found) != 1 or found[0].weights is None:
-        files = ", ".join(card.weights for card in hub.encoders if card.weights)
+    cards = [(card, card.weights) for card in hub.encoders if card.weights]
+    found = [(card, weights) for card, weights in cards if file in ("", weights)]
+    if len(found) != 1:
+        files = ", ".join(weights for _, weights in cards)
         raise ValueError(
             f"--from-hf {repository}: which encoder of this hub? Give {repository}/FILE with one "
             f"of its files: {files}"
         )
-    card, *_ = found
-    tensors = read_weights(download(repository, found[0].weights), card)
+    ((card, weights),) = found
+    tensors = read_weights(download(repository, weights), card)
     card = dataclasses.replace(
         card,
         name=_valid_name(wishes.name or card.name),
