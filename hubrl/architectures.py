@@ -117,7 +117,10 @@ def _timm(model: str) -> Architecture:
         ) from None
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}{closest(model, timm.list_models())}")
-    config = timm.get_pretrained_cfg(model)
+    try:
+        config = timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # of a tag that no weights have
+        raise ValueError(f"timm has no weights of model {model!r}: {error}") from None
 
     def build(spec: EncoderSpec) -> nn.Module:
         # Transformers are built for one size.

@@ -121,7 +121,8 @@ def from_timm(model: str, wishes: Wishes) -> Provided:
     """
     _refuse_architecture(wishes, "timm")
     architecture = f"timm:{model.partition('.')[0]}"
-    card = _foreign_card(wishes._replace(architecture=architecture), model, f"timm {model}", {})
+    tagged = wishes._replace(architecture=f"timm:{model}")
+    card = _foreign_card(tagged, model, f"timm {model}", {})
     import timm
 
     known = timm.get_pretrained_cfg(model)
@@ -135,6 +136,7 @@ def from_timm(model: str, wishes: Wishes) -> Provided:
         raise ValueError(_no_download(f"timm model {model!r}", architecture, error)) from None
     card = dataclasses.replace(
         card,
+        architecture=architecture,
         image_size=size,
         mean=tuple(known.mean),
         std=tuple(known.std),

@@ -459,6 +459,10 @@ def test_timm_models_that_cannot_be_had(hugging_face: Service) -> None:
         from_timm("test_vit", MIT)
     with pytest.raises(ValueError, match="timm has no pretrained weights of 'resnet50_mlp'"):
         from_timm("resnet50_mlp", MIT)
+    with pytest.raises(
+        ValueError, match=r"timm has no weights of model 'test_vit\.x': Invalid pre"
+    ):
+        from_timm("test_vit.x", MIT)
     with pytest.raises(ValueError, match=r"timm has no model 'resnet81' \(closest: 'resnet"):
         from_timm("resnet81", MIT)
     with pytest.raises(
