@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import pydantic
-import yaml
 from pydantic import BeforeValidator, Field
 
 from hubrl.extractor import UNFIT_ALGORITHMS
@@ -22,7 +21,7 @@ from hubrl.sections import (
     read_mapping,
     with_overrides,
 )
-from hubrl.specs import closest
+from hubrl.specs import closest, dump_yaml
 
 #: Complete configurations that ship with hubrl, one for each algorithm.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"
@@ -376,7 +375,7 @@ def parse_config(data: Mapping[str, Any]) -> RunConfig:
 
 def dump_config(config: RunConfig) -> str:
     """YAML that ``load_config`` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def _algorithm_sections() -> dict[str, type[Section]]:

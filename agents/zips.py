@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms import ALGORITHMS
 from hubrl.extractor import HubFeaturesExtractor
-from hubrl.providers import policy_tensors, zip_entry
+from hubrl.providers import agent_data, policy_tensors
 
 #: Names of SB3's policies for images, where it is not CnnPolicy.
 POLICIES = {"crossq": "MlpPolicy", "recurrent_ppo": "CnnLstmPolicy"}
@@ -79,9 +78,5 @@ def _extractor_kwargs(file: Path) -> dict[str, Any]:
 
 def _policy_kwargs(file: Path) -> Mapping[str, Any]:
     """What SB3 wrote of them beside their pickle."""
-    content = zip_entry(file, "data")
-    try:
-        kwargs = json.loads(content)["policy_kwargs"]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{file}: its data are not what Stable-Baselines3 writes") from None
+    kwargs = agent_data(file).get("policy_kwargs")
     return kwargs if isinstance(kwargs, dict) else {}

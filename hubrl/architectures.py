@@ -42,25 +42,26 @@ class NatureConv(nn.Module):
 
 class NatureCNN(NatureConv):
     """
-    ``NatureConv`` and the linear layer of 512 that follows it in SB3's ``NatureCNN``.
+    ``NatureConv`` and the linear layer that follows it in SB3's ``NatureCNN``.
 
     :param channels: input channels
     :param image_size: (height, width) of the input, which sets the linear layer's width
+    :param features_dim: D, 512 in SB3 unless told otherwise
     """
 
-    def __init__(self, channels: int, image_size: tuple[int, int]) -> None:
+    def __init__(self, channels: int, image_size: tuple[int, int], features_dim: int) -> None:
         super().__init__(channels)
-        height, width = (_conv_sizes(size) for size in image_size)
-        self.linear = nn.Sequential(nn.Linear(64 * height * width, 512), nn.ReLU())
+        n_inputs = max(1, nature_features(image_size))  # the convolutions refuse tiny images
+        self.linear = nn.Sequential(nn.Linear(n_inputs, features_dim), nn.ReLU())
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Features (B, 512) of preprocessed images."""
+        """Features (B, D) of preprocessed images."""
         features_BD: Tensor = self.linear(self.cnn(images_BCHW))
         return features_BD
 
 
 class Architecture(NamedTuple):
-    """How to build a trunk, and which layers of a weight file it may leave out."""
+    """How to build a trunk, and which layers of a weight file it leaves out if it lacks them."""
 
     build: Callable[[EncoderSpec], nn.Module]
     unused_layers: tuple[str, ...] = ()
@@ -68,7 +69,9 @@ class Architecture(NamedTuple):
 
 #: The trunks of our own that a card may name.
 ARCHITECTURES: dict[str, Architecture] = {
-    "nature_cnn": Architecture(lambda spec: NatureCNN(spec.channels, spec.image_size)),
+    "nature_cnn": Architecture(
+        lambda spec: NatureCNN(spec.channels, spec.image_size, spec.features_dim)
+    ),
     # An agent's linear layer belongs to its own game: this trunk takes the convolutions alone.
     "nature_conv": Architecture(lambda spec: NatureConv(spec.channels), unused_layers=("linear.",)),
     # As wide as two: what comparisons with two activated encoders need.
@@ -98,6 +101,12 @@ def find_architecture(spec: EncoderSpec) -> Architecture:
     )
 
 
+def nature_features(image_size: tuple[int, int]) -> int:
+    """How many features ``NatureConv`` has of an image (height, width); none of a tiny one."""
+    height, width = (max(0, _conv_sizes(size)) for size in image_size)
+    return 64 * height * width
+
+
 def _timm(model: str) -> Architecture:
     """A timm model without its classifier."""
     try:
@@ -108,7 +117,10 @@ def _timm(model: str) -> Architecture:
         ) from None
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}{closest(model, timm.list_models())}")
-    config = timm.get_pretrained_cfg(model)
+    try:
+        config = timm.get_pretrained_cfg(model)
+    except RuntimeError as error:  # of a tag that no weights have
+        raise ValueError(f"timm has no weights of model {model!r}: {error}") from None
 
     def build(spec: EncoderSpec) -> nn.Module:
         # Transformers are built for one size.
@@ -120,11 +132,13 @@ def _timm(model: str) -> Architecture:
 
     heads = (config.classifier if config else None) or ()
     names = (heads,) if isinstance(heads, str) else heads
-    return Architecture(build, unused_layers=tuple(f"{name}." for name in names))
+    # Some have more in a head than the classifier, such as a norm; what the trunk keeps it takes.
+    tops = (name.partition(".")[0] for name in names)
+    return Architecture(build, unused_layers=tuple(f"{top}." for top in tops))
 
 
 def _torchvision(model: str) -> Architecture:
-    """A torchvision classification model without its classifier."""
+    """A torchvision classification model without the last linear layer, which tells its classes."""
     try:
         from torchvision import models
     except ImportError:
@@ -143,19 +157,28 @@ def _torchvision(model: str) -> Architecture:
                 f"encoder {spec.name!r}: channels is {spec.channels}, but torchvision's models "
                 "take 3; correct the card"
             )
-        trunk: nn.Module = models.get_model(model, weights=None)
-        setattr(trunk, _torchvision_head(trunk), nn.Identity())
+        trunk: nn.Module = models.get_model(model, weights=None, **_options(model))
+        linear = [name for name, layer in trunk.named_modules() if isinstance(layer, nn.Linear)]
+        if not linear:
+            raise ValueError(
+                f"encoder {spec.name!r}: architecture {spec.architecture!r} has no linear "
+                "classifier, whose input could be the features; take another model"
+            )
+        trunk.set_submodule(linear[-1], nn.Identity())
         return trunk
 
-    return Architecture(build, unused_layers=tuple(f"{head}." for head in TORCHVISION_HEADS))
+    return Architecture(build, unused_layers=TORCHVISION_UNUSED)
 
 
-#: Where torchvision's models have their classifier.
-TORCHVISION_HEADS = ("fc", "classifier", "heads", "head")
+#: Where torchvision's models have classifiers, auxiliary ones of their training included.
+TORCHVISION_UNUSED = ("fc.", "classifier.", "heads.", "head.", "aux1.", "aux2.", "AuxLogits.")
 
 
-def _torchvision_head(trunk: nn.Module) -> str:
-    return next(name for name in TORCHVISION_HEADS if hasattr(trunk, name))
+def _options(model: str) -> dict[str, bool]:
+    """As the pretrained weights of the two models that turn ImageNet's colours into their own."""
+    if model not in ("googlenet", "inception_v3"):
+        return {}
+    return {"transform_input": True, "aux_logits": False, "init_weights": False}
 
 
 #: Libraries whose models a card may name, as ``LIBRARY:MODEL``.

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import math
+from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.architectures import find_architecture
+from hubrl.architectures import ARCHITECTURES, find_architecture
 from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
@@ -136,19 +138,31 @@ def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -
 
     :param hub: the hub that the spec is of; names the folder of the weight file
     :param spec: the encoder's card
-    :param pretrained: read the weight file; otherwise orthogonal weights, as SB3 gives NatureCNN
+    :param pretrained: read the weight file; otherwise random weights: orthogonal, as SB3 gives
+        NatureCNN, and for models of libraries their own
     :raises ValueError: if the architecture is unknown, or the weight file is missing, truncated,
         has another sha256 or other layers than its card says
     """
-    architecture = find_architecture(spec)
     path = hub.weights_path(spec) if pretrained else None
+    return encoder_of(spec, None if path is None else read_weights(path, spec))
+
+
+def encoder_of(spec: EncoderSpec, weights: Mapping[str, Tensor] | None) -> Encoder:
+    """
+    An encoder of weights that are in memory.
+
+    :param spec: the encoder's card
+    :param weights: float32, named as in the trunk; None for random ones
+    :raises ValueError: if the architecture is unknown, or doesn't fit the weights or the card
+    """
     # A seeded agent must not depend on whether its encoders were built before it: weights from a
     # file draw no random numbers.
-    with torch.random.fork_rng(devices=[], enabled=path is not None):
+    with torch.random.fork_rng(devices=[], enabled=weights is not None):
         trunk, found_shape = _build_trunk(spec)
-        orthogonal_init(trunk)
-    if path is not None:
-        _load_weights(trunk, read_weights(path, spec), spec, architecture.unused_layers)
+        if weights is None and spec.architecture in ARCHITECTURES:
+            orthogonal_init(trunk)
+    if weights is not None:
+        _load_weights(trunk, weights, spec)
     _check_features_dim(spec, found_shape)
     return Encoder(spec, trunk)
 
@@ -292,17 +306,19 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
         )
 
 
-def _load_weights(
-    trunk: nn.Module, weights: dict[str, Tensor], spec: EncoderSpec, unused: tuple[str, ...]
-) -> None:
-    weights = {key: value for key, value in weights.items() if not key.startswith(unused or "\0")}
+def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: EncoderSpec) -> None:
+    own, unused = trunk.state_dict().keys(), find_architecture(spec).unused_layers or ("\0",)
+    used = OrderedDict(
+        (key, w) for key, w in weights.items() if key in own or not key.startswith(unused)
+    )
+    # Files don't say it, and MNASNet must know in which version of it its layers are named.
+    used._metadata = {"": {"version": trunk._version}}  # type: ignore[attr-defined]
     try:
-        trunk.load_state_dict(weights)
+        trunk.load_state_dict(used)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
         raise ValueError(
-            f"encoder {spec.name!r}: {spec.weights} does not fit architecture "
-            f"{spec.architecture!r}: {reason}"
+            f"encoder {spec.name!r}: {spec.weights or 'its weights'} does not fit architecture "
+            f"{spec.architecture!r}: {_reason(error)}"
         ) from None
 
 
@@ -312,12 +328,19 @@ def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
     try:
         trunk = find_architecture(spec).build(spec).eval()
         features = trunk(torch.zeros(1, spec.channels, *spec.image_size))
-    except RuntimeError:  # a convolution without a pixel left
+    # A convolution without a pixel left, or a transformer that was made for another size.
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"encoder {spec.name!r}: image_size {list(spec.image_size)} in its card is too small "
-            f"for architecture {spec.architecture!r}; correct the card"
+            f"encoder {spec.name!r}: image_size {list(spec.image_size)} in its card does not fit "
+            f"architecture {spec.architecture!r} ({_reason(error)}); correct the card"
         ) from None
     return trunk, tuple(features.shape[1:])
+
+
+def _reason(error: Exception) -> str:
+    """As much of it as one reads: large models have hundreds of layers to complain about."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hubrl import cli
 from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
-from hubrl.pretraining.member import add_encoder
+from hubrl.pretraining.member import add_encoder, check_writable
 from hubrl.providers import (
     Provided,
     Wishes,
@@ -34,7 +34,6 @@ N_PROBES = 32
 GOLDEN_TOLERANCE = 1e-3  # of the largest golden number: processors add in another order
 MIN_CHANGE = 0.01  # of the features' length
 MAX_CONSTANT = 0.75  # share of the features; agents of 1 million steps had up to a third
-NO_LICENSE = ("", "none", "unknown", "noassertion")
 LABEL_WIDTH = 16
 FILE = click.Path(path_type=Path)
 #: Options of ``add`` that say where an encoder comes from.
@@ -104,21 +103,23 @@ def check_command(hub: str) -> None:
 
     Weight files are compared with the sha256 of their cards, features of made-up images with the
     golden ones; features must be finite, alive, and change with the image. Exit code 0: all holds,
-    1: a check failed, 2: the hub doesn't load.
+    1: a check failed, 2: an encoder doesn't load.
     """
     with cli.user_errors():
         spec = load_hub(hub)
-    encoders = _load(spec)
     width = max(map(len, spec.encoder_names))
-    n_checks = n_failed = 0
-    for encoder in encoders:
+    n_checks = n_failed = n_loaded = 0
+    for encoder in _load_all(spec):
+        n_loaded += 1
         for check in check_encoder(encoder):
             word = click.style("ok    ") if check.holds else click.style("FAILED", fg="red")
             click.echo(f"{word}  {encoder.spec.name:<{width}}  {check.name:<12}  {check.finding}")
             n_checks += 1
             n_failed += not check.holds
-    click.echo(f"hub {spec.name}: {n_checks} checks, {n_failed or 'none'} failed")
-    sys.exit(1 if n_failed else 0)
+    n_lost = len(spec.encoders) - n_loaded
+    lost = f"; encoders that don't load: {n_lost} of {len(spec.encoders)}" if n_lost else ""
+    click.echo(f"hub {spec.name}: {n_checks} checks, {n_failed or 'none'} failed{lost}")
+    sys.exit(2 if n_lost else 1 if n_failed else 0)
 
 
 @command.command("rank")
@@ -171,7 +172,7 @@ def add_command(folder: Path, **options: Any) -> None:
     """
     Add an encoder to the hub in FOLDER, which is made if it isn't there.
 
-    Give one source. Of an SB3 zip nothing but tensors is read: no stranger's code runs.
+    Give one source. Of an SB3 zip tensors and plain JSON are read: no stranger's code runs.
     """
     wishes = Wishes(*(options.pop(field) for field in Wishes._fields))
     sources = {name: source for name, source in options.items() if source is not None}
@@ -180,6 +181,7 @@ def add_command(folder: Path, **options: Any) -> None:
             given = " and ".join(_option(name) for name in sources) or "no source"
             allowed = ", ".join(map(_option, SOURCES))
             raise ValueError(f"{given} given, allowed: one of {allowed}")
+        check_writable(folder)
         (name, source), *_ = sources.items()
         card, tensors = SOURCES[name](source, wishes)
         require_license(card)
@@ -202,7 +204,11 @@ def push_command(hub: str, place: str) -> None:
 @click.argument("place")
 @click.argument("folder", type=click.Path(path_type=Path))
 def pull_command(place: str, folder: Path) -> None:
-    """Bring the hub in PLACE, as of push, into a new FOLDER; each file's sha256 is compared."""
+    """
+    Bring the hub in PLACE into a new FOLDER; each file's sha256 is compared.
+
+    PLACE is as of push, or the name of a hub that ships with hubrl, which begins one of your own.
+    """
     with cli.user_errors():
         hub = pull(place, folder)
     click.echo(f"{folder}: {', '.join(_summary(hub))}")
@@ -223,8 +229,8 @@ def check_encoder(encoder: Encoder) -> Iterator[Check]:
     n_numbers = sum(parameter.numel() for parameter in encoder.trunk.parameters())
     yield Check("tensors", True, f"fit {spec.architecture}: {n_numbers:,} numbers")
     yield Check("features_dim", True, f"{spec.features_dim}, as the card says")
-    licensed = str(spec.license).strip().lower() not in NO_LICENSE
-    yield Check("license", licensed, f"{spec.license!r}" + ("" if licensed else ", must be stated"))
+    finding = f"{spec.license!r}" + ("" if spec.is_licensed else ", must be stated")
+    yield Check("license", spec.is_licensed, finding)
     # A stack, where only the newest frame counts: another order then shows another frame.
     channels = probe_channels(spec)[1]
     images = probe_images(N_PROBES, channels, spec.image_size)
@@ -241,19 +247,14 @@ def check_encoder(encoder: Encoder) -> Iterator[Check]:
             yield _check_change("order", "of channels reversed", features_BD, reversed_BD)
 
 
-def _load(hub: HubSpec) -> list[Encoder]:
-    """All encoders, or exit 2 with one line for each that doesn't load."""
-    encoders, errors = [], []
+def _load_all(hub: HubSpec) -> Iterator[Encoder]:
+    """The encoders that load, and a line on standard error for each that doesn't."""
     for spec in hub.encoders:
         try:
-            encoders.append(build_encoder(hub, spec))
+            yield build_encoder(hub, spec)
         except (ValueError, OSError) as error:
-            errors.append(f"{click.get_current_context().command_path}: error: {error}")
-    for line in errors:
-        click.echo(line, err=True)
-    if errors:
-        sys.exit(2)
-    return encoders
+            path = click.get_current_context().command_path
+            click.echo(f"{path}: error: {error}", err=True)
 
 
 def _check_weights(spec: EncoderSpec) -> Check:

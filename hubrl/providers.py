@@ -8,6 +8,7 @@ import json
 import math
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hubrl.encoders import with_features_dim
-from hubrl.specs import EncoderSpec
+from hubrl.architectures import find_architecture, nature_features
+from hubrl.encoders import read_weights, with_features_dim
+from hubrl.pretraining.files import with_prefix
+from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INSTALL_SHARE = 'pip install "hubrl[share]"'
 MAX_UNPACKED = 4 * 1024**3  # bytes of the weights in a zip: a stranger's could be a bomb
-FIRST_LAYER = re.compile(r"([\w.]*\.)?\w*features_extractor\.(extractors\.\w+\.)?cnn\.0\.weight")
+#: The first layer of a NatureCNN: its extractor, and the image's key where observations are Dicts.
+FIRST_LAYER = re.compile(r"(.*features_extractor\.)(?:extractors\.([^.]+)\.)?cnn\.0\.weight")
+#: The layers of a NatureCNN, and how many dimensions their weights have.
+NATURE_LAYERS = {"cnn.0": 4, "cnn.2": 4, "cnn.4": 4, "linear.0": 2}
 N_FEATURES = 512  # of SB3's NatureCNN unless told otherwise
 
 
@@ -49,7 +55,7 @@ def require_license(card: EncoderSpec) -> None:
     """
     :raises ValueError: if the card states no licence
     """
-    if not card.license.strip():
+    if not card.is_licensed:
         raise ValueError(
             f"encoder {card.name!r} has no licence: give --license with its SPDX identifier, such "
             "as MIT or Apache-2.0"
@@ -60,25 +66,34 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
     """
     The features extractor of an agent that Stable-Baselines3 saved, if it is its NatureCNN.
 
-    Nothing of the zip is executed: the weights pass torch's reader of tensors alone, and the
-    pickled rest is not read.
+    Of Dict observations it is that of the only image. Nothing of the zip is executed: the weights
+    pass torch's reader of tensors alone, and of the rest plain JSON is read.
 
     :param file: what ``model.save`` wrote
-    :raises ValueError: if it is no such zip, holds anything but tensors, or another architecture
+    :raises ValueError: if it is no such zip, holds anything but tensors, or another architecture,
+        or its images were not normalised as a hub's are
     """
+    if wishes.architecture not in (None, "nature_cnn", "nature_conv"):
+        raise ValueError(
+            f"architecture is {wishes.architecture!r}, allowed of an agent of SB3: nature_cnn, "
+            "nature_conv (its convolutions alone)"
+        )
     tensors = _nature_tensors(policy_tensors(file), file)
-    channels, n_features = tensors["cnn.0.weight"].shape[1], len(tensors["linear.0.weight"])
-    default = "nature_cnn" if n_features == N_FEATURES else "nature_conv"
-    size = wishes.image_size or _pixels(tensors["linear.0.weight"].shape[1], file)
+    data = agent_data(file)
+    _check_normalised(data, file)
+    channels, steps = tensors["cnn.0.weight"].shape[1], data.get("num_timesteps")
     card = _card(
         wishes,
         name=file.stem,
-        architecture=wishes.architecture or default,
+        architecture=wishes.architecture or "nature_cnn",
         channels=channels,
-        image_size=(size, size),
+        image_size=_wished_size(wishes) or _seen_size(tensors, data.get("observation_space"), file),
+        frames="last" if channels == 1 else "stack",  # of a stack of grey frames the newest
         source=f"features extractor of the agent {file.name}",
+        features_dim=len(tensors["linear.0.weight"]),
+        pretraining={"steps": steps} if type(steps) is int else {},
     )
-    return Provided(card, tensors)
+    return Provided(with_features_dim(card), tensors)
 
 
 def from_file(file: Path, wishes: Wishes) -> Provided:
@@ -93,7 +108,8 @@ def from_file(file: Path, wishes: Wishes) -> Provided:
             "timm:resnet18 or torchvision:resnet18"
         )
     tensors = _read_tensors(file)
-    return Provided(_foreign_card(wishes, file.stem, f"weight file {file.name}", tensors), tensors)
+    card = _foreign_card(wishes, file.stem, f"weight file {file.name}", tensors)
+    return Provided(with_features_dim(card), tensors)
 
 
 def from_timm(model: str, wishes: Wishes) -> Provided:
@@ -103,23 +119,28 @@ def from_timm(model: str, wishes: Wishes) -> Provided:
     :param model: a name of ``timm.list_models(pretrained=True)``
     :raises ValueError: if timm is not installed, has no such model, or can't download its weights
     """
-    card = _foreign_card(
-        wishes._replace(architecture=f"timm:{model.partition('.')[0]}"), model, f"timm {model}", {}
-    )
+    _refuse_architecture(wishes, "timm")
+    architecture = f"timm:{model.partition('.')[0]}"
+    tagged = wishes._replace(architecture=f"timm:{model}")
+    card = _foreign_card(tagged, model, f"timm {model}", {})
     import timm
 
+    known = timm.get_pretrained_cfg(model)
+    if known is None or not known.has_weights:
+        raise ValueError(f"timm has no pretrained weights of {model!r}; take another model")
+    size = _wished_size(wishes) or tuple(known.input_size[1:])
+    resized = {"img_size": size} if known.fixed_input_size else {}
     try:
-        trunk = timm.create_model(model, pretrained=True, num_classes=0)
+        trunk = timm.create_model(model, pretrained=True, num_classes=0, **resized)
     except Exception as error:  # timm and its download know many
-        raise ValueError(_no_download(f"timm model {model!r}", card.architecture, error)) from None
-    config = trunk.pretrained_cfg
-    size = wishes.image_size or config["input_size"][-1]
+        raise ValueError(_no_download(f"timm model {model!r}", architecture, error)) from None
     card = dataclasses.replace(
         card,
-        image_size=(size, size),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        license=wishes.license or config.get("license") or "",
+        architecture=architecture,
+        image_size=size,
+        mean=tuple(known.mean),
+        std=tuple(known.std),
+        license=wishes.license or known.license or "",
     )
     return Provided(with_features_dim(card), trunk.state_dict())
 
@@ -131,6 +152,7 @@ def from_torchvision(model: str, wishes: Wishes) -> Provided:
     :param model: a name of ``torchvision.models.list_models()``
     :raises ValueError: if torchvision is not installed, has no such model, or can't download it
     """
+    _refuse_architecture(wishes, "torchvision")
     architecture = f"torchvision:{model}"
     card = _foreign_card(
         wishes._replace(architecture=architecture), model, f"torchvision {model}", {}
@@ -139,44 +161,48 @@ def from_torchvision(model: str, wishes: Wishes) -> Provided:
 
     weights = models.get_model_weights(model).DEFAULT
     try:
-        tensors = weights.get_state_dict(progress=False, check_hash=True)
+        # Not the file as it is: some have names of layers that torchvision translates.
+        trunk = models.get_model(model, weights=weights, progress=False)
     except Exception as error:
         raise ValueError(_no_download(f"torchvision {weights}", architecture, error)) from None
     transform = weights.transforms()
-    size = wishes.image_size or transform.crop_size[0]
     card = dataclasses.replace(
         card,
-        image_size=(size, size),
+        image_size=_wished_size(wishes) or (transform.crop_size[0],) * 2,
         mean=tuple(transform.mean),
         std=tuple(transform.std),
         source=f"torchvision {weights}, {weights.url}",
     )
-    return Provided(with_features_dim(card), dict(tensors))
+    return Provided(with_features_dim(card), trunk.state_dict())
 
 
 def from_hf(address: str, wishes: Wishes) -> Provided:
     """
-    Weights of a Hugging Face repository: safetensors, and what its ``config.json`` says of timm.
+    An encoder of a Hugging Face repository: of a hub that it holds, or of a safetensors file.
 
-    :param address: ``OWNER/NAME`` for its model.safetensors, or ``OWNER/NAME/FILE``
-    :raises ValueError: if huggingface_hub is not installed, or the file can't be had or read
+    :param address: ``OWNER/NAME``, or ``OWNER/NAME/FILE`` for another file than model.safetensors
+        and for one of several encoders of a hub
+    :param wishes: without an architecture the repository's ``hub.yaml`` or timm's ``config.json``
+        tells what the file is
+    :raises ValueError: if huggingface_hub is not installed, the file can't be had or read, or what
+        it is is not clear
     """
     owner, _, rest = address.partition("/")
     name, _, file = rest.partition("/")
     if not owner or not name:
         raise ValueError(f"--from-hf {address}: give OWNER/NAME or OWNER/NAME/FILE.safetensors")
-    repository = f"{owner}/{name}"
-    tensors = _read_tensors(download(repository, file or "model.safetensors"))
-    config: dict[str, Any] = {}
+    repository, config = f"{owner}/{name}", {}
     if wishes.architecture is None:
-        config = json.loads(download(repository, "config.json").read_text())
-        if not isinstance(config, dict) or "architecture" not in config:
-            raise ValueError(
-                f"{repository}/config.json names no timm architecture: give --architecture"
-            )
+        cards = download_if_there(repository, HUB_FILE)
+        if cards is not None:
+            return _of_shared_hub(load_hub(cards), repository, file, wishes)
+        config = _timm_config(repository)
         wishes = wishes._replace(architecture=f"timm:{config['architecture']}")
-    card = _foreign_card(wishes, name, f"Hugging Face {repository}", tensors)
-    return Provided(_with_timm_config(card, config.get("pretrained_cfg", {}), wishes), tensors)
+    tensors = _read_tensors(download(repository, file or "model.safetensors"))
+    named = Path(file).stem if file else name
+    card = _foreign_card(wishes, named, f"https://huggingface.co/{repository}", tensors)
+    card = _with_timm_config(card, config.get("pretrained_cfg", {}), wishes)
+    return Provided(with_features_dim(card), tensors)
 
 
 def policy_tensors(file: Path) -> dict[str, Tensor]:
@@ -187,6 +213,7 @@ def policy_tensors(file: Path) -> dict[str, Tensor]:
     """
     content = zip_entry(file, "policy.pth")
     try:
+        _check_inner_zip(content)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a stranger's pickle makes of torch's restricted reader
         raise ValueError(
@@ -196,6 +223,22 @@ def policy_tensors(file: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file}: policy.pth is no mapping of names to tensors")
     return {str(key): tensor for key, tensor in tensors.items()}
+
+
+def agent_data(file: Path) -> dict[str, Any]:
+    """
+    The plain values of an agent that SB3 saved; what is pickled beside them stays text.
+
+    :raises ValueError: if it is no such zip, or its data are no JSON
+    """
+    content = zip_entry(file, "data")
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file}: its data are not what Stable-Baselines3 writes")
+    return data
 
 
 def zip_entry(file: Path, entry: str) -> bytes:
@@ -210,7 +253,7 @@ def zip_entry(file: Path, entry: str) -> bytes:
             if size > MAX_UNPACKED:
                 raise ValueError(f"{file}: {entry} would unpack to {size:,} bytes, too many")
             return archive.read(entry)
-    except (OSError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{file} is no agent saved by Stable-Baselines3, a zip with {entry} ({_reason(error)})"
         ) from None
@@ -222,8 +265,21 @@ def download(repository: str, file: str) -> Path:
 
     :raises ValueError: if huggingface_hub is not installed or the file can't be had
     """
+    path = download_if_there(repository, file)
+    if path is None:
+        raise ValueError(f"{repository} has no file {file}; look it up on Hugging Face")
+    return path
+
+
+def download_if_there(repository: str, file: str) -> Path | None:
+    """
+    The same, or None where the repository has no such file.
+
+    :raises ValueError: if huggingface_hub is not installed or the repository can't be read
+    """
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     except ImportError:
         raise ValueError(
             f"Hugging Face repositories need huggingface_hub: {INSTALL_SHARE}"
@@ -231,6 +287,8 @@ def download(repository: str, file: str) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # no network, no such repository, no right to read it
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
         raise ValueError(
             f"{repository}/{file} can't be downloaded ({_reason(error)}): check the name and the "
             "network, or get the file otherwise and give --from-file"
@@ -239,37 +297,130 @@ def download(repository: str, file: str) -> Path:
 
 def _nature_tensors(policy: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """Those of the one NatureCNN in a policy; actor, critic and targets have copies."""
-    prefixes = [
-        key.removesuffix("cnn.0.weight")
-        for key in policy
-        if re.fullmatch(
-            r"([\w.]*\.)?\w*features_extractor\.(extractors\.\w+\.)?cnn\.0\.weight", key
-        )
-    ]
-    if not prefixes:
+    found = [match for match in map(FIRST_LAYER.fullmatch, policy) if match]
+    if not found:
         layers = sorted({key.rpartition(".")[0] for key in policy if "features_extractor" in key})
         raise ValueError(
             f"{file}: its features extractor is no NatureCNN of SB3, the only one that is known; "
             f"its layers: {', '.join(layers[:8]) or 'none'}"
         )
-    prefix = min(prefixes, key=lambda prefix: ("target" in prefix, "critic" in prefix, prefix))
-    keys = [f"cnn.{i}.{part}" for i in (0, 2, 4) for part in ("weight", "bias")]
-    keys += ["linear.0.weight", "linear.0.bias"]
-    found = {key: policy[prefix + key] for key in keys if prefix + key in policy}
-    shapes = [tuple(found[key].shape[i] for i in (0, 2)) for key in keys[:6:2] if key in found]
-    if len(found) < len(keys) or shapes != [(32, 8), (64, 4), (64, 3)]:
+    owners = (match[1] for match in found)
+    owner = min(owners, key=lambda name: ("target" in name, "critic" in name, name))
+    images = [match[2] for match in found if match[1] == owner]
+    if len(images) > 1:
         raise ValueError(
-            f"{file}: {prefix}cnn has other layers than SB3's NatureCNN: {', '.join(found)}"
+            f"{file}: its agent sees {len(images)} images ({', '.join(map(str, images))}), but an "
+            "encoder is that of one; take an agent with one image"
         )
-    return {key: tensor.float() for key, tensor in found.items()}
+    prefix = owner if images[0] is None else f"{owner}extractors.{images[0]}."
+    tensors = with_prefix(policy, prefix)
+    _check_nature(tensors, prefix, file)
+    # Copies: what a stranger's file says is several tensors may be one memory.
+    return {key: tensor.float().clone() for key, tensor in tensors.items()}
 
 
-def _pixels(n_features: int, file: Path) -> int:
-    """The smallest square image that gives the convolutions so many features."""
+def _check_nature(tensors: dict[str, Tensor], prefix: str, file: Path) -> None:
+    layers = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
+    names = {f"{layer}.{part}" for layer in NATURE_LAYERS for part in ("weight", "bias")}
+    if tensors.keys() != names:
+        raise ValueError(
+            f"{file}: {prefix}cnn has other layers than SB3's NatureCNN: {', '.join(layers[:8])}"
+        )
+    for key, tensor in tensors.items():
+        layer, _, part = key.rpartition(".")
+        n_dimensions = NATURE_LAYERS[layer] if part == "weight" else 1
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or not tensor.is_floating_point() or tensor.ndim != n_dimensions:
+            raise ValueError(
+                f"{file}: {prefix}{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, which is "
+                "no layer of SB3's NatureCNN"
+            )
+    n_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
+    if n_bytes > MAX_UNPACKED:  # one number may say that it is many
+        raise ValueError(f"{file}: {prefix}cnn would have {n_bytes:,} bytes, too many")
+
+
+def _check_normalised(data: dict[str, Any], file: Path) -> None:
+    policy_kwargs = data.get("policy_kwargs")
+    if isinstance(policy_kwargs, dict) and str(policy_kwargs.get("normalize_images")) == "False":
+        raise ValueError(
+            f"{file} is an agent with normalize_images=False: its encoder wants other pixels than "
+            "the 0..1 that a hub gives; train one without that argument"
+        )
+
+
+def _seen_size(tensors: dict[str, Tensor], space: Any, file: Path) -> tuple[int, int]:
+    """Of the image in the observation space that fits the layers; else the smallest square one."""
+    channels, n_inputs = tensors["cnn.0.weight"].shape[1], tensors["linear.0.weight"].shape[1]
+    # A Box has its shape as a list, a Dict those of its Boxes in a text.
+    shapes = f"{space.get('_shape')} {space.get('spaces')}" if isinstance(space, dict) else ""
+    for found in re.findall(r"[(\[](\d{1,5}), (\d{1,5}), (\d{1,5})[)\]]", shapes):
+        a, b, c = map(int, found)
+        for n_channels, size in ((a, (b, c)), (c, (a, b))):
+            if n_channels == channels and nature_features(size) == n_inputs:
+                return size
+    pixels = _square_pixels(n_inputs)
+    if pixels is None:
+        raise ValueError(
+            f"{file}: its images are not square, and its observation space doesn't tell their size"
+        )
+    return pixels, pixels
+
+
+def _square_pixels(n_features: int) -> int | None:
+    """A side of the smallest square image that gives the convolutions so many features."""
     side = math.isqrt(n_features // 64)
-    if side * side * 64 != n_features:
-        raise ValueError(f"{file}: it has seen images that are not square, which is not known")
+    if side == 0 or side * side * 64 != n_features:
+        return None
     return (((side - 1) + 3 - 1) * 2 + 4 - 1) * 4 + 8
+
+
+def _check_inner_zip(content: bytes) -> None:
+    stream = io.BytesIO(content)
+    if zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as archive:
+            size = sum(info.file_size for info in archive.infolist())
+        if size > MAX_UNPACKED:
+            raise ValueError(f"it would unpack to {size:,} bytes, too many")
+
+
+def _of_shared_hub(hub: HubSpec, repository: str, file: str, wishes: Wishes) -> Provided:
+    """The encoder with its card."""
+    cards = [(card, card.weights) for card in hub.encoders if card.weights]
+    found = [(card, weights) for card, weights in cards if file in ("", weights)]
+    if len(found) != 1:
+        files = ", ".join(weights for _, weights in cards)
+        raise ValueError(
+            f"--from-hf {repository}: which encoder of this hub? Give {repository}/FILE with one "
+            f"of its files: {files}"
+        )
+    ((card, weights),) = found
+    tensors = read_weights(download(repository, weights), card)
+    card = dataclasses.replace(
+        card,
+        name=_valid_name(wishes.name or card.name),
+        license=wishes.license or card.license,
+        image_size=_wished_size(wishes) or card.image_size,
+        weights=None,
+        sha256=None,
+        golden=None,
+    )
+    return Provided(with_features_dim(card), tensors)
+
+
+def _timm_config(repository: str) -> dict[str, Any]:
+    """A timm repository's ``config.json``."""
+    file = download_if_there(repository, "config.json")
+    try:
+        config = None if file is None else json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("architecture"), str):
+        raise ValueError(
+            f"{repository} has no {HUB_FILE} and no config.json that names an architecture of "
+            "timm: give --architecture"
+        )
+    return config
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
@@ -282,42 +433,65 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 def _foreign_card(
     wishes: Wishes, name: str, source: str, tensors: dict[str, Tensor]
 ) -> EncoderSpec:
-    """ImageNet's colours for the libraries' models, grey stacks for our own architectures."""
-    architecture = wishes.architecture
-    assert architecture is not None
-    if ":" in architecture:
-        size = wishes.image_size or 224
-        colours = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "frames": "last", "channels": 3}
+    """
+    ImageNet's colours for the libraries' models, grey stacks for our own architectures.
+
+    :raises ValueError: if there is no such architecture
+    """
+    assert wishes.architecture is not None
+    fields: dict[str, Any] = {"architecture": wishes.architecture, "name": name, "source": source}
+    if ":" in wishes.architecture:
+        fields |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "frames": "last", "channels": 3}
+        card = _card(wishes, image_size=_wished_size(wishes) or (224, 224), **fields)
     else:
-        size = wishes.image_size or 84
-        first = tensors.get("cnn.0.weight", torch.empty(0, 4))
-        colours = {"channels": first.shape[1]}
-    return _card(
-        wishes,
-        name=name,
-        architecture=architecture,
-        image_size=(size, size),
-        source=source,
-        **colours,
-    )
+        first, linear = (tensors.get(f"{layer}.weight") for layer in ("cnn.0", "linear.0"))
+        pixels = _square_pixels(linear.shape[-1]) if linear is not None and linear.ndim else None
+        card = _card(
+            wishes,
+            image_size=_wished_size(wishes) or (pixels or 84,) * 2,
+            channels=first.shape[1] if first is not None and first.ndim == 4 else 4,
+            features_dim=N_FEATURES if linear is None or not linear.ndim else len(linear),
+            **fields,
+        )
+    find_architecture(card)
+    return card
 
 
 def _with_timm_config(card: EncoderSpec, config: Any, wishes: Wishes) -> EncoderSpec:
     """What a timm repository says of input and licence."""
     config = config if isinstance(config, dict) else {}
-    changes: dict[str, Any] = {key: tuple(config[key]) for key in ("mean", "std") if key in config}
-    if "input_size" in config and wishes.image_size is None:
-        changes["image_size"] = tuple(config["input_size"][-2:])
-    changes["license"] = wishes.license or config.get("license") or ""
-    return with_features_dim(dataclasses.replace(card, **changes))
+    try:
+        changes: dict[str, Any] = {
+            key: tuple(config[key]) for key in ("mean", "std") if key in config
+        }
+        if "input_size" in config and wishes.image_size is None:
+            changes["image_size"] = tuple(config["input_size"][-2:])
+        license = wishes.license or config.get("license") or ""
+        return dataclasses.replace(card, **changes, license=license)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{card.source}: its config.json is wrong ({_reason(error)})") from None
 
 
-def _card(wishes: Wishes, *, name: str, source: str, **fields: Any) -> EncoderSpec:
-    name = re.sub(r"[^a-z0-9_-]+", "_", (wishes.name or name).lower()).lstrip("_-") or "encoder"
-    card = EncoderSpec(
-        name=name, features_dim=1, license=wishes.license or "", source=source, **fields
-    )
-    return with_features_dim(card)
+def _card(wishes: Wishes, *, name: str, features_dim: int = 1, **fields: Any) -> EncoderSpec:
+    """A card whose features_dim is still to be found, unless the architecture takes any."""
+    name = _valid_name(wishes.name or name)
+    return EncoderSpec(name=name, features_dim=features_dim, license=wishes.license or "", **fields)
+
+
+def _valid_name(text: str) -> str:
+    return re.sub(r"[^a-z0-9_-]+", "_", text.lower()).lstrip("_-") or "encoder"
+
+
+def _wished_size(wishes: Wishes) -> tuple[int, int] | None:
+    return None if wishes.image_size is None else (wishes.image_size, wishes.image_size)
+
+
+def _refuse_architecture(wishes: Wishes, library: str) -> None:
+    if wishes.architecture is not None:
+        raise ValueError(
+            f"architecture is {wishes.architecture!r}, but a model of {library} is its own; leave "
+            "--architecture out"
+        )
 
 
 def _no_download(what: str, architecture: str, error: Exception) -> str:

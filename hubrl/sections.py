@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import pydantic
-import yaml
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 
-from hubrl.specs import closest
+from hubrl.specs import closest, read_yaml
 
 
 def _number(value: Any) -> Any:
@@ -58,11 +57,7 @@ def read_mapping(file: Path) -> dict[str, Any]:
     """
     :raises ValueError: if the file can't be read as a mapping of keys to values; one line
     """
-    try:
-        data = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"config file {file} is not valid YAML: {reason}") from None
+    data = read_yaml(file, "config file")
     if not isinstance(data, dict):
         raise ValueError(f"config file {file} must be a mapping of keys to values")
     return data

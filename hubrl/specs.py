@@ -19,6 +19,8 @@ FramePolicy = Literal["stack", "last", "each"]
 BUILT_IN_HUBS = Path(__file__).resolve().parents[1] / "configs" / "hubs"
 HUB_FILE = "hub.yaml"
 N_GOLDEN = 8
+NO_LICENSE = ("", "none", "unknown", "noassertion")
+MAX_DEPTH = 32  # of YAML
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +29,8 @@ class EncoderSpec:
     The card of one pretrained encoder: what it is, and what it wants to see.
 
     :param name: unique in its hub; lower case letters, digits, ``_`` and ``-``
-    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``
+    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``, ``timm:MODEL`` or
+        ``torchvision:MODEL``
     :param features_dim: length of the feature vector
     :param image_size: (height, width) in pixels that the encoder was trained on
     :param channels: input channels: grey frames of a stack, or 3 for RGB
@@ -95,6 +98,11 @@ class EncoderSpec:
         if self.golden is not None:
             is_golden = len(self.golden) == N_GOLDEN and all(map(math.isfinite, self.golden))
             self._require(is_golden, "golden", f"{N_GOLDEN} finite numbers")
+
+    @property
+    def is_licensed(self) -> bool:
+        """Whether the card states a license."""
+        return str(self.license).strip().lower() not in NO_LICENSE
 
     def _require(self, holds: bool, field: str, allowed: str) -> None:
         if not holds:
@@ -220,16 +228,71 @@ def save_hub(hub: HubSpec, folder: Path) -> None:
     if hub.always_active:
         data["always_active"] = list(hub.always_active)
     data["encoders"] = cards
-    text = yaml.safe_dump(data, sort_keys=False, width=100, allow_unicode=True)
     temporary = folder / f".{HUB_FILE}.new"
-    temporary.write_text(text)
+    temporary.write_text(dump_yaml(data))
     os.replace(temporary, folder / HUB_FILE)
+
+
+def read_yaml(file: Path, what: str) -> Any:
+    """
+    The plain data of a YAML file that may be a stranger's.
+
+    Anchors and aliases are refused: a few lines of them can stand for more than fits in memory.
+
+    :param what: such a file's name in messages
+    :raises ValueError: if it is no YAML, has an anchor or an alias, or is nested too deeply
+    """
+    try:
+        return yaml.load(file.read_text(), _PlainLoader)
+    except _RefusedError as error:
+        raise ValueError(f"{what} {file}, {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # such as dates of a 13th month
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} {file} is not valid YAML: {reason}") from None
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML of plain data, keys in their order, that ``read_yaml`` takes."""
+    return yaml.dump(data, Dumper=_PlainDumper, sort_keys=False, width=100, allow_unicode=True)
 
 
 def closest(word: str, allowed: Iterable[str]) -> str:
     """``" (closest: 'x')"`` for an error message, or nothing where no allowed word is near."""
     matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
     return f" (closest: {matches[0]!r})" if matches else ""
+
+
+class _RefusedError(Exception):
+    """YAML that is valid, but not taken."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses a document before anything is built of it."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        name = getattr(event, "anchor", None)  # of an alias, too
+        where = f"line {event.start_mark.line + 1}"
+        if name is not None:
+            raise _RefusedError(
+                f"{where}, has the YAML anchor or alias {name!r}, allowed: none; write out at each "
+                "place what it stands for"
+            )
+        if self.depth == MAX_DEPTH:
+            raise _RefusedError(f"{where}, is nested deeper than the {MAX_DEPTH} levels allowed")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes out each value, where PyYAML would name one that it meets again."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 def _card(spec: EncoderSpec) -> dict[str, Any]:
@@ -253,11 +316,7 @@ def _hub_file(hub: str) -> Path | None:
 
 
 def _read_hub(file: Path) -> HubSpec:
-    try:
-        data = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"hub file {file} is not valid YAML: {reason}") from None
+    data = read_yaml(file, "hub file")
     _check_keys(data, HubSpec, f"hub file {file}", without={"folder"})
     cards = data["encoders"]
     if not isinstance(cards, list):

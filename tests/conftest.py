@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hugging_face import Service, serve
 from small_hubs import BatchNormTrunk, nature_spec, write_hub
 
 from hubrl.architectures import ARCHITECTURES, Architecture
@@ -50,3 +52,10 @@ def mixed_hub(tmp_path: Path, batch_norm_architecture: str) -> Path:
     )
     specs = [nature_spec("conv"), nature_spec("cnn", 44, "nature_cnn"), rgb, grey]
     return write_hub(tmp_path / "mixed", specs)
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """A service on this machine, which huggingface_hub takes for Hugging Face."""
+    with serve(monkeypatch, tmp_path / "cache") as service:
+        yield service

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field
 
 from hubrl.sections import (
@@ -20,6 +19,7 @@ from hubrl.sections import (
     read_mapping,
     with_overrides,
 )
+from hubrl.specs import dump_yaml
 
 #: Complete configurations that ship with hubrl, one for each command.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "vision"
@@ -125,4 +125,4 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Visio
 
 def dump_config(config: VisionConfig) -> str:
     """YAML that ``load_config`` reads back to an equal configuration."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hubrl.encoders import build_encoder, file_sha256, golden_features
+from hubrl.encoders import encoder_of, file_sha256, golden_features
 from hubrl.pretraining.files import locked, save_tensors
-from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub, save_hub
+from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, list_hubs, load_hub, save_hub
 
 WORK_FOLDER = ".pretrain"
 SETTINGS_FILE = "settings.json"
@@ -35,7 +35,7 @@ class Member:
         self.out, self.card = out, card
         self.work = out / WORK_FOLDER / card.name
         self._settings = json.dumps(dict(settings), indent=1)
-        _check_writable(out)
+        check_writable(out)
         self._check_settings()
         if self.is_complete() and not self.work.is_dir():
             raise ValueError(f"name {card.name!r} is taken in the hub {out}; give another --name")
@@ -84,9 +84,10 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
     :param card: still without weights and golden features
     :param tensors: those that the card's architecture takes, and the layers that it leaves out
     :raises ValueError: if the folder can't be written to, has an encoder of this name, or the
-        tensors don't fit the architecture; nothing of the encoder is left then
+        tensors don't fit the architecture; nothing is written then
     """
-    _check_writable(out)
+    check_writable(out)
+    golden = golden_features(encoder_of(card, {key: t.float() for key, t in tensors.items()}))
     folder = out / WORK_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / LOCK_FILE):
@@ -98,11 +99,7 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
             )
         file = out / f"{card.name}.safetensors"
         save_tensors(dict(tensors), file)
-        try:
-            card = _with_weights(card, file)
-        except ValueError:
-            file.unlink()
-            raise
+        card = dataclasses.replace(card, weights=file.name, sha256=file_sha256(file), golden=golden)
         if hub is None:
             hub = HubSpec(name=out.resolve().name, encoders=(card,))
         else:
@@ -111,14 +108,15 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
         return file
 
 
-def _with_weights(card: EncoderSpec, file: Path) -> EncoderSpec:
-    """The card with its file's sha256 and the features that it gives."""
-    card = dataclasses.replace(card, weights=file.name, sha256=file_sha256(file))
-    alone = HubSpec(name=card.name, encoders=(card,), folder=file.parent)
-    return dataclasses.replace(card, golden=golden_features(build_encoder(alone, card)))
-
-
-def _check_writable(out: Path) -> None:
+def check_writable(out: Path) -> None:
+    """
+    :raises ValueError: if ``out`` can't be the folder of a hub that one adds to
+    """
+    if str(out) in list_hubs():
+        raise ValueError(
+            f"out {out} is the name of a hub that ships with hubrl, allowed: another folder; "
+            f"hubrl hubs pull {out} my_hub begins one of your own with it"
+        )
     if out.exists() and not out.is_dir():
         raise ValueError(f"out {out} is a file, allowed: a folder, new or of a hub")
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())

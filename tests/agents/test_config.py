@@ -116,7 +116,11 @@ def test_ppo_needs_a_rollout_of_two_steps() -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "is not valid YAML: while parsing"), ("- 1", "must be a mapping of keys to values")],
+    [
+        ("a: [", "is not valid YAML: while parsing"),
+        ("- 1", "must be a mapping of keys to values"),
+        ("a: &x [1]\nb: [*x, *x]", "has the YAML anchor or alias 'x', allowed: none; write out"),
+    ],
 )
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "x.yaml"

@@ -112,3 +112,10 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
     file.write_text("[1]")
     with pytest.raises(ValueError, match=r"s.yaml must be a mapping of keys to values"):
         load_study(file)
+
+
+def test_aliases_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text("overrides: &x {}\nmetric: *x\n")
+    with pytest.raises(ValueError, match=r"s.yaml, line 1, has the YAML anchor or alias 'x'"):
+        load_study(file)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from gymnasium import spaces
 from safetensors.torch import load_file
-from small_hubs import nature_spec, write_hub
+from small_hubs import library_spec, nature_spec, write_hub
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import NatureCNN as SB3NatureCNN
 from torch import nn
@@ -26,7 +26,7 @@ from hubrl.encoders import (
     orthogonal_init,
     probe_images,
 )
-from hubrl.specs import HubSpec, load_hub
+from hubrl.specs import EncoderSpec, HubSpec, load_hub
 
 
 def encoder_of(spec, **changes) -> Encoder:
@@ -34,14 +34,32 @@ def encoder_of(spec, **changes) -> Encoder:
     return build_encoder(HubSpec(name="h", encoders=(spec,)), spec)
 
 
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
-def test_contract_of_every_architecture(architecture: str) -> None:
-    spec = nature_spec("x", architecture=architecture)
+#: Small models of the libraries, of every kind: convolutions and transformers.
+LIBRARY_SPECS = [
+    library_spec("timm:test_resnet", 96),
+    library_spec("timm:test_efficientnet", 256),
+    library_spec("timm:test_vit", 64, size=32),
+    library_spec("torchvision:mobilenet_v3_small", 1024),
+    library_spec("torchvision:shufflenet_v2_x0_5", 1024),
+]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [*(nature_spec("x", architecture=name) for name in sorted(ARCHITECTURES)), *LIBRARY_SPECS],
+    ids=lambda spec: spec.architecture,
+)
+def test_contract_of_every_architecture(spec: EncoderSpec) -> None:
     encoder = encoder_of(spec)
+    for parameter in encoder.parameters():
+        # What some libraries initialise with zeros would let no gradient through.
+        nn.init.normal_(parameter, mean=0.02, std=0.1)
     images = torch.randint(0, 256, (3, 4, 36, 36), dtype=torch.uint8)
     features = encoder(images)
     assert features.shape == (3, spec.features_dim)
     assert torch.isfinite(features).all()
+    low = torch.bfloat16
+    assert torch.equal(encoder.cast(low)(images, low), encoder(images, low))
     features.square().sum().backward()
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
@@ -191,7 +209,7 @@ def test_file_that_is_not_safetensors(hub5: Path) -> None:
             r"architecture 'nature_con' is unknown \(closest: 'nature_conv'\); architectures: ",
         ),
         ({"architecture": "nature_cnn"}, "does not fit architecture 'nature_cnn': .*linear.0"),
-        ({"image_size": (20, 20)}, r"image_size \[20, 20\] in its card is too small for arch"),
+        ({"image_size": (20, 20)}, r"image_size \[20, 20\] in its card does not fit arch"),
         ({"features_dim": 65}, r"features_dim is 65 in its card, but the architecture gives \(64,"),
     ],
 )

@@ -60,6 +60,8 @@ def check_graph(folder: Path) -> None:
         ("ppo", {"env__id": "hubrl/TinyImageContinuous-v0", "hub__freeze": ["a", "c"]}),
         pytest.param("a2c", {"hub__top_k": 3, "hub__always_active": ["b"]}, marks=pytest.mark.slow),
         pytest.param("dqn", {"hub__aggregation": "concat"}, marks=pytest.mark.slow),
+        pytest.param("sac", {"hub__always_active": ["b"]}, marks=pytest.mark.slow),
+        pytest.param("maskable_ppo", {"hub__freeze": "all"}, marks=pytest.mark.slow),
         pytest.param(
             "qrdqn", {"hub__top_k": 5, "hub__generator": "uniform"}, marks=pytest.mark.slow
         ),
@@ -156,11 +158,35 @@ def test_a_student_learns_from_its_teacher(
     check_it_evaluates(student, capsys)
 
 
-def check_it_evaluates(student: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["sac", "maskable_ppo"])
+def test_students_of_other_algorithms(
+    hub5: Path,
+    tmp_path: Path,
+    algorithm: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distillation, "BATCH", 32)
+    monkeypatch.setattr(export, "N_TEST_STEPS", 16)
+    folder = trained(tmp_path, hub5, algorithm)
+    assert run(folder, "--format", "distilled", "-n", 256, "--episodes", 2) == 0
+    student = folder / "export" / "distilled"
+    report = json.loads((student / "report.json").read_text())
+    assert [len(report[name]["returns"]) for name in ("teacher", "student")] == [2, 2]
+    check_it_evaluates(student, capsys, n_steps=256)
+    assert run(student, "--format", "onnx") == 0
+    assert "actions equal the agent's on 1,000 of 1,000" in capsys.readouterr().out
+
+
+def check_it_evaluates(
+    student: Path, capsys: pytest.CaptureFixture[str], n_steps: int = 512
+) -> None:
     with pytest.raises(SystemExit) as exit:
         cli.run(evaluate.command, "hubrl evaluate", [str(student), "--episodes", "2"])
     assert exit.value.code == 0
-    assert "last checkpoint at 512 steps, 2 games: mean return" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"last checkpoint at {n_steps} steps, 2 games: mean return" in output
     assert json.loads((student / "evaluation.json").read_text())["hub"] == "none"
 
 

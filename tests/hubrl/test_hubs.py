@@ -7,19 +7,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from small_hubs import nature_spec, write_hub
+from small_hubs import Outcome, add_golden, call_hubs, nature_spec, write_hub
 from torch import Tensor, nn
 
-from hubrl import cli
 from hubrl.architectures import ARCHITECTURES, Architecture
-from hubrl.encoders import build_encoder, file_sha256, golden_features
-from hubrl.hubs import command
+from hubrl.encoders import file_sha256
 from hubrl.specs import BUILT_IN_HUBS, load_hub, save_hub
 
 CHECKS = [
@@ -35,43 +33,13 @@ CHECKS = [
 ]
 
 
-class Outcome(NamedTuple):
-    """What a command printed, and its exit code."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def failed(self) -> list[str]:
-        """Encoder and check of each line that says FAILED."""
-        lines = [line.split() for line in self.out.splitlines()]
-        return [f"{words[1]} {words[2]}" for words in lines if words[0] == "FAILED"]
-
-
 Hubs = Callable[..., Outcome]
 
 
 @pytest.fixture
-def hubs(capsys: pytest.CaptureFixture[str]) -> Hubs:
+def hubs() -> Hubs:
     """The command as a user calls it, to its exit."""
-
-    def call(*args: object) -> Outcome:
-        with pytest.raises(SystemExit) as end:
-            cli.run(command, "hubrl hubs", [str(arg) for arg in args])
-        return Outcome(int(end.value.code or 0), *capsys.readouterr())
-
-    return call
-
-
-def add_golden(folder: Path) -> None:
-    """Write the golden features of a hub's encoders into its cards."""
-    hub = load_hub(folder)
-    encoders = tuple(
-        dataclasses.replace(spec, golden=golden_features(build_encoder(hub, spec)))
-        for spec in hub.encoders
-    )
-    save_hub(dataclasses.replace(hub, encoders=encoders), folder)
+    return call_hubs
 
 
 def change_card(folder: Path, encoder: str, **changes: Any) -> None:
@@ -391,6 +359,20 @@ def test_unknown_hub(hubs: Hubs, built_in: Path, hub: Path) -> None:
         assert outcome.err.count("\n") == 1
 
 
+def test_a_card_that_would_fill_the_memory(hubs: Hubs, hub: Path, tmp_path: Path) -> None:
+    """Nine times nine times nine ... words by YAML aliases."""
+    lines = ["  x0: &x0 [ha]"]
+    lines += [f"  x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 30)]
+    text = (hub / "hub.yaml").read_text()
+    nested = "\n".join(f"  {line}" for line in ["pretraining:", *lines]) + "\n"
+    (hub / "hub.yaml").write_text(text.replace("  pretraining: {}\n", nested, 1))
+    for arguments in (("show", hub), ("check", hub), ("push", hub, tmp_path / "shared")):
+        outcome = hubs(*arguments)
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert "has the YAML anchor or alias 'x0', allowed: none; write out at" in outcome.err
+    assert len(outcome.err) < 300
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -404,9 +386,13 @@ def test_damaged_weight_file(
 ) -> None:
     damage(hub / "left.safetensors")
     outcome = hubs("check", hub)
-    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.code == 2
     (line,) = outcome.err.splitlines()
     assert re.search(rf"^hubrl hubs check: error: encoder 'left': .*{message}", line)
+    # The other one is checked all the same.
+    *lines, last = outcome.out.splitlines()
+    assert [line.split()[:3] for line in lines] == [["ok", "right", check] for check in CHECKS]
+    assert last == "hub pair: 9 checks, none failed; encoders that don't load: 1 of 2"
 
 
 def test_every_damaged_file_has_its_line(hubs: Hubs, hub: Path) -> None:
@@ -415,6 +401,7 @@ def test_every_damaged_file_has_its_line(hubs: Hubs, hub: Path) -> None:
     outcome = hubs("check", hub)
     left, right = outcome.err.splitlines()
     assert outcome.code == 2
+    assert outcome.out == "hub pair: 0 checks, none failed; encoders that don't load: 2 of 2\n"
     assert left.startswith("hubrl hubs check: error: encoder 'left': its weight file ")
     assert right.startswith("hubrl hubs check: error: encoder 'right': its weight file ")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -11,30 +12,42 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from gymnasium import Env, spaces
+from hugging_face import Service
+from safetensors.torch import load_file, save, save_file
 from sb3_agents import make_agent
+from small_hubs import call_hubs, nature_spec, write_hub
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import NatureCNN
+from torch import Tensor
 
 import hubrl
 from hubrl.encoders import build_encoder
-from hubrl.hubs import check_encoder, command
+from hubrl.hubs import check_encoder
 from hubrl.pretraining.member import add_encoder
-from hubrl.providers import Wishes, from_file, from_sb3
+from hubrl.providers import Wishes, from_file, from_hf, from_sb3, from_timm, from_torchvision
 from hubrl.specs import load_hub
 
 MIT = Wishes(license="MIT")
 
 
-def saved_agent(algorithm: Any, file: Path, size: int = 36, **policy_kwargs: Any) -> Any:
+def saved_agent(
+    algorithm: Any, file: Path, size: tuple[int, int] = (36, 36), **policy_kwargs: Any
+) -> Any:
     discrete = algorithm is not SAC
+    height, width = size
     env = FakeImageEnv(
-        screen_height=size, screen_width=size, n_channels=4, channel_first=True, discrete=discrete
+        screen_height=height,
+        screen_width=width,
+        n_channels=4,
+        channel_first=True,
+        discrete=discrete,
     )
     replay = {} if algorithm is PPO else {"buffer_size": 10}
     model = algorithm("CnnPolicy", env, policy_kwargs=policy_kwargs, **replay)
@@ -50,37 +63,122 @@ def nature_of(model: Any) -> NatureCNN:
     raise AssertionError("no NatureCNN")
 
 
-@pytest.mark.parametrize("algorithm", [PPO, DQN, SAC])
-def test_an_agents_encoder_gives_its_features(algorithm: Any, tmp_path: Path) -> None:
-    model = saved_agent(algorithm, tmp_path / "Agent of Pong.zip")
+@pytest.mark.parametrize(
+    ("algorithm", "size", "policy_kwargs"),
+    [
+        (PPO, (36, 44), {"share_features_extractor": False}),
+        (PPO, (36, 36), {"features_extractor_kwargs": {"features_dim": 64}}),
+        (DQN, (52, 40), {}),
+        (SAC, (36, 36), {}),
+    ],
+)
+def test_an_agents_encoder_gives_its_features(
+    algorithm: Any, size: tuple[int, int], policy_kwargs: dict[str, Any], tmp_path: Path
+) -> None:
+    model = saved_agent(algorithm, tmp_path / "Agent of Pong.zip", size, **policy_kwargs)
     card, tensors = from_sb3(tmp_path / "Agent of Pong.zip", MIT)
-    assert (card.name, card.architecture, card.features_dim) == ("agent_of_pong", "nature_cnn", 512)
-    assert (card.image_size, card.channels) == ((36, 36), 4)
+    assert (card.name, card.architecture) == ("agent_of_pong", "nature_cnn")
+    assert card.features_dim == nature_of(model).features_dim
+    assert (card.image_size, card.channels, card.frames) == (size, 4, "stack")
+    assert card.pretraining == {"steps": 0}
     add_encoder(tmp_path / "hub", card, tensors)
     hub = load_hub(tmp_path / "hub")
     encoder = build_encoder(hub, hub.encoders[0])
-    images = torch.randint(0, 256, (3, 4, 36, 36), dtype=torch.uint8)
+    images = torch.randint(0, 256, (3, 4, *size), dtype=torch.uint8)
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), nature_of(model)(images / 255.0))
     failed = [check.name for check in check_encoder(encoder) if not check.holds]
     assert failed == []
 
 
-def test_convolutions_alone_and_other_widths(tmp_path: Path) -> None:
+def test_the_convolutions_alone(tmp_path: Path) -> None:
     file = tmp_path / "agent.zip"
-    saved_agent(PPO, file, features_extractor_kwargs={"features_dim": 64})
-    assert from_sb3(file, MIT).card.architecture == "nature_conv"
     saved_agent(PPO, file)
-    card, _ = from_sb3(file, MIT._replace(architecture="nature_conv", name="Conv"))
+    card, tensors = from_sb3(file, MIT._replace(architecture="nature_conv", name="Conv"))
     assert (card.name, card.features_dim) == ("conv", 64)
+    add_encoder(tmp_path / "hub", card, tensors)
+    with pytest.raises(ValueError, match="architecture is 'timm:x', allowed of an agent of SB3: n"):
+        from_sb3(file, MIT._replace(architecture="timm:x"))
+
+
+class Robot(Env[Any, Any]):
+    """Images and numbers beside them."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, *images: str) -> None:
+        views = {name: spaces.Box(0, 255, (36, 44, 1), np.uint8) for name in images}
+        self.observation_space = spaces.Dict(
+            {"place": spaces.Box(-1, 1, (2,), np.float32), **views}
+        )
+
+
+def test_the_image_among_several_observations(tmp_path: Path) -> None:
+    model = PPO("MultiInputPolicy", Robot("camera 1"))
+    model.save(tmp_path / "robot.zip")
+    card, tensors = from_sb3(tmp_path / "robot.zip", MIT)
+    assert (card.features_dim, card.image_size) == (256, (36, 44))
+    assert (card.channels, card.frames) == (1, "last")
+    theirs = model.policy.features_extractor.extractors["camera 1"].state_dict()
+    assert tensors.keys() == theirs.keys()
+    assert all(torch.equal(tensors[key], theirs[key]) for key in theirs)
+    PPO("MultiInputPolicy", Robot("left", "right")).save(tmp_path / "robot.zip")
+    with pytest.raises(ValueError, match=r"agent sees 2 images \(left, right\), but an encoder is"):
+        from_sb3(tmp_path / "robot.zip", MIT)
+
+
+def test_other_pixels_than_a_hub_gives(tmp_path: Path) -> None:
+    saved_agent(PPO, tmp_path / "agent.zip", normalize_images=False)
+    with pytest.raises(ValueError, match=r"agent with normalize_images=False: its encoder wants"):
+        from_sb3(tmp_path / "agent.zip", MIT)
+
+
+def nature_tensors(size: int = 3136, prefix: str = "features_extractor.") -> dict[str, Tensor]:
+    shapes = {"cnn.0": (32, 4, 8, 8), "cnn.2": (64, 32, 4, 4), "cnn.4": (64, 64, 3, 3)}
+    shapes["linear.0"] = (512, size)
+    tensors = {f"{prefix}{key}.weight": torch.rand(shape) for key, shape in shapes.items()}
+    return tensors | {f"{prefix}{key}.bias": torch.rand(s[0]) for key, s in shapes.items()}
+
+
+def agent_zip(file: Path, policy: dict[str, Any], data: bytes = b"{}") -> Path:
+    stream = io.BytesIO()
+    torch.save(policy, stream)
+    return zip_of(file, policy_pth=stream.getvalue(), data=data)
 
 
 @pytest.mark.parametrize("size", [36, 40, 84, 100])
-def test_the_image_size_follows_from_the_weights(size: int, tmp_path: Path) -> None:
+def test_an_image_size_that_is_not_told_follows_from_the_weights(size: int, tmp_path: Path) -> None:
     """The smallest that gives as many features."""
-    saved_agent(PPO, tmp_path / "agent.zip", size)
-    found = from_sb3(tmp_path / "agent.zip", MIT).card.image_size[0]
+    file = tmp_path / "agent.zip"
+    model = saved_agent(PPO, file, (size, size))
+    assert from_sb3(file, MIT).card.image_size == (size, size)
+    found = from_sb3(agent_zip(file, model.policy.state_dict()), MIT).card.image_size[0]
     assert found <= size < found + 8
+    wide = agent_zip(file, nature_tensors(64 * 2))
+    with pytest.raises(ValueError, match="its images are not square, and its observation space do"):
+        from_sb3(wide, MIT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cnn.6.weight": torch.ones(1)}, r"other layers than SB3's NatureCNN: cnn.0, .*, cnn.6"),
+        ({"cnn.0.weight": torch.ones(3)}, r"cnn.0.weight is torch.float32 of shape \(3,\), which"),
+        ({"cnn.2.bias": torch.ones(64, dtype=torch.int64)}, r"cnn.2.bias is torch.int64 of shape"),
+        ({"linear.0.weight": torch.ones(1).expand(2**20, 2**20)}, "would have .* bytes, too many"),
+    ],
+)
+def test_layers_of_another_network(change: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    changed = {f"features_extractor.{key}": tensor for key, tensor in change.items()}
+    with pytest.raises(ValueError, match=message):
+        from_sb3(agent_zip(tmp_path / "agent.zip", nature_tensors() | changed), MIT)
+
+
+@pytest.mark.parametrize("data", [b"[]", b"[" * 100_000, b"\xff"])
+def test_data_that_are_not_an_agents(data: bytes, tmp_path: Path) -> None:
+    file = agent_zip(tmp_path / "agent.zip", nature_tensors(), data)
+    with pytest.raises(ValueError, match="its data are not what Stable-Baselines3 writes"):
+        from_sb3(file, MIT)
 
 
 def test_architectures_that_are_not_known(tmp_path: Path, hub5: Path) -> None:
@@ -136,6 +234,11 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     file = zip_of(tmp_path / "bomb.zip", policy_pth=bytes(1001))
     with pytest.raises(ValueError, match=r"would unpack to 1,001 bytes, too many"):
         from_sb3(file, MIT)
+    inner = io.BytesIO()
+    with zipfile.ZipFile(inner, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2000))
+    with pytest.raises(ValueError, match=r"policy.pth .* would unpack to 2,000 bytes, too many"):
+        from_sb3(zip_of(file, policy_pth=inner.getvalue()), MIT)
 
 
 @pytest.fixture
@@ -237,30 +340,208 @@ def test_tensors_that_do_not_fit_leave_nothing(timm_file: Path, tmp_path: Path) 
     del tensors["conv1.0.weight"]
     with pytest.raises(ValueError, match="does not fit architecture 'timm:test_resnet'"):
         add_encoder(tmp_path / "hub", card, tensors)
-    assert not list((tmp_path / "hub").glob("[!.]*"))
+    assert not (tmp_path / "hub").exists()
 
 
-def run(*arguments: str) -> int:
-    result = command.main(list(arguments), standalone_mode=False)
-    return int(result or 0)
+def test_a_transformer_of_another_size(tmp_path: Path) -> None:
+    wishes = Wishes("x", "MIT", "torchvision:vit_b_32", 36)
+    save_file({"x": torch.ones(1)}, tmp_path / "vit.safetensors")
+    with pytest.raises(ValueError, match=r"image_size \[36, 36\] .* not fit architecture .*vit_b"):
+        from_file(tmp_path / "vit.safetensors", wishes)
 
 
-def test_the_command_adds_and_says_what_is_wrong(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_model_without_a_linear_classifier(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "squeeze.safetensors")
+    with pytest.raises(ValueError, match="'torchvision:squeezenet1_1' has no linear classifier"):
+        from_file(
+            tmp_path / "squeeze.safetensors", Wishes(architecture="torchvision:squeezenet1_1")
+        )
+
+
+def test_files_of_our_own_architectures(tmp_path: Path) -> None:
+    file = tmp_path / "net.safetensors"
+    save_file(nature_tensors(64, prefix=""), file)
+    card, tensors = from_file(file, MIT._replace(architecture="nature_cnn"))
+    assert (card.image_size, card.features_dim, card.channels) == ((36, 36), 512, 4)
+    add_encoder(tmp_path / "hub", card, tensors)
+    card, tensors = from_file(file, MIT._replace(architecture="nature_conv", name="conv"))
+    assert (card.image_size, card.features_dim) == ((36, 36), 64)
+    save_file({"x": torch.ones(1), "linear.0.weight": torch.ones(())}, file)
+    card, tensors = from_file(file, MIT._replace(architecture="nature_conv", name="other"))
+    with pytest.raises(ValueError, match="its weights does not fit architecture 'nature_conv'"):
+        add_encoder(tmp_path / "hub", card, tensors)
+    assert load_hub(tmp_path / "hub").encoder_names == ("net",)
+
+
+def timm_repository(config: dict[str, Any] | None = None) -> dict[str, bytes]:
+    """What timm's repositories hold, of random numbers and with the classifier."""
+    torch.manual_seed(0)
+    pretrained = {"mean": [0.5] * 3, "std": [0.25] * 3, "input_size": [3, 48, 48], "license": "mit"}
+    config = config or {"architecture": "test_resnet", "pretrained_cfg": pretrained}
+    weights = save(timm.create_model("test_resnet", pretrained=False).state_dict())
+    return {"model.safetensors": weights, "config.json": json.dumps(config).encode()}
+
+
+def test_a_timm_model_of_a_repository(hugging_face: Service, tmp_path: Path) -> None:
+    hugging_face.repositories["someone/Net.1"] = timm_repository()
+    hub = tmp_path / "hub"
+    outcome = call_hubs("add", hub, "--from-hf", "someone/Net.1")
+    assert outcome.code == 0, outcome.err
+    (card,) = load_hub(hub).encoders
+    assert (card.name, card.architecture, card.license) == ("net_1", "timm:test_resnet", "mit")
+    assert (card.image_size, card.mean, card.std) == ((48, 48), (0.5,) * 3, (0.25,) * 3)
+    assert card.source == "https://huggingface.co/someone/Net.1"
+    own = ("--image-size", 36, "--name", "own", "--architecture", "timm:test_resnet")
+    file = "someone/Net.1/model.safetensors"
+    assert "encoder 'own' has no licence" in call_hubs("add", hub, "--from-hf", file, *own).err
+    assert call_hubs("add", hub, "--from-hf", file, *own, "--license", "MIT").code == 0
+    assert load_hub(hub).encoders[1].image_size == (36, 36)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert"}, "has no hub.yaml and no config.json that names an architecture"),
+        (
+            {"architecture": "test_resnet", "pretrained_cfg": {"mean": 3}},
+            r"https://huggingface.co/a/b: its config.json is wrong \('int' object is not iterable",
+        ),
+        ({"architecture": "resnet1"}, "timm has no model 'resnet1'"),
+    ],
+)
+def test_repositories_of_other_kinds(
+    hugging_face: Service, config: dict[str, Any], message: str
 ) -> None:
+    hugging_face.repositories["a/b"] = timm_repository(config)
+    with pytest.raises(ValueError, match=message):
+        from_hf("a/b", MIT)
+    del hugging_face.repositories["a/b"]["model.safetensors"]
+    with pytest.raises(ValueError, match=r"a/b has no file model\.safetensors; look it"):
+        from_hf("a/b", MIT._replace(architecture="timm:test_resnet"))
+
+
+def test_an_encoder_of_a_shared_hub(hugging_face: Service, tmp_path: Path) -> None:
+    theirs = write_hub(tmp_path / "theirs", [nature_spec("left"), nature_spec("right")])
+    hugging_face.repositories["someone/pair"] = {
+        file.name: file.read_bytes() for file in theirs.iterdir()
+    }
+    with pytest.raises(
+        ValueError, match=r"which encoder of this hub\? Give someone/pair/FILE with"
+    ):
+        from_hf("someone/pair", Wishes())
+    card, tensors = from_hf("someone/pair/right.safetensors", Wishes())
+    add_encoder(tmp_path / "mine", card, tensors)
+    (mine,), right = load_hub(tmp_path / "mine").encoders, load_hub(theirs).encoders[1]
+    assert dataclasses.replace(mine, golden=None, sha256=right.sha256) == right
+    card, _ = from_hf("someone/pair/left.safetensors", Wishes(name="Other", image_size=44))
+    assert (card.name, card.license, card.features_dim) == ("other", "MIT", 256)
+
+
+def test_a_timm_model_with_timms_weights(hugging_face: Service, tmp_path: Path) -> None:
+    """Downloaded by timm itself; a transformer, whose positions timm fits to the size."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", pretrained=False)
+    hugging_face.repositories["timm/test_vit.r160_in1k"] = {
+        "model.safetensors": save(model.state_dict())
+    }
+    outcome = call_hubs("add", tmp_path, "--from-timm", "test_vit.r160_in1k", "--image-size", 32)
+    assert outcome.code == 0, outcome.err
+    (card,) = load_hub(tmp_path).encoders
+    assert (card.name, card.architecture) == ("test_vit_r160_in1k", "timm:test_vit")
+    assert (card.image_size, card.mean, card.license) == ((32, 32), (0.5,) * 3, "apache-2.0")
+    assert "/timm/test_vit.r160_in1k/resolve/" in "".join(hugging_face.requests)
+    full, _ = from_timm("test_vit", Wishes())
+    assert (full.image_size, full.features_dim) == ((160, 160), 64)
+
+
+def test_timm_models_that_cannot_be_had(hugging_face: Service) -> None:
+    with pytest.raises(ValueError, match=r"timm model 'test_vit': its weights can't be downloaded"):
+        from_timm("test_vit", MIT)
+    with pytest.raises(ValueError, match="timm has no pretrained weights of 'resnet50_mlp'"):
+        from_timm("resnet50_mlp", MIT)
+    with pytest.raises(
+        ValueError, match=r"timm has no weights of model 'test_vit\.x': Invalid pre"
+    ):
+        from_timm("test_vit.x", MIT)
+    with pytest.raises(ValueError, match=r"timm has no model 'resnet81' \(closest: 'resnet"):
+        from_timm("resnet81", MIT)
+    with pytest.raises(
+        ValueError, match="architecture is 'nature_cnn', but a model of timm is its"
+    ):
+        from_timm("test_vit", MIT._replace(architecture="nature_cnn"))
+
+
+@pytest.fixture
+def torchvision_service(
+    hugging_face: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Service:
+    """The service that torchvision downloads from, with a file in the place of its only one."""
+    torch.manual_seed(0)
+    stream = io.BytesIO()
+    torch.save(torchvision.models.get_model("shufflenet_v2_x0_5").state_dict(), stream)
+    name = f"net-{hashlib.sha256(stream.getvalue()).hexdigest()[:8]}.pth"
+    hugging_face.repositories["torch/vision"] = {name: stream.getvalue()}
+    download = torch.hub.load_state_dict_from_url
+
+    def local(url: str, **options: Any) -> Any:
+        return download(f"{hugging_face.url}/torch/vision/resolve/main/{name}", **options)
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", local)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    return hugging_face
+
+
+def test_a_torchvision_model_with_its_weights(torchvision_service: Service, tmp_path: Path) -> None:
+    """Downloaded by torchvision itself, which compares the hash in the file's name."""
+    source = ("--from-torchvision", "shufflenet_v2_x0_5")
+    assert "has no licence" in call_hubs("add", tmp_path / "hub", *source).err
+    outcome = call_hubs("add", tmp_path / "hub", *source, "--license", "BSD-3-Clause")
+    assert outcome.code == 0, outcome.err
+    (card,) = load_hub(tmp_path / "hub").encoders
+    assert (card.name, card.features_dim) == ("shufflenet_v2_x0_5", 1024)
+    assert (card.image_size, card.mean) == ((224, 224), (0.485, 0.456, 0.406))
+    assert card.source.startswith("torchvision ShuffleNet_V2_X0_5_Weights.IMAGENET1K_V1, https://")
+    assert sum("/torch/vision/" in request for request in torchvision_service.requests) == 1
+
+
+def test_torchvision_models_that_cannot_be_had(torchvision_service: Service) -> None:
+    files = torchvision_service.repositories["torch/vision"]
+    files |= dict.fromkeys(files, b"other")
+    with pytest.raises(ValueError, match=r"its weights can't be downloaded \(invalid hash value"):
+        from_torchvision("shufflenet_v2_x0_5", MIT)
+    with pytest.raises(ValueError, match=r"torchvision has no classification model 'resnet81'"):
+        from_torchvision("resnet81", MIT)
+    with pytest.raises(ValueError, match="'nature_cnn', but a model of torchvision is its own"):
+        from_torchvision("resnet18", MIT._replace(architecture="nature_cnn"))
+
+
+def test_the_command_adds_and_says_what_is_wrong(tmp_path: Path) -> None:
     saved_agent(PPO, tmp_path / "ppo_pong.zip")
-    source = ("--from-sb3", str(tmp_path / "ppo_pong.zip"))
-    hub = str(tmp_path / "my_hub")
-    with pytest.raises(Exception, match="encoder 'ppo_pong' has no licence: give --license"):
-        run("add", hub, *source)
-    assert not (tmp_path / "my_hub").exists()
-    run("add", hub, *source, "--license", "MIT")
-    assert "encoder ppo_pong, nature_cnn, 4 channels of 36x36 px" in capsys.readouterr().out
-    with pytest.raises(Exception, match="name 'ppo_pong' was taken in the hub"):
-        run("add", hub, *source, "--license", "MIT")
-    with pytest.raises(Exception, match="no source given, allowed: one of --from-sb3, --from-file"):
-        run("add", hub)
-    with pytest.raises(Exception, match="--from-sb3 and --from-timm given, allowed: one of"):
-        run("add", hub, *source, "--from-timm", "resnet18")
-    with pytest.raises(Exception, match="--from-hf only: give OWNER/NAME"):
-        run("add", hub, "--from-hf", "only", "--license", "MIT")
+    source = ("--from-sb3", tmp_path / "ppo_pong.zip")
+    hub = tmp_path / "my_hub"
+    unlicensed = call_hubs("add", hub, *source, "--license", "unknown")
+    assert unlicensed.code == 2
+    assert "encoder 'ppo_pong' has no licence: give --license" in unlicensed.err
+    assert not hub.exists()
+    added = call_hubs("add", hub, *source, "--license", "MIT")
+    assert "encoder ppo_pong, nature_cnn, 4 channels of 36x36 px" in added.out
+    assert call_hubs("check", hub).code == 0
+    for arguments, message in (
+        ((*source, "--license", "MIT"), "name 'ppo_pong' was taken in the hub"),
+        ((), "no source given, allowed: one of --from-sb3, --from-file"),
+        ((*source, "--from-timm", "resnet18"), "--from-sb3 and --from-timm given, allowed: one of"),
+        (("--from-hf", "only", "--license", "MIT"), "--from-hf only: give OWNER/NAME"),
+    ):
+        outcome = call_hubs("add", hub, *arguments)
+        assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+        assert message in outcome.err
+
+
+def test_hubs_that_are_not_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything is downloaded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert "file is a file, allowed: a folder" in call_hubs("add", "file", "--from-timm", "x").err
+    clash = call_hubs("add", "atari5", "--from-timm", "x").err
+    assert "out atari5 is the name of a hub that ships with hubrl, allowed: another folder" in clash
+    assert "hubrl hubs pull atari5 my_hub begins one of your own" in clash

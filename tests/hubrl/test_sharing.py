@@ -1,29 +1,42 @@
-"""Hubs that are pushed and pulled: folders, and a local stand-in of Hugging Face's service."""
+"""Hubs that are pushed and pulled: through folders and through a stand-in of Hugging Face."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import hashlib
-import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
-from small_hubs import nature_spec, write_hub
+from hugging_face import Service
+from small_hubs import add_golden, call_hubs, nature_spec, write_hub
 
 from hubrl.encoders import file_sha256
 from hubrl.sharing import pull, push
 from hubrl.specs import load_hub
 
-ROOT = Path(__file__).resolve().parents[2]
+# huggingface_hub's own, when it uploads
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+FILES = {"hub.yaml", "left.safetensors", "right.safetensors"}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """Folder of a hub of two encoders, with a file beside it that is nobody's business."""
+    folder = write_hub(tmp_path / "pair", [nature_spec("left"), nature_spec("right")])
+    add_golden(folder)
+    (folder / "notes.txt").write_text("private")
+    return folder
+
+
+def names(folder: Path) -> set[str]:
+    return {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+
+def change(hub: Path, **card: object) -> None:
+    """Change keys of the first card."""
+    data = yaml.safe_load((hub / "hub.yaml").read_text())
+    data["encoders"][0].update(card)
+    (hub / "hub.yaml").write_text(yaml.safe_dump(data))
 
 
 def test_a_hub_comes_back_from_a_folder(hub5: Path, tmp_path: Path) -> None:
@@ -41,10 +54,14 @@ def test_a_hub_comes_back_from_a_folder(hub5: Path, tmp_path: Path) -> None:
 
 def test_places_that_exist_are_left_alone(hub5: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(ValueError, match="there exists; give a new folder"):
+    (tmp_path / "there" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="there exists and is not empty; give a new folder"):
         push(load_hub(hub5), str(tmp_path / "there"))
-    with pytest.raises(ValueError, match="there exists; give a new folder"):
+    with pytest.raises(ValueError, match="there exists and is not empty; give a new folder"):
         pull(str(hub5), tmp_path / "there")
+    (tmp_path / "there" / "mine.txt").unlink()
+    assert pull(str(hub5), tmp_path / "there").encoder_names == load_hub(hub5).encoder_names
+    assert not (tmp_path / "there" / "hub").exists()
 
 
 def test_a_file_that_is_another_one_is_not_taken(hub5: Path, tmp_path: Path) -> None:
@@ -70,131 +87,109 @@ def test_a_card_cannot_reach_outside_its_hub(weights: str, hub5: Path, tmp_path:
     assert not (tmp_path / "deep").exists()
 
 
-class Service(BaseHTTPRequestHandler):
-    """The few requests of Hugging Face's service that push and pull make; one repository."""
-
-    files: dict[str, bytes]
-    requests: list[str]
-
-    def do_HEAD(self) -> None:
-        self._file(with_body=False)
-
-    def do_GET(self) -> None:
-        if "/resolve/" in self.path:
-            self._file(with_body=True)
-        else:
-            self._json({"id": "me/hub", "sha": "1" * 40, "siblings": [], "private": False})
-
-    def do_POST(self) -> None:
-        self.requests.append(self.path)
-        body = self._body()
-        if self.path.endswith("/repos/create"):
-            self._json({"url": "http://127.0.0.1/me/hub", "name": "me/hub", "id": "me/hub"})
-        elif "/preupload/" in self.path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            self._json({"files": files})
-        elif "/commit/" in self.path:
-            for line in body.splitlines():
-                entry = json.loads(line)
-                if entry["key"] == "file":
-                    value = entry["value"]
-                    self.files[value["path"]] = base64.b64decode(value["content"])
-            self._json({"commitUrl": "http://127.0.0.1/me/hub/commit/1", "commitOid": "1" * 40})
-        else:
-            self._json({})
-
-    def _body(self) -> bytes:
-        if "Content-Length" in self.headers:
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        chunks = []
-        while size := int(self.rfile.readline(), 16):
-            chunks.append(self.rfile.read(size))
-            self.rfile.readline()
-        return b"".join(chunks)
-
-    def _file(self, with_body: bool) -> None:
-        content = self.files.get(self.path.rpartition("/")[2])
-        if content is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("X-Repo-Commit", "1" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.end_headers()
-        if with_body:
-            self.wfile.write(content)
-
-    def _json(self, data: Any) -> None:
-        content = json.dumps(data).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args: Any) -> None:
-        pass
+def test_a_hub_that_ships_begins_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = call_hubs("pull", "atari5", "mine")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("mine: atari5, 5 encoders, ")
+    assert load_hub(tmp_path / "mine").encoders == load_hub("atari5").encoders
+    clash = call_hubs("pull", "atari5", "atari5")
+    assert clash.code == 2
+    assert "out atari5 is the name of a hub that ships with hubrl, allowed: another" in clash.err
+    assert names(tmp_path) == {f"mine/{file}" for file in names(tmp_path / "mine")}
 
 
-@contextlib.contextmanager
-def service() -> Iterator[tuple[str, type[Service]]]:
-    """Its address on this machine, and what it holds."""
-
-    class Own(Service):
-        files: dict[str, bytes] = {}  # noqa: RUF012
-        requests: list[str] = []  # noqa: RUF012
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Own)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}", Own
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "atari6",
+            r"place 'atari6' is unknown \(closest: 'atari5'\), allowed: OWNER/NAME of a Hug",
+        ),
+        ("a/b/c", "place 'a/b/c' is unknown, allowed: OWNER/NAME"),
+    ],
+)
+def test_places_that_are_none(place: str, message: str, hub5: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        pull(place, tmp_path / "mine")
+    with pytest.raises(ValueError, match=message):
+        push(load_hub(hub5), place)
 
 
-def hubs(address: str, home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """huggingface_hub reads its endpoint once, when it is imported: so, a process of its own."""
-    own = {
-        "HF_ENDPOINT": address,
-        "HF_HOME": str(home),
-        "HF_TOKEN": "hf_none",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "hubrl.hubs", *arguments],
-        cwd=ROOT,
-        env=os.environ | own,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_a_card_without_a_license_is_not_pushed(pair: Path, tmp_path: Path) -> None:
+    change(pair, license="unknown")
+    with pytest.raises(ValueError, match="encoder 'left': license is 'unknown', allowed in a hub"):
+        push(load_hub(pair), str(tmp_path / "shared"))
+    assert not (tmp_path / "shared").exists()
 
 
-def test_a_hub_comes_back_from_a_service(tmp_path: Path) -> None:
-    folder = write_hub(tmp_path / "hub", [nature_spec("a"), nature_spec("b")])
-    with service() as (address, held):
-        pushed = hubs(address, tmp_path / "home", "push", str(folder), "me/hub")
-        assert pushed.returncode == 0, pushed.stderr
-        assert set(held.files) == {"hub.yaml", "a.safetensors", "b.safetensors"}
-        assert held.files["a.safetensors"] == (folder / "a.safetensors").read_bytes()
-        mine = tmp_path / "mine"
-        pulled = hubs(address, tmp_path / "home", "pull", "me/hub", str(mine))
-        assert pulled.returncode == 0, pulled.stderr
-        assert load_hub(mine).encoders == load_hub(folder).encoders
-        missing = hubs(address, tmp_path / "home", "pull", "me/nothing/", str(tmp_path / "no"))
-        assert missing.returncode == 2
-        assert "Traceback" not in missing.stderr
-        assert not (tmp_path / "no").exists()
+def test_files_of_other_kinds_are_not_shared(pair: Path, tmp_path: Path) -> None:
+    (pair / "left.safetensors").rename(pair / ".bashrc")
+    change(pair, weights=".bashrc")
+    with pytest.raises(ValueError, match=r"weights is '.bashrc', allowed in a hub that is shared"):
+        pull(str(pair), tmp_path / "mine")
+    with pytest.raises(ValueError, match=r"weights is '.bashrc', allowed in a hub that is shared"):
+        push(load_hub(pair), str(tmp_path / "shared"))
+
+
+def test_a_hub_comes_back_from_the_service(
+    hugging_face: Service, pair: Path, tmp_path: Path
+) -> None:
+    pushed = call_hubs("push", pair, "someone/pair")
+    assert pushed.code == 0, pushed.err
+    held = hugging_face.repositories["someone/pair"]
+    assert set(held) == FILES
+    assert held["left.safetensors"] == (pair / "left.safetensors").read_bytes()
+    # The service adds files of its own; they stay there.
+    held |= {".gitattributes": b"", "evil.py": b"1 / 0"}
+    pulled = call_hubs("pull", "someone/pair", tmp_path / "mine")
+    assert pulled.code == 0, pulled.err
+    assert names(tmp_path / "mine") == FILES
+    assert load_hub(tmp_path / "mine").encoders == load_hub(pair).encoders
+    assert call_hubs("check", tmp_path / "mine").code == 0
+    assert not [request for request in hugging_face.requests if "evil" in request]
+
+
+def test_a_repository_that_is_not_there(hugging_face: Service, tmp_path: Path) -> None:
+    outcome = call_hubs("pull", "someone/nothing", tmp_path / "mine")
+    assert outcome.code == 2
+    assert "someone/nothing/hub.yaml can't be downloaded (" in outcome.err
+    assert outcome.err.count("\n") == 1
+    hugging_face.repositories["someone/empty"] = {}
+    outcome = call_hubs("pull", "someone/empty", tmp_path / "mine")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "someone/empty has no file hub.yaml; look it up on Hugging Face" in outcome.err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_service_that_refuses(
+    hugging_face: Service, pair: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    outcome = call_hubs("push", pair, "someone/pair")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "someone/pair can't be written to (" in outcome.err
+    assert "that you are logged in (hf auth login)" in outcome.err
+
+
+def test_without_a_network(
+    hugging_face: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    outcome = call_hubs("pull", "someone/pair", tmp_path / "mine")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "check the name and the network" in outcome.err
+    assert hugging_face.requests == []
+
+
+def test_a_repository_whose_file_was_replaced(
+    hugging_face: Service, pair: Path, tmp_path: Path
+) -> None:
+    call_hubs("push", pair, "someone/pair")
+    files = hugging_face.repositories["someone/pair"]
+    files["right.safetensors"] = files["left.safetensors"]
+    outcome = call_hubs("pull", "someone/pair", tmp_path / "mine")
+    assert outcome.code == 2
+    assert "encoder 'right'" in outcome.err
+    assert "its card says" in outcome.err
+    assert not (tmp_path / "mine").exists()

@@ -179,6 +179,42 @@ def test_hub_file_that_is_no_yaml(hub5: Path) -> None:
     (hub5 / "hub.yaml").write_text("name: [")
     with pytest.raises(ValueError, match=r"hub\.yaml is not valid YAML"):
         load_hub(hub5)
+    (hub5 / "hub.yaml").write_text("name: 2026-13-01")
+    with pytest.raises(ValueError, match=r"hub\.yaml is not valid YAML: month must be in 1\.\.12"):
+        load_hub(hub5)
+
+
+def laughs(n_lines: int) -> str:
+    """Nine times nine times nine ... words by aliases of aliases."""
+    lines = ["pretraining:", "  x0: &x0 [ha]"]
+    lines += [f"  x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, n_lines)]
+    return "\n".join(f"  {line}" for line in lines) + "\n"
+
+
+def test_aliases_are_refused(hub5: Path) -> None:
+    file = hub5 / "hub.yaml"
+    text = file.read_text().replace("  pretraining: {}\n", laughs(40), 1)
+    file.write_text(text)
+    line = 1 + text.splitlines().index("    x0: &x0 [ha]")
+    with pytest.raises(ValueError, match=rf"hub\.yaml, line {line}, has the YAML anchor.* 'x0', a"):
+        load_hub(hub5)
+    file.write_text("name: *x\n")
+    with pytest.raises(ValueError, match="line 1, has the YAML anchor or alias 'x', allowed: none"):
+        load_hub(hub5)
+
+
+def test_deep_nests_are_refused(hub5: Path) -> None:
+    (hub5 / "hub.yaml").write_text("name: " + "[" * 100_000)
+    with pytest.raises(ValueError, match="line 1, is nested deeper than the 32 levels allowed"):
+        load_hub(hub5)
+
+
+def test_what_a_card_says_twice_is_written_twice(hub5: Path) -> None:
+    """PyYAML would write an alias."""
+    twice = ["ALE/Pong-v5"]
+    cards = [dataclasses.replace(nature_spec("x"), pretraining={"games": twice, "played": twice})]
+    save_hub(HubSpec(name="x", encoders=tuple(cards)), hub5)
+    assert load_hub(hub5).encoders[0].pretraining == cards[0].pretraining
 
 
 def test_an_empty_value_is_one_that_is_not_given(hub5: Path) -> None:
