@@ -142,6 +142,7 @@ def _build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
         precision=config.hub.precision,
     )
     device = check_device(config.train.device)
+    torch.manual_seed(config.train.seed)
     return build_method(config.method, hub, task, settings).to(device)
 
 

@@ -26,6 +26,14 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def share_weights(module: nn.Module) -> None:
+    """All processes begin with the weights and buffers of the first."""
+    if n_processes() > 1:
+        for tensor in module.state_dict().values():
+            if isinstance(tensor, Tensor):
+                distributed.broadcast(tensor, 0)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     Mean of the gradients over all processes.

@@ -65,6 +65,7 @@ class Trainer:
 
     def __init__(self, method: Method, data: Data, config: VisionConfig, folder: Path) -> None:
         self._method, self._data, self._config, self._folder = method, data, config, folder
+        distributed.share_weights(method)
         self._device = next(method.parameters()).device
         self._last, self._best = (folder / "checkpoints" / name for name in ("last", "best"))
         self._position = Position()
