@@ -254,9 +254,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/hubrl").expanduser().absolute()
 
 
-def fetched_folder(name: str) -> Path:
-    """The folder of a fetched hub; the one named timm has all models of timm."""
-    return cache_folder() / "hubs" / name
+def fetched_folder(hub: str) -> Path:
+    """The folder of a fetched hub, or of a model of timm (``timm:NAME``)."""
+    return cache_folder() / "hubs" / hub.replace(":", "/")
+
+
+def timm_models(hub: str) -> list[str]:
+    """
+    The models that ``timm:NAME,NAME`` names.
+
+    :raises ValueError: if a name is empty or can't be one
+    """
+    models = hub.removeprefix(TIMM_PREFIX).split(",")
+    if not all(re.fullmatch(r"\w[\w.-]*", model) for model in models):
+        raise ValueError(f"hub {hub!r} must be timm:NAME or timm:NAME,NAME, without spaces")
+    return models
 
 
 def save_hub(hub: HubSpec, folder: Path) -> None:
@@ -397,13 +409,14 @@ def _as_recipe(spec: EncoderSpec, recipe: EncoderSpec) -> EncoderSpec:
 
 def _load_timm(hub: str) -> HubSpec:
     """The fetched cards of models of timm, in the order of their names."""
-    file = fetched_folder("timm") / HUB_FILE
-    cards = {card.provider: card for card in _read_hub(file).encoders} if file.is_file() else {}
-    providers = [TIMM_PREFIX + model for model in hub.removeprefix(TIMM_PREFIX).split(",")]
-    if not all(provider in cards for provider in providers):
-        raise _not_fetched(hub)
-    encoders = tuple(cards[provider] for provider in providers)
-    return HubSpec(name=hub, encoders=encoders, description="From timm.", folder=file.parent)
+    folder, encoders = cache_folder() / "hubs" / "timm", []
+    for model in timm_models(hub):
+        file = folder / model / HUB_FILE
+        if not file.is_file():
+            raise _not_fetched(hub)
+        (card,) = _read_hub(file).encoders
+        encoders.append(dataclasses.replace(card, weights=f"{model}/{card.weights}"))
+    return HubSpec(name=hub, encoders=tuple(encoders), description="From timm.", folder=folder)
 
 
 def _not_fetched(hub: str) -> ValueError:

@@ -177,7 +177,7 @@ def _by_name(spec: EncoderSpec, tensors: dict[str, Tensor]) -> dict[str, Tensor]
                 f"encoder {spec.name!r}: {spec.architecture} needs a tensor {name} {shape}, the "
                 f"file has {found}: it is another net"
             )
-    return {name: tensors[name].float().contiguous() for name in shapes}
+    return {name: tensors[name].float().contiguous().clone() for name in shapes}
 
 
 def _trunk_shapes(spec: EncoderSpec) -> dict[str, tuple[int, ...]]:
