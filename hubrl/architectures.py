@@ -197,7 +197,7 @@ def _resnet50_thin(spec: EncoderSpec) -> nn.Module:
     """ResNet-50 of half the width as Caffe has it: strides and pooling lie elsewhere."""
     from timm.models.resnet import Bottleneck, ResNet
 
-    trunk: nn.Module = ResNet(
+    trunk: Any = ResNet(
         Bottleneck,
         (3, 4, 6, 3),
         channels=(32, 64, 128, 256),
@@ -206,9 +206,9 @@ def _resnet50_thin(spec: EncoderSpec) -> nn.Module:
     )
     trunk.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
     for stage in (trunk.layer2, trunk.layer3, trunk.layer4):
-        first = stage[0]  # type: ignore[index]
-        first.conv1.stride, first.conv2.stride = (2, 2), (1, 1)
-    return trunk
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    net: nn.Module = trunk
+    return net
 
 
 #: Nets of packages that no library has in just this form.
@@ -275,7 +275,7 @@ def _import_timm(architecture: str) -> Any:
         import timm
     except ImportError:
         raise ValueError(
-            f"architecture {architecture!r} needs timm: pip install \"hubrl[vision]\""
+            f'architecture {architecture!r} needs timm: pip install "hubrl[vision]"'
         ) from None
     return timm
 

@@ -33,8 +33,8 @@ class EncoderSpec:
     The card of one pretrained encoder: what it is, and what it wants to see.
 
     :param name: unique in its hub; lower case letters, digits, ``_`` and ``-``
-    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``, ``timm:MODEL`` or
-        ``torchvision:MODEL``
+    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``, ``timm:MODEL``,
+        ``torchvision:MODEL`` or ``packaged:MODEL``
     :param features_dim: length of the feature vector
     :param image_size: (height, width) in pixels that the encoder was trained on
     :param channels: input channels: grey frames of a stack, or 3 for RGB
@@ -403,8 +403,12 @@ def _fetched(recipe: HubSpec, weights: bool) -> HubSpec:
 
 def _as_recipe(spec: EncoderSpec, recipe: EncoderSpec) -> EncoderSpec:
     """The card without what only fetching tells."""
-    unknown = {field: None for field in ("sha256", "golden") if getattr(recipe, field) is None}
-    return dataclasses.replace(spec, weights=None, **unknown)
+    return dataclasses.replace(
+        spec,
+        weights=None,
+        sha256=recipe.sha256 and spec.sha256,
+        golden=recipe.golden and spec.golden,
+    )
 
 
 def _load_timm(hub: str) -> HubSpec:

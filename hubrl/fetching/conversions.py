@@ -1,4 +1,4 @@
-"""Weight files of others as the tensors that our architectures name; nothing in them is executed."""
+"""Weight files of others, as tensors that our architectures name; nothing in them is executed."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ class _Graph:
                 self._readers.setdefault(name, node)
 
     def affine(self, conv: Any) -> tuple[Tensor, list[Tensor]]:
-        """A convolution's weight, and what is done to its output: + bias, - mean, * scale, + shift."""
+        """A convolution's weight, and what follows it: + bias, - mean, * scale, + shift."""
         found: list[Tensor] = []
         name = conv.output[0]
         while len(found) < 4 and name in self._readers:

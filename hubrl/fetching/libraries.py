@@ -88,12 +88,6 @@ def timm_card(model: str) -> EncoderSpec:
     :raises ValueError: if timm is not installed, or has no such model, weights for it or a licence
     """
     config = _timm_config(model)
-    license = str(config.license or "")
-    if license in ("", "unknown", "other"):
-        raise ValueError(
-            f"timm states no licence for {model!r}: find it, and make a hub of your own with "
-            f"`python -m hubrl.hubs add FOLDER --from-timm {model} --license ID`"
-        )
     spec = EncoderSpec(
         name=re.sub(r"[^a-z0-9_-]+", "_", model.lower()),
         architecture=f"timm:{model.partition('.')[0]}",
@@ -103,10 +97,15 @@ def timm_card(model: str) -> EncoderSpec:
         mean=tuple(config.mean),
         std=tuple(config.std),
         frames="last",
-        license=SPDX.get(license, license),
+        license=SPDX.get(config.license, config.license or ""),
         source=f"timm {model}, https://huggingface.co/{config.hf_hub_id}",
         provider=TIMM_PREFIX + model,
     )
+    if not spec.is_licensed:
+        raise ValueError(
+            f"timm states no licence for {model!r}: find it, and make a hub of your own with "
+            f"`python -m hubrl.hubs add FOLDER --from-timm {model} --license ID`"
+        )
     with torch.device("meta"):  # shapes alone
         return with_features_dim(spec)
 
@@ -151,9 +150,7 @@ def _timm_config(model: str) -> Any:
     try:
         import timm
     except ImportError:
-        raise ValueError(
-            f"hub 'timm:{model}' needs timm: {conversions.INSTALL_VISION}"
-        ) from None
+        raise ValueError(f"hub 'timm:{model}' needs timm: {conversions.INSTALL_VISION}") from None
     names = timm.list_models(pretrained=True)
     short = [name.partition(".")[0] for name in names]
     if model not in names and model not in short:

@@ -66,8 +66,15 @@ def load_cards(hub: str | Path | HubSpec) -> HubSpec:
     :raises ValueError: if there is no such hub, or a card is wrong
     """
     if not isinstance(hub, HubSpec) and str(hub).startswith(TIMM_PREFIX):
-        return HubSpec(name=str(hub), encoders=tuple(map(libraries.timm_card, timm_models(str(hub)))))
+        return HubSpec(
+            name=str(hub), encoders=tuple(map(libraries.timm_card, timm_models(str(hub))))
+        )
     return load_hub(hub, weights=False)
+
+
+def fetch_line(spec: EncoderSpec) -> str:
+    """What a ``Report`` may print of a card: name, licence and provider."""
+    return f"{spec.name} ({spec.license}) from {str(spec.provider).partition('#')[0]}"
 
 
 def _fetch_timm(hub: str, report: Report) -> HubSpec:
@@ -91,14 +98,24 @@ def _fetch(recipe: HubSpec, hub: str, report: Report) -> None:
             return
         new = Path(parent, folder.name)
         new.mkdir()
-        encoders = []
-        for spec in recipe.encoders:
-            report(spec)
-            encoders.append(_fetch_encoder(spec, new))
-        save_hub(dataclasses.replace(recipe, encoders=tuple(encoders)), new)
+        save_hub(dataclasses.replace(recipe, encoders=_fetch_encoders(recipe, new, report)), new)
         if folder.exists():
             shutil.rmtree(folder)
         os.rename(new, folder)
+
+
+def _fetch_encoders(recipe: HubSpec, folder: Path, report: Report) -> tuple[EncoderSpec, ...]:
+    """All, or one error that tells of each that can't be had."""
+    encoders, errors = [], []
+    for spec in recipe.encoders:
+        report(spec)
+        try:
+            encoders.append(_fetch_encoder(spec, folder))
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(errors))
+    return tuple(encoders)
 
 
 def _fetch_encoder(spec: EncoderSpec, folder: Path) -> EncoderSpec:
