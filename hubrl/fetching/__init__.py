@@ -1,0 +1,1 @@
+"""What ``hubrl hubs fetch`` is made of: recipes, wheels, libraries' weights, conversions."""
