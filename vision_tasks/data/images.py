@@ -29,7 +29,7 @@ class ImageData(NamedTuple):
 
 
 class LandmarkData(NamedTuple):
-    """A landmark task's images; items are (uint8 (3, H, W), float32 (P, 2) of the image's sides)."""
+    """A landmark task's images; items are (uint8 (3, H, W), float32 (P, 2) in 0..1)."""
 
     train: Dataset[Any]
     validation: Dataset[Any]
