@@ -16,6 +16,7 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from hubrl import cli
+from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CsvTable, note_command
 from hubrl.specs import load_hub
 from hubrl.state_folder import read_state
@@ -44,7 +45,6 @@ from hubrl.exporting.graph import (  # noqa: E402
 from hubrl.exporting.outputs import check_policy  # noqa: E402
 from hubrl.exporting.play import Games, Images, half_random  # noqa: E402
 from hubrl.pretraining.figures import draw_losses  # noqa: E402
-from hubrl.studies.figures import import_matplotlib  # noqa: E402
 from hubrl.train import image_format, make_env  # noqa: E402
 
 N_ENVS = 8

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hubrl import cli
+from hubrl.plots import import_matplotlib
 from hubrl.pretraining import trainer
 from hubrl.pretraining.files import with_prefix
 from hubrl.pretraining.frames import Player, Policy
@@ -46,7 +47,6 @@ from agents.runs import (  # noqa: E402
 from envs.atari import AtariVecEnv, rom_name  # noqa: E402
 from hubrl import train  # noqa: E402
 from hubrl.pretraining.figures import draw_losses, draw_returns  # noqa: E402
-from hubrl.studies.figures import import_matplotlib  # noqa: E402
 
 OBJECTIVES = (*PRETEXTS, "ppo")
 STATE_FILE = "state.safetensors"

@@ -12,6 +12,7 @@ from pathlib import Path
 import click
 
 from hubrl import cli
+from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.sections import read_mapping
 from hubrl.signals import StopSignal
@@ -30,7 +31,7 @@ from hubrl.studies.engines import (  # noqa: E402
     run_local,
     run_ray,
 )
-from hubrl.studies.figures import draw, import_matplotlib  # noqa: E402
+from hubrl.studies.figures import draw  # noqa: E402
 from hubrl.studies.report import write_report  # noqa: E402
 from hubrl.studies.results import collect  # noqa: E402
 from hubrl.train import make_env  # noqa: E402

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hubrl.studies.figures import COLOURS, DPI
+from hubrl.plots import COLOURS, DPI
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.study_config import StudyConfig
+from hubrl.plots import COLOURS, DPI
 from hubrl.studies import statistics
 from hubrl.studies.results import ALL, Axis, Row, Table, in_units
 
@@ -18,25 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with all kinds of colour vision; black is the control's.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 DASHES = ("-", "--", ":", "-.")
 CONTROL_COLOUR = "#000000"
 N_COLUMNS = 3
-DPI = 130
 #: For curves: a bootstrap of every point.
 N_RESAMPLES = 2000
 INTERVALS = "bars: 95 % bootstrap intervals\nhollow, no bar: 1 seed"
-
-
-def import_matplotlib() -> None:
-    """
-    :raises ValueError: if it is not installed
-    """
-    try:
-        importlib.import_module("matplotlib")
-    except ModuleNotFoundError:
-        raise ValueError("figures need matplotlib: pip install 'hubrl[plot]'") from None
 
 
 def draw(study: StudyConfig, tables: Mapping[Axis, Table], folder: Path) -> None:

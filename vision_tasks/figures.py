@@ -1,0 +1,143 @@
+"""Figures of image tasks: scores, training curves, the exploration coefficient, routing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hubrl.plots import COLOURS, DPI
+from vision_tasks.metrics import mean_interval
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vision_tasks.report import Row
+
+# Shape letters: C classes, E encoders.
+
+#: Classes of a routing figure: more would be too small to read.
+MAX_CLASSES = 40
+
+
+def draw_scores(rows: Sequence[Row], file: Path) -> None:
+    """Test score of each method with its interval: a panel for each data set."""
+    names = list(dict.fromkeys(row.data for row in rows))
+    figure, panels = _panels(len(names), height=1.0 + 0.3 * max(_counts(rows, names)))
+    for panel, name in zip(panels, names, strict=True):
+        of_data = [row for row in rows if row.data == name][::-1]
+        y = np.arange(len(of_data))
+        means = np.array([row.test.mean for row in of_data])
+        bars = [
+            [r.test.mean - r.test.low for r in of_data],
+            [r.test.high - r.test.mean for r in of_data],
+        ]
+        panel.errorbar(means, y, xerr=np.array(bars), fmt="o", color=COLOURS[0], capsize=3)
+        panel.set_yticks(y, [f"{row.method} ({len(row.seeds)})" for row in of_data])
+        panel.set(xlabel=f"test {of_data[0].metric}", title=name)
+        panel.grid(axis="x", alpha=0.3)
+    figure.text(0.01, 0.01, "in brackets: seeds; bars: 95 % intervals over them", fontsize=7)
+    _save(figure, file)
+
+
+def draw_curves(
+    curves: Mapping[str, Mapping[str, Sequence[Sequence[tuple[int, float]]]]], file: Path
+) -> None:
+    """
+    Validation score of each method while it is trained: mean over seeds, band from least to most.
+
+    :param curves: by data set and method, for each seed (step, score)
+    """
+    figure, panels = _panels(len(curves), height=4.0)
+    for panel, (data, methods) in zip(panels, curves.items(), strict=True):
+        for i, (method, seeds) in enumerate(methods.items()):
+            n = min(len(seed) for seed in seeds)
+            steps = [step for step, _ in seeds[0][:n]]
+            scores = np.array([[score for _, score in seed[:n]] for seed in seeds])
+            colour = COLOURS[i % len(COLOURS)]
+            panel.plot(steps, scores.mean(axis=0), "o-", ms=3, color=colour, label=method)
+            panel.fill_between(
+                steps, scores.min(axis=0), scores.max(axis=0), color=colour, alpha=0.15, lw=0
+            )
+        panel.set(xlabel="steps", ylabel="validation score", title=data)
+        panel.legend(fontsize=7)
+        panel.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def draw_exploration(scores: Mapping[str, Mapping[float, Sequence[float]]], file: Path) -> None:
+    """
+    Test score over the weight of the exploration loss; no figure without several weights.
+
+    :param scores: by data set and coefficient, for each seed
+    """
+    if not scores:
+        return
+    figure, panels = _panels(len(scores), height=3.5)
+    for panel, (data, by_coef) in zip(panels, scores.items(), strict=True):
+        coefs = sorted(by_coef)
+        bands = [mean_interval(by_coef[coef]) for coef in coefs]
+        means = np.array([band.mean for band in bands])
+        bars = np.array([[b.mean - b.low for b in bands], [b.high - b.mean for b in bands]])
+        panel.errorbar(coefs, means, yerr=bars, fmt="o-", color=COLOURS[0], capsize=3)
+        panel.set(xlabel="exploration coefficient", ylabel="test score", title=data)
+        panel.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def draw_routing(
+    usage_CE: NDArray[np.float64],
+    classes: Sequence[str],
+    encoders: Sequence[str],
+    examples: Sequence[NDArray[np.uint8]],
+    file: Path,
+) -> None:
+    """
+    Which encoders the images of each class activate, with an example image beside each.
+
+    :param usage_CE: share of a class' images that activate an encoder; its rows sum to top_k
+    :param classes: names
+    :param encoders: names
+    :param examples: an image (H, W, 3) of each class
+    """
+    n = min(len(classes), MAX_CLASSES)
+    figure = _figure(3.0 + 0.9 * len(encoders), 1.5 + 0.32 * n)
+    panel = figure.add_axes((0.42, 0.12, 0.5, 0.83))
+    image = panel.imshow(usage_CE[:n], aspect="auto", cmap="viridis", vmin=0, vmax=1)
+    panel.set_xticks(range(len(encoders)), encoders, rotation=30, ha="right", fontsize=8)
+    panel.set_yticks(range(n), classes[:n], fontsize=8)
+    panel.tick_params(axis="y", pad=22)
+    bar = figure.colorbar(image, ax=panel, fraction=0.05, pad=0.02)
+    bar.set_label("share of the class' images", fontsize=8)
+    for i in range(n):
+        small = panel.inset_axes((-0.075, 1 - (i + 0.95) / n, 0.06, 0.9 / n))
+        small.imshow(examples[i])
+        small.axis("off")
+    figure.savefig(file, dpi=DPI, metadata={"Software": None}, bbox_inches="tight")
+
+
+def _counts(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
+    return [sum(row.data == name for row in rows) for name in names]
+
+
+def _panels(n: int, height: float) -> tuple[Figure, list[Any]]:
+    figure = _figure(6.4 * n, height)
+    return figure, list(np.atleast_1d(np.array(figure.subplots(1, n))))
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+    figure = MatplotlibFigure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, file: Path) -> None:
+    figure.tight_layout()
+    # No software version inside: the same numbers give the same file.
+    figure.savefig(file, dpi=DPI, metadata={"Software": None})

@@ -1,0 +1,100 @@
+"""A run's data and method, built from its configuration, and with the weights that it learned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from hubrl.run_folder import CONFIG_FILE
+from hubrl.specs import HubSpec
+from hubrl.state_folder import load_parts
+from vision_tasks.config import VisionConfig, load_config
+from vision_tasks.data import (
+    ImageData,
+    LandmarkData,
+    load_classification,
+    load_landmarks,
+)
+from vision_tasks.hubs import load_vision_hub
+from vision_tasks.methods import Method, Settings, build_method
+from vision_tasks.tasks import Classification, Landmarks, Task
+
+Data = ImageData | LandmarkData
+
+
+class LoadedRun(NamedTuple):
+    """A finished run, ready to be asked."""
+
+    config: VisionConfig
+    data: Data
+    method: Method
+
+
+def open_run(folder: Path) -> VisionConfig:
+    """
+    The configuration of a run.
+
+    :raises ValueError: if the folder is not that of a run
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
+    return load_config(folder / CONFIG_FILE)
+
+
+def load_run(folder: Path) -> LoadedRun:
+    """
+    A run with its last weights, on the CPU.
+
+    :raises ValueError: if it is none, or its data, its hub or its checkpoint are missing
+    """
+    config = open_run(folder)
+    data, task = load_data(config)
+    hub = load_vision_hub(config.hub.name, config.data.image_size)
+    method = build(config, hub, task)
+    load_parts({"method": method}, folder / "checkpoints" / "last")
+    return LoadedRun(config, data, method)
+
+
+def load_data(config: VisionConfig) -> tuple[Data, Task]:
+    """
+    The images of a run, and what is learned from them.
+
+    :raises ValueError: if the data are unknown, missing or damaged, or if the configuration moves
+        images, but not their landmarks
+    """
+    data = config.data
+    root = Path(data.root) if data.root else None
+    rest = (root, data.image_size, data.limit, config.train.seed)
+    if config.task == "classification":
+        images = load_classification(data.name, *rest)
+        return images, Classification(images.n_outputs)
+    if data.flip or data.shift:
+        raise ValueError(
+            "data.flip and data.shift would leave the landmarks where they were: set them to "
+            "false and 0"
+        )
+    faces = load_landmarks(data.name, *rest)
+    return faces, Landmarks(faces.n_outputs // 2, faces.eyes)
+
+
+def build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
+    """
+    The untrained method of a run.
+
+    :param hub: the encoders' cards, at the size that the images have
+    :raises ValueError: if method and hub don't fit
+    """
+    settings = Settings(
+        seed=config.train.seed,
+        image_size=config.data.image_size,
+        top_k=config.hub.top_k,
+        generator=config.hub.generator,
+        exploration_coef=config.hub.exploration_coef,
+        exploitation_coef=config.hub.exploitation_coef,
+        pretrained=not config.hub.random_init,
+        precision=config.hub.precision,
+    )
+    torch.manual_seed(config.train.seed)
+    return build_method(config.method, hub, task, settings)
