@@ -121,11 +121,127 @@ class UniformGenerator(nn.Module):
         return torch.zeros(images_BCHW.shape[0], self.n_encoders, device=images_BCHW.device)
 
 
+class ResNet10Generator(nn.Module):
+    """
+    The paper's: a ResNet-10 for the scores and a second one for the noise, always in float32.
+
+    That of the noise runs where there is noise, in training, and costs nothing otherwise. Sizes
+    follow from the parameters and FLOPs in the supplement of Hub-Pathway (arXiv 2206.03726).
+    ``BatchNorm`` is plain, which is ours, as the paper's is not known: in training an image's
+    scores depend on its batch. So it is for image tasks; ``HubFeaturesExtractor`` refuses it, since
+    an agent must find its rollout's routing again in its update.
+
+    :param channels: input channels
+    :param image_size: (height, width) in pixels, at least 33 each: the last stage of smaller ones
+        has a single pixel, of which a batch of one image has no variance
+    :param n_encoders: number of scores, E
+    :raises ValueError: if the images are smaller
+    """
+
+    MIN_SIZE = 33
+
+    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
+        super().__init__()
+        if min(image_size) < self.MIN_SIZE:
+            raise ValueError(
+                f"generator is 'resnet10', but the images have {image_size[0]}x{image_size[1]} px, "
+                f"allowed: at least {self.MIN_SIZE}x{self.MIN_SIZE}; take generator 'small'"
+            )
+        self.scores = ResNet10(channels, n_encoders)
+        self.noise_scale = ResNet10(channels, n_encoders)
+
+    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
+        """
+        Scores (B, E): ``g(x) + noise * softplus(n(x))``.
+
+        :param images_BCHW: uint8 in 0..255 or float in 0..1
+        :param noise_BE: standard normal numbers; None for ``g(x)`` alone
+        """
+        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
+        with torch.autocast(images_BCHW.device.type, enabled=False):
+            images_BCHW = images_BCHW.float() / scale
+            scores_BE: Tensor = self.scores(images_BCHW)
+            if noise_BE is not None:
+                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(images_BCHW))
+        return scores_BE
+
+
+class ResNet10(nn.Module):
+    """
+    ResNet-18 (He et al. 2016, arXiv 1512.03385) with one block in each stage instead of two.
+
+    :param channels: input channels
+    :param n_outputs: of the linear layer at its end
+    """
+
+    def __init__(self, channels: int, n_outputs: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 64, kernel_size=7, stride=2, padding=3, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+        )
+        self.stages = nn.Sequential(
+            ResidualBlock(64, 64, stride=1),
+            ResidualBlock(64, 128, stride=2),
+            ResidualBlock(128, 256, stride=2),
+            ResidualBlock(256, 512, stride=2),
+        )
+        self.linear = nn.Linear(512, n_outputs)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Outputs (B, O)."""
+        features_BD = self.stages(self.stem(images_BCHW)).mean(dim=(2, 3))
+        outputs_BO: Tensor = self.linear(features_BD)
+        return outputs_BO
+
+
+class ResidualBlock(nn.Module):
+    """
+    Two convolutions and a way around them.
+
+    :param channels: input channels
+    :param width: output channels
+    :param stride: of the first convolution
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(channels, width, kernel_size=3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels, width, kernel_size=1, stride=stride, bias=False),
+                nn.BatchNorm2d(width),
+            )
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """(B, width, H / stride, W / stride)."""
+        maps_BCHW = self.convolutions(maps_BCHW) + self.shortcut(maps_BCHW)
+        return maps_BCHW.relu_()
+
+
+GeneratorClass = type[PathwayGenerator] | type[ResNet10Generator] | type[UniformGenerator]
+
 #: Where the scores come from.
-GENERATORS: dict[str, type[PathwayGenerator] | type[UniformGenerator]] = {
+GENERATORS: dict[str, GeneratorClass] = {
     "small": PathwayGenerator,
+    "resnet10": ResNet10Generator,
     "uniform": UniformGenerator,
 }
+
+#: With these an image's scores depend on its batch.
+BATCH_GENERATORS = frozenset({"resnet10"})
 
 
 class RunningMean(nn.Module):

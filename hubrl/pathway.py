@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hubrl.aggregation import Part, build_aggregator
 from hubrl.encoders import Casts, Encoder, build_encoder
-from hubrl.generators import GENERATORS, PathwayGenerator, UniformGenerator
+from hubrl.generators import GENERATORS, GeneratorClass
 from hubrl.losses import pathway_exploration_loss
 from hubrl.precision import check_precision, resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec, closest, load_hub
@@ -189,9 +189,10 @@ class HubPathway(nn.Module):
         first = self.hub.encoders[0]
         channels, *image_size = image_shape or (first.channels, *first.image_size)
         self.always_active = always_active_names(always_active, self.top_k, self.hub)
-        is_always_E = torch.tensor([name in self.always_active for name in self.hub.encoder_names])
-        self.register_buffer("_is_always_E", is_always_E, persistent=False)
-        self.register_buffer("_choices_M", (~is_always_E).nonzero().flatten(), persistent=False)
+        is_always = [name in self.always_active for name in self.hub.encoder_names]
+        choices = [i for i, is_fixed in enumerate(is_always) if not is_fixed]
+        self.register_buffer("_is_always_E", torch.tensor(is_always), persistent=False)
+        self.register_buffer("_choices_M", torch.tensor(choices), persistent=False)
         self.generator = _generator_class(generator, self.hub, len(self._choices_M), self.top_k)(
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
@@ -408,9 +409,7 @@ def _check_top_k(top_k: int, hub: HubSpec) -> int:
     return top_k
 
 
-def _generator_class(
-    name: str, hub: HubSpec, n_choices: int, top_k: int
-) -> type[PathwayGenerator] | type[UniformGenerator]:
+def _generator_class(name: str, hub: HubSpec, n_choices: int, top_k: int) -> GeneratorClass:
     if name not in GENERATORS:
         raise ValueError(
             f"generator is {name!r}{closest(name, GENERATORS)}, allowed: {', '.join(GENERATORS)}"

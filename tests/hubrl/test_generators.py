@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from torchvision.models.resnet import BasicBlock, ResNet
 
-from hubrl.generators import PathwayGenerator, RunningMean
+from hubrl.generators import PathwayGenerator, ResNet10, ResNet10Generator, RunningMean
 
 
 def images_of(n_rows: int, seed: int = 0) -> torch.Tensor:
@@ -118,3 +119,56 @@ def test_running_mean_forgets_beyond_its_horizon() -> None:
         mean.train().observe(torch.full((n_rows, 1), value).repeat_interleave(8, dim=0))
         mean.eval()
     assert mean.running_mean.item() == 0.5  # 4,096 of 8,192 rows, not of 20,480
+
+
+def test_resnet10_is_torchvisions_with_one_block_a_stage() -> None:
+    torch.manual_seed(0)
+    ours, theirs = ResNet10(3, 5), ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+    sizes = [tuple(tensor.shape) for tensor in ours.state_dict().values()]
+    assert sizes == [tuple(tensor.shape) for tensor in theirs.state_dict().values()]
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.rand(2, 3, 64, 64)
+    for mode in (True, False):  # with the batch's statistics, and with those of training
+        expected = theirs.train(mode)(images)
+        torch.testing.assert_close(ours.train(mode)(images), expected, rtol=1e-4, atol=1e-5)
+    # by hand: stem, stages, linear layer
+    stages = 73_984 + 230_144 + 919_040 + 3_673_088
+    assert sum(weight.numel() for weight in ours.parameters()) == 9_536 + stages + 2_565
+
+
+def test_resnet10_generator_adds_noise_of_a_second_network() -> None:
+    torch.manual_seed(0)
+    generator = ResNet10Generator(3, (40, 40), 5).eval()
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    scores = generator(images, None)
+    assert torch.equal(generator(images / 255.0, None), scores)
+    noise = torch.randn(4, 5)
+    scale = torch.nn.functional.softplus(generator.noise_scale(images / 255.0))
+    torch.testing.assert_close(generator(images, noise), scores + noise * scale)
+
+
+def test_resnet10_generator_runs_its_noise_network_for_noise_alone() -> None:
+    generator = ResNet10Generator(3, (40, 40), 5)
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    generator(images, None).sum().backward()
+    assert all(weight.grad is None for weight in generator.noise_scale.parameters())
+    assert generator.noise_scale.stem[1].num_batches_tracked == 0
+    generator(images, torch.randn(4, 5)).sum().backward()
+    assert all(weight.grad is not None for weight in generator.noise_scale.parameters())
+
+
+def test_resnet10_generator_depends_on_the_batch_in_training_alone() -> None:
+    torch.manual_seed(0)
+    generator = ResNet10Generator(3, (40, 40), 5)
+    images = torch.randint(0, 256, (4, 3, 40, 40), dtype=torch.uint8)
+    assert (generator(images, None)[:2] - generator(images[:2], None)).abs().max() > 1e-2
+    generator.eval()
+    torch.testing.assert_close(generator(images, None)[:2], generator(images[:2], None))
+
+
+def test_resnet10_generator_refuses_small_images() -> None:
+    message = "generator is 'resnet10', but the images have 28x36 px, allowed: at least 33x33"
+    with pytest.raises(ValueError, match=message):
+        ResNet10Generator(1, (28, 36), 5)
+    one_image = torch.zeros(1, 1, 33, 33)
+    assert ResNet10Generator(1, (33, 33), 5)(one_image, torch.zeros(1, 5)).shape == (1, 5)

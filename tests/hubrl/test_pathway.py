@@ -142,7 +142,10 @@ def test_uniform_weights(hub: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"generator": "unifrom"}, r"'unifrom' \(closest: 'uniform'\), allowed: small, uniform"),
+        (
+            {"generator": "unifrom"},
+            r"'unifrom' \(closest: 'uniform'\), allowed: small, resnet10",
+        ),
         ({"generator": "uniform"}, "top_k must be 5 and always_active empty"),
         ({"generator": "uniform", "top_k": 5, "always_active": "a"}, "always_active empty"),
     ],
