@@ -227,8 +227,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, maps_BCHW: Tensor) -> Tensor:
         """(B, width, H / stride, W / stride)."""
-        maps_BCHW = self.convolutions(maps_BCHW) + self.shortcut(maps_BCHW)
-        return maps_BCHW.relu_()
+        sums_BCHW: Tensor = self.convolutions(maps_BCHW)
+        sums_BCHW += self.shortcut(maps_BCHW)
+        return sums_BCHW.relu_()
 
 
 GeneratorClass = type[PathwayGenerator] | type[ResNet10Generator] | type[UniformGenerator]
