@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from hubrl import cli
-from hubrl.precision import fast_dtype
 
 cli.refuse_foreign_modules("agents", "envs")
 
+from hubrl.benches.machine import machine  # noqa: E402
 from hubrl.benches.measuring import Result  # noqa: E402
 from hubrl.benches.networks import measure_cache, measure_dispatch, measure_generator  # noqa: E402
 from hubrl.benches.processes import measure_load, measure_memory  # noqa: E402
@@ -61,23 +58,6 @@ def command(name: str, file: Path | None) -> None:
     _print(results)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    model = [
-        line.split(":")[1].strip()
-        for line in _lines(Path("/proc/cpuinfo"))
-        if line.startswith("model name")
-    ]
-    return {
-        "cpu": model[0] if model else platform.processor(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "torch_threads": torch.get_num_threads(),
-        "precision": str(fast_dtype("cpu")).removeprefix("torch."),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-
-
 #: In the order of the table.
 BENCHES = (
     Bench(
@@ -105,10 +85,6 @@ def _choose(name: str) -> list[Bench]:
 
 def _matches(result: str, name: str) -> bool:
     return name in ("all", result, result.split(".")[0])
-
-
-def _lines(file: Path) -> list[str]:
-    return file.read_text().splitlines() if file.exists() else []
 
 
 def _print(results: list[Result]) -> None:

@@ -18,6 +18,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
 from hubrl.encoders import Casts, check_image_shape
+from hubrl.generators import BATCH_GENERATORS, GENERATORS
 from hubrl.losses import attach_loss
 from hubrl.pathway import HubPathway, PathwayOutput
 from hubrl.replay import FeatureCache, RoutingReplay
@@ -91,6 +92,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     ) -> None:
         super().__init__(observation_space, features_dim)
         _refuse_unfit_algorithm()
+        _refuse_batch_generator(generator)
         hub = load_hub(hub)
         _check_space(observation_space, hub)
         channels, height, width = observation_space.shape
@@ -275,6 +277,15 @@ def _refuse_unfit_algorithm() -> None:
                     raise ValueError(f"{name.upper()} can't train a hub: {UNFIT_ALGORITHMS[name]}")
             return
         frame = frame.f_back
+
+
+def _refuse_batch_generator(name: str) -> None:
+    if name in BATCH_GENERATORS:
+        raise ValueError(
+            f"generator is {name!r}, which is for image tasks: by its BatchNorm an observation's "
+            "routing depends on its batch, and an update would not find the rollout's again; "
+            f"allowed: {', '.join(key for key in GENERATORS if key not in BATCH_GENERATORS)}"
+        )
 
 
 def _schedule(coef: Schedule) -> tuple[float, float]:

@@ -1,8 +1,7 @@
-"""Hub-Pathway's core: pathway generator, top-k activation, dispatch, aggregation (torch only)."""
+"""Hub-Pathway's core: top-k activation, dispatch, weights (torch only)."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -10,10 +9,10 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from hubrl.aggregation import Part, build_aggregator
-from hubrl.encoders import Casts, Encoder, build_encoder, orthogonal_init
+from hubrl.encoders import Casts, Encoder, build_encoder
+from hubrl.generators import GENERATORS, GeneratorClass
 from hubrl.losses import pathway_exploration_loss
 from hubrl.precision import check_precision, resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec, closest, load_hub
@@ -49,174 +48,6 @@ class PathwayOutput(NamedTuple):
     """Softmax of the scores over the encoders to choose from, (B, E): 0 for always active ones."""
     exploration_loss: Tensor
     """Unweighted pathway exploration loss of the batch, scalar; see ``hubrl.losses``."""
-
-
-class PathwayGenerator(nn.Module):
-    """
-    A small network from images to the scores of the encoders, always in float32.
-
-    Its first layer projects patches that leave out no pixel, since a ball may be 2x2; of 14 pixels,
-    for which the gradient is three times as fast as for 4 or 12 on a CPU.
-    A game's images have nearly all pixels in common, so it looks at what differs from the mean
-    image, and standardises its features: else all images have nearly the same scores.
-    Of a stack of 4 or more grey frames it sees every second one, the newest among them: neighbours
-    have little to add to a choice, and it takes less than half the time.
-    Routing starts as a random function of the image and little noise: similar images activate the
-    same encoders from the first step. (Scores of zero, where noise alone decides, hid from PPO what
-    the encoders see: on Breakout at 20,000 steps the value function explained 0.28 of the returns'
-    variance instead of 0.82; one seed each.)
-    Hub-Pathway uses a ResNet-10 at 224 px and a second one for the noise; for small observations
-    this light network, whose two heads give scores and noise scales, is our choice.
-
-    :param channels: input channels
-    :param image_size: (height, width) in pixels
-    :param n_encoders: number of scores, E
-    """
-
-    PATCH = 14
-    NOISE_START = -2.0  # before the softplus, which makes it 0.13
-    MIN_VARIANCE = 1e-4  # of a feature, lest one that hardly ever changed explodes
-
-    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
-        super().__init__()
-        height, width = ((-size % self.PATCH + 1) // 2 for size in image_size)
-        channels = len(range(channels)[self._seen(channels)])
-        self.patches = nn.Conv2d(
-            channels, 16, self.PATCH, stride=self.PATCH, padding=(height, width)
-        )
-        with torch.no_grad():
-            n_features = self.patches(torch.zeros(1, channels, *image_size)).numel()
-        self.hidden = nn.Linear(n_features, 64)
-        orthogonal_init(self)
-        self.image_mean = RunningMean(channels, *image_size)
-        self.feature_mean = RunningMean(64)
-        self.feature_square = RunningMean(64)
-        self.feature_square.running_mean.fill_(1.0)  # until known, a variance of 1
-        self.scores = nn.Linear(64, n_encoders)
-        self.noise_scale = nn.Linear(64, n_encoders)
-        nn.init.orthogonal_(self.scores.weight)
-        nn.init.zeros_(self.scores.bias)
-        nn.init.zeros_(self.noise_scale.weight)
-        nn.init.constant_(self.noise_scale.bias, self.NOISE_START)
-
-    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        """
-        Scores (B, E): ``g(x) + noise * softplus(n(x))``.
-
-        :param images_BCHW: uint8 in 0..255 or float in 0..1
-        :param noise_BE: standard normal numbers; None for ``g(x)`` alone
-        """
-        images_BCHW = images_BCHW[:, self._seen(images_BCHW.shape[1])]
-        with torch.autocast(images_BCHW.device.type, enabled=False):
-            patches_BCHW = self._patches(images_BCHW)
-            features_BD = self._standardise(self.hidden(patches_BCHW.relu().flatten(1)).relu())
-            scores_BE: Tensor = self.scores(features_BD)
-            if noise_BE is not None:
-                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(features_BD))
-        return scores_BE
-
-    @staticmethod
-    def _seen(channels: int) -> slice:
-        """Channels are grey frames unless they come in threes."""
-        is_grey_stack = channels >= 4 and channels % 3 != 0
-        return slice((channels - 1) % 2, None, 2) if is_grey_stack else slice(None)
-
-    def _patches(self, images_BCHW: Tensor) -> Tensor:
-        """Projected patches of images less the mean image; linear, so each is projected alone."""
-        # Dividing the weights instead of the pixels saves a pass over the batch.
-        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
-        self.image_mean.observe(images_BCHW, scale)
-        layer = self.patches
-        project = functools.partial(F.conv2d, stride=layer.stride, padding=layer.padding)
-        patches_BCHW = project(images_BCHW.float(), layer.weight / scale, layer.bias)
-        return patches_BCHW - project(self.image_mean.running_mean[None], layer.weight)
-
-    def _standardise(self, features_BD: Tensor) -> Tensor:
-        # Features of whole images would tell of something else.
-        if self.training and self.image_mean.n_rows > 0:
-            self.feature_mean.observe(features_BD)
-            self.feature_square.observe(features_BD.square())
-        mean_D = self.feature_mean.running_mean
-        variance_D = self.feature_square.running_mean - mean_D.square()
-        return (features_BD - mean_D) * variance_D.clamp(min=self.MIN_VARIANCE).rsqrt()
-
-
-class UniformGenerator(nn.Module):
-    """
-    The same score for all encoders: what a generator that learns nothing is worth, for comparisons.
-
-    Arguments as of ``PathwayGenerator``.
-    """
-
-    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
-        super().__init__()
-        self.n_encoders = n_encoders
-
-    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        """Scores (B, E), zero."""
-        return torch.zeros(images_BCHW.shape[0], self.n_encoders, device=images_BCHW.device)
-
-
-#: Where the scores come from.
-GENERATORS: dict[str, type[PathwayGenerator] | type[UniformGenerator]] = {
-    "small": PathwayGenerator,
-    "uniform": UniformGenerator,
-}
-
-
-class RunningMean(nn.Module):
-    """
-    Mean of rows that are observed in training mode; it counts only from when that mode is left.
-
-    So an observation's scores don't depend on the rest of its batch, nor change from when an SB3
-    agent collects, which is in evaluation mode, to the end of its update.
-
-    :param shape: of a row
-    """
-
-    HORIZON = 8192  # rows after which older ones fade
-    EVERY = 8  # this share of a batch's rows is enough
-
-    running_mean: Tensor
-    n_rows: Tensor
-    pending_sum: Tensor
-    n_pending: Tensor
-
-    def __init__(self, *shape: int) -> None:
-        super().__init__()
-        self.register_buffer("running_mean", torch.zeros(shape))
-        self.register_buffer("n_rows", torch.zeros(()))
-        self.register_buffer("pending_sum", torch.zeros(shape))
-        self.register_buffer("n_pending", torch.zeros(()))
-
-    def observe(self, rows_BN: Tensor, scale: float = 1.0) -> None:
-        """
-        Take note of rows, (B, ...), divided by ``scale``; nothing outside of training.
-        """
-        if self.training and torch.is_grad_enabled():
-            some_RN = rows_BN.detach()[:: self.EVERY]
-            self.pending_sum += some_RN.float().sum(dim=0) / scale
-            self.n_pending += len(some_RN)
-
-    def train(self, mode: bool = True) -> Self:
-        """Leaving training mode, take up what was observed in it."""
-        if self.training and not mode:
-            self._take_up()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        if not self.training:  # it may have been saved in the middle of training
-            self._take_up()
-
-    def _take_up(self) -> None:
-        if self.n_pending == 0:
-            return
-        self.n_rows += self.n_pending
-        share = self.n_pending / self.n_rows.clamp(max=self.HORIZON)
-        self.running_mean.lerp_(self.pending_sum / self.n_pending, share.clamp(max=1.0))
-        self.pending_sum.zero_()
-        self.n_pending.zero_()
 
 
 class EncoderList(nn.Module):
@@ -318,7 +149,8 @@ class HubPathway(nn.Module):
     :param always_active: names of encoders that are among them for each image, fewer than
         ``top_k``; ``"auto"``: those of the hub's card, if they are fewer. A ``state_dict``
         remembers which, and a pathway with others refuses it
-    :param generator: a key of ``GENERATORS``; ``uniform`` runs all encoders with equal weights
+    :param generator: a key of ``hubrl.generators.GENERATORS``; ``uniform`` runs all encoders with
+        equal weights
     :param image_shape: (C, H, W) of the images; default: what the first encoder's card says
     :param features_dim: length of the aggregated features, unless ``aggregation`` is a module
     :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's, and
@@ -357,9 +189,10 @@ class HubPathway(nn.Module):
         first = self.hub.encoders[0]
         channels, *image_size = image_shape or (first.channels, *first.image_size)
         self.always_active = always_active_names(always_active, self.top_k, self.hub)
-        is_always_E = torch.tensor([name in self.always_active for name in self.hub.encoder_names])
-        self.register_buffer("_is_always_E", is_always_E, persistent=False)
-        self.register_buffer("_choices_M", (~is_always_E).nonzero().flatten(), persistent=False)
+        is_always = [name in self.always_active for name in self.hub.encoder_names]
+        choices = [i for i, is_fixed in enumerate(is_always) if not is_fixed]
+        self.register_buffer("_is_always_E", torch.tensor(is_always), persistent=False)
+        self.register_buffer("_choices_M", torch.tensor(choices), persistent=False)
         self.generator = _generator_class(generator, self.hub, len(self._choices_M), self.top_k)(
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
@@ -576,9 +409,7 @@ def _check_top_k(top_k: int, hub: HubSpec) -> int:
     return top_k
 
 
-def _generator_class(
-    name: str, hub: HubSpec, n_choices: int, top_k: int
-) -> type[PathwayGenerator] | type[UniformGenerator]:
+def _generator_class(name: str, hub: HubSpec, n_choices: int, top_k: int) -> GeneratorClass:
     if name not in GENERATORS:
         raise ValueError(
             f"generator is {name!r}{closest(name, GENERATORS)}, allowed: {', '.join(GENERATORS)}"

@@ -13,6 +13,7 @@ CORE = {
     "specs": set(),
     "architectures": {"hubrl.specs"},
     "encoders": {"hubrl.architectures", "hubrl.specs"},
+    "generators": {"hubrl.encoders"},
     "losses": set(),
     "precision": set(),
     "optimizer": {"hubrl.encoders"},
@@ -24,6 +25,7 @@ CORE = {
     "pathway": {
         "hubrl.aggregation",
         "hubrl.encoders",
+        "hubrl.generators",
         "hubrl.losses",
         "hubrl.precision",
         "hubrl.specs",
