@@ -97,7 +97,7 @@ class Trainer:
                     self._save(self._last, optimizer)
                     return stop.number
                 self._end_epoch(phase, optimizer, losses)
-            self._end_phase(optimizer)
+            self._end_phase(phase)
         self._write_results()
         return None
 
@@ -110,6 +110,9 @@ class Trainer:
     def _steps_done(self) -> int:
         phase, epoch, step = self._position
         return (phase * self._config.train.epochs + epoch) * self._epoch_steps + step
+
+    def _phase_steps_done(self) -> int:
+        return self._position.epoch * self._epoch_steps + self._position.step
 
     def _optimizer(self) -> AdamW:
         train = self._config.train
@@ -151,6 +154,7 @@ class Trainer:
         self._seed(distributed.rank())
         data, train = self._config.data, self._config.train
         images_BCHW = augment(images_BCHW, flip=data.flip, shift=data.shift)
+        self._method.progress = self._phase_steps_done() / (train.epochs * self._epoch_steps)
         losses = self._method.loss(phase, images_BCHW.to(self._device), targets_B.to(self._device))
         self._check(losses)
         for group in optimizer.param_groups:
@@ -173,7 +177,7 @@ class Trainer:
     def _lr_scale(self) -> float:
         """Linear warm-up, then a cosine to 0 at the end of the phase."""
         train, total = self._config.train, self._config.train.epochs * self._epoch_steps
-        done = self._position.epoch * self._epoch_steps + self._position.step
+        done = self._phase_steps_done()
         warmup = train.warmup * total
         if done < warmup:
             return (done + 1) / (warmup + 1)
@@ -199,7 +203,13 @@ class Trainer:
         return iter(bar)
 
     def _training_batches(self) -> Iterator[Batch]:
-        batches = _batches(self._data.train, self._config.train.n_workers)
+        return self._on_device(self._data.train)
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        return self._on_device(self._data.validation)
+
+    def _on_device(self, dataset: Dataset[Any]) -> Iterator[Batch]:
+        batches = _batches(dataset, self._config.train.n_workers)
         return ((images.to(self._device), targets.to(self._device)) for images, targets in batches)
 
     def _end_epoch(self, phase: str, optimizer: Optimizer, losses: dict[str, float]) -> None:
@@ -221,9 +231,11 @@ class Trainer:
             seconds = self._scores["seconds"]
             self._log.write(steps, phase, seconds, losses, scores)
 
-    def _end_phase(self, optimizer: Optimizer) -> None:
+    def _end_phase(self, phase: str) -> None:
         if self._config.train.patience:
             load_parts({"method": self._method}, self._best)
+        self._method.eval()
+        self._method.finish(phase, self._validation_batches)
         self._position = Position(self._position.phase + 1)
         self._scores |= {"best": None, "bad_epochs": 0}
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from hubrl.specs import HubSpec, closest
+from vision_tasks.methods.attention import Attention
+from vision_tasks.methods.distill import Distill
 from vision_tasks.methods.ensembles import EnsembleI, EnsembleJ
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
+from vision_tasks.methods.knowledge_flow import KnowledgeFlow
+from vision_tasks.methods.logme import LogMe
 from vision_tasks.methods.method import Losses, Method, Settings
+from vision_tasks.methods.model_soup import ModelSoup
 from vision_tasks.methods.single import Single
+from vision_tasks.methods.uniform import Uniform
+from vision_tasks.methods.zoo_tuning import ZooTuning
 from vision_tasks.tasks import Task
 
 __all__ = ["METHODS", "Losses", "Method", "Settings", "build_method"]
@@ -17,6 +24,13 @@ METHODS: dict[str, type[Method]] = {
     "ensemble-j": EnsembleJ,
     "ensemble-i": EnsembleI,
     "hub-pathway": HubPathwayMethod,
+    "uniform": Uniform,
+    "attention": Attention,
+    "distill": Distill,
+    "knowledge-flow": KnowledgeFlow,
+    "zoo-tuning": ZooTuning,
+    "model-soup": ModelSoup,
+    "logme": LogMe,
 }
 
 

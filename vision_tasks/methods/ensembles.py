@@ -12,18 +12,25 @@ from vision_tasks.tasks import Task
 # Shape letters: B batch, O outputs, M models, C H W image.
 
 
-class _Ensemble(Method):
+class Ensemble(Method):
+    """A model for each encoder."""
+
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__(hub, task, settings)
         models = {spec.name: Predictor(hub, spec, task, settings) for spec in hub.encoders}
         self.models = nn.ModuleDict(models)
+
+    def predictors(self) -> dict[str, Predictor]:
+        """The models, by their encoders' names."""
+        models = self.models.items()
+        return {name: model for name, model in models if isinstance(model, Predictor)}
 
     def outputs(self, images_BCHW: Tensor) -> dict[str, Tensor]:
         """Outputs (B, O) of each model."""
         return {name: model(images_BCHW) for name, model in self.models.items()}
 
 
-class EnsembleI(_Ensemble):
+class EnsembleI(Ensemble):
     """
     Each encoder is fine-tuned alone; their predictions are averaged at test.
 
@@ -47,7 +54,7 @@ class EnsembleI(_Ensemble):
         return {"": self.task.combine(torch.stack(list(outputs.values()))), **outputs}
 
 
-class EnsembleJ(_Ensemble):
+class EnsembleJ(Ensemble):
     """All encoders are fine-tuned together, by the loss of their mean output."""
 
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:

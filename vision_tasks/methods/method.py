@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from vision_tasks.tasks import Task
 
 # Shape letters: B batch, O outputs, D features, C H W image.
 
-#: Batches of training images and targets, one pass over all, in a fixed order.
+#: Batches of images and targets, one pass over all, in a fixed order.
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 
 
@@ -59,7 +60,8 @@ class Method(nn.Module):
     A model of an image task and how it learns.
 
     The training loop asks for nothing else: ``begin`` each phase, ``loss`` for each step,
-    ``forward`` for evaluation. Weights that learn are those that require gradients after ``begin``.
+    ``forward`` for evaluation, ``finish`` each phase. Weights that learn are those that require
+    gradients after ``begin``. A resumed run begins its phase anew before the checkpoint is loaded.
 
     :param hub: the encoders' cards, at the size that the images have
     :param task: what is learned
@@ -68,13 +70,28 @@ class Method(nn.Module):
 
     #: Each is trained for the whole number of epochs.
     phases: ClassVar[tuple[str, ...]] = ("train",)
+    #: Share of the phase's steps that are done, 0..1; the training loop sets it before each step.
+    progress: float = 0.0
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__()
         self.hub, self.task, self.settings = hub, task, settings
 
     def begin(self, phase: str, batches: Batches) -> None:
-        """Prepare a phase; ``batches`` may be looked at, and no weight may learn from them."""
+        """
+        Prepare a phase.
+
+        :param phase: one of ``phases``
+        :param batches: training images, which may be looked at; no weight may learn from them
+        """
+
+    def finish(self, phase: str, batches: Batches) -> None:
+        """
+        Conclude a phase, in evaluation mode.
+
+        :param phase: one of ``phases``
+        :param batches: validation images, to choose among what was trained
+        """
 
     @abstractmethod
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
@@ -101,7 +118,8 @@ class Predictor(nn.Module):
 
     def __init__(self, hub: HubSpec, spec: EncoderSpec, task: Task, settings: Settings) -> None:
         super().__init__()
-        self.encoder: Encoder = build_encoder(hub, spec, pretrained=settings.pretrained)
+        with seeded(settings.seed, spec.name):
+            self.encoder: Encoder = build_encoder(hub, spec, pretrained=settings.pretrained)
         self.head = build_head(spec, task, settings.seed)
         self._precision = settings.precision
 
@@ -124,8 +142,15 @@ def build_head(spec: EncoderSpec, task: Task, seed: int) -> nn.Linear:
     :param spec: the encoder's card
     :param task: gives the number of outputs and the bias
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 2**32 + zlib.crc32(spec.name.encode()))
+    with seeded(seed, spec.name):
         head = nn.Linear(spec.features_dim, task.n_outputs)
     nn.init.constant_(head.bias, task.output_start)
     return head
+
+
+@contextlib.contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Inside, torch's random numbers follow from the seed and the name of what is built."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        yield

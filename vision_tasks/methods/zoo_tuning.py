@@ -1,0 +1,199 @@
+"""``zoo-tuning``: one network whose layers aggregate those of all encoders for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hubrl.encoders import Encoder, build_encoder
+from hubrl.precision import resolve_precision
+from hubrl.specs import HubSpec
+from vision_tasks.methods.method import Batches, Losses, Method, Settings, build_head, seeded
+from vision_tasks.methods.same_architecture import check_same_architecture
+from vision_tasks.tasks import Task
+
+# Shape letters: B batch, E encoders, I channels in, O channels out, C H W image.
+
+#: Training images that give BatchNorm its statistics, or half as many.
+N_SAMPLED = 2048
+
+Layer = nn.Conv2d | nn.Linear
+
+
+class ZooTuning(Method):
+    """
+    Zoo-Tuning (Shu et al., ICML 2021, arXiv 2106.15434).
+
+    Each convolution and each linear layer has the weights of all encoders. They are aligned by
+    learned linear maps of their output channels, which start as the identity (where a kernel has
+    more than one pixel, as in the authors' code), and aggregated with gates that follow from the
+    mean of the layer's input: each image has a network of its own, of the cost of one encoder.
+
+    Ours: gates are a softmax and start equal, so that networks without normalisation keep their
+    scale; other weights (normalisation, tokens) start as the encoders' mean and are learned once
+    for all; the running statistics of BatchNorm are those of the aggregated network on the
+    training images before the first step, and stay so, as in all methods here. The lite version is
+    left out.
+
+    :raises ValueError: if the hub's encoders differ in architecture
+    """
+
+    #: Images that have their own weights in memory at once in evaluation.
+    CHUNK = 32
+
+    def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
+        check_same_architecture("zoo-tuning", hub)
+        super().__init__(hub, task, settings)
+        first = hub.encoders[0]
+        with seeded(settings.seed, "zoo-tuning"):
+            trunks = [
+                build_encoder(hub, spec, pretrained=settings.pretrained).trunk
+                for spec in hub.encoders
+            ]
+            self.encoder = Encoder(first, aggregate(trunks))
+        for layer in self.encoder.modules():
+            if isinstance(layer, AggregatedLayer):
+                layer.mark_new_weights()
+        self.head = build_head(first, task, settings.seed)
+
+    @torch.no_grad()
+    def begin(self, phase: str, batches: Batches) -> None:
+        """Let BatchNorm know the statistics of the aggregated network."""
+        kind = nn.modules.batchnorm._BatchNorm
+        norms = [layer for layer in self.encoder.modules() if isinstance(layer, kind)]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all batches
+            norm.train()
+        if norms:
+            for images_BCHW in _mixed_sample(batches).split(4 * self.CHUNK):
+                self._features(images_BCHW)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.eval()
+
+    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+        """The task's loss."""
+        loss = self.task.losses(self.head(self._features(images_BCHW)), targets_B).mean()
+        return Losses(loss, {"task": loss})
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """Outputs (B, O)."""
+        chunks = [self._features(chunk_BCHW) for chunk_BCHW in images_BCHW.split(self.CHUNK)]
+        outputs_BO: Tensor = self.head(torch.cat(chunks))
+        return outputs_BO
+
+    def _features(self, images_BCHW: Tensor) -> Tensor:
+        dtype = resolve_precision(self.settings.precision, images_BCHW.device)
+        features_BD: Tensor = self.encoder(images_BCHW, dtype).float()
+        return features_BD
+
+
+class AggregatedLayer(nn.Module):
+    """
+    A convolution or linear layer whose weights are aggregated anew for each image.
+
+    :param layers: of the same shape, one of each encoder; the first becomes part of this one
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        assert isinstance(layers[0], Layer)
+        self.layer = layers[0]
+        for name, _ in list(self.layer.named_parameters()):
+            stacked = torch.stack([layer.get_parameter(name).detach() for layer in layers])
+            setattr(self.layer, name, nn.Parameter(stacked))
+        n_outputs, n_inputs, *kernel = self.layer.weight.shape[1:]
+        n_inputs *= self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+        self.gates = nn.Sequential(
+            nn.Linear(n_inputs, n_inputs // 4 + 1, bias=False),
+            nn.ReLU(),
+            nn.Linear(n_inputs // 4 + 1, len(layers)),
+        )
+        for weight in self.gates[-1].parameters():
+            nn.init.zeros_(weight)
+        self.alignment: nn.Parameter | None = None
+        if max(kernel, default=1) > 1:
+            self.alignment = nn.Parameter(torch.zeros(len(layers), n_outputs, n_outputs))
+
+    def mark_new_weights(self) -> None:
+        """Gates and alignment are no pretrained weights: they learn as fast as heads."""
+        alignment = () if self.alignment is None else (self.alignment,)
+        for weight in (*self.gates.parameters(), *alignment):
+            weight.is_encoder = False
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Outputs of a batch (B, ...) of what the layer takes."""
+        gates_BE = self.gate(inputs)
+        weights = {
+            name: torch.einsum("be,e...->b...", gates_BE, each)
+            for name, each in self.aligned().items()
+        }
+
+        def one(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(self.layer, weights, (row[None],))
+            return output[0]
+
+        outputs: Tensor = torch.func.vmap(one)(weights, inputs)
+        return outputs
+
+    def gate(self, inputs: Tensor) -> Tensor:
+        """Shares of the encoders, (B, E), from the mean of the inputs over all places."""
+        is_conv = isinstance(self.layer, nn.Conv2d)
+        means_BI = inputs.flatten(2).mean(dim=2) if is_conv else _mean_token(inputs)
+        gates_BE: Tensor = self.gates(means_BI).softmax(dim=1)
+        return gates_BE
+
+    def aligned(self) -> dict[str, Tensor]:
+        """The layer's parameters (E, O, ...), aligned."""
+        weights: dict[str, Tensor] = dict(self.layer.named_parameters())
+        if self.alignment is not None:
+            weight_EOX = weights["weight"].flatten(2)
+            aligned_EOX = weight_EOX + self.alignment @ weight_EOX
+            weights["weight"] = aligned_EOX.view_as(weights["weight"])
+        return weights
+
+
+@torch.no_grad()
+def aggregate(trunks: list[nn.Module]) -> nn.Module:
+    """
+    The first trunk, its convolutions and linear layers aggregated, all other weights and
+    statistics the mean over the trunks.
+
+    :param trunks: of one architecture
+    """
+    states = [trunk.state_dict() for trunk in trunks]
+    target = trunks[0]
+    for name, module in list(target.named_modules()):
+        parent = target.get_submodule(name.rpartition(".")[0])
+        # Which reads its layers' weights without calling them.
+        is_called = not isinstance(parent, nn.MultiheadAttention)
+        if isinstance(module, Layer) and is_called:
+            layers = [trunk.get_submodule(name) for trunk in trunks]
+            setattr(parent, name.rpartition(".")[2], AggregatedLayer(layers))
+    for name, tensor in target.state_dict().items():
+        if name in states[0] and tensor.is_floating_point():
+            tensor.copy_(torch.stack([state[name] for state in states]).mean(dim=0))
+    return target
+
+
+def _mixed_sample(batches: Batches) -> Tensor:
+    """
+    Some training images (N, C, H, W) in random order: a set may be sorted by classes, and batches
+    of BatchNorm must not be.
+    """
+    kept: list[Tensor] = []
+    stride = 1
+    for images_BCHW, _ in batches():
+        kept += images_BCHW[::stride]
+        if len(kept) > N_SAMPLED:
+            kept, stride = kept[::2], 2 * stride
+    order_N = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))
+    return torch.stack([kept[i] for i in order_N.tolist()])
+
+
+def _mean_token(inputs: Tensor) -> Tensor:
+    return inputs if inputs.ndim == 2 else inputs.flatten(1, -2).mean(dim=1)
