@@ -146,7 +146,8 @@ def build_encoder(hub: HubSpec, spec: EncoderSpec, *, pretrained: bool = True) -
     # file draw no random numbers.
     with torch.random.fork_rng(devices=[], enabled=path is not None):
         trunk, found_shape = _build_trunk(spec)
-        orthogonal_init(trunk)
+        if path is None:  # it takes longer than all else: half a minute for a ResNet-50
+            orthogonal_init(trunk)
     if path is not None:
         _load_weights(trunk, read_weights(path, spec), spec, architecture.unused_layers)
     _check_features_dim(spec, found_shape)

@@ -19,6 +19,7 @@ from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, loa
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import METHODS, Settings, build_method
 from vision_tasks.methods.method import Method
+from vision_tasks.swap import SWAP_FOLDER, Swap
 from vision_tasks.tasks import Task
 from vision_tasks.training import RESULTS_FILE, Data, DivergedError, Trainer
 
@@ -32,6 +33,7 @@ KEYS = {
     "top_k": "hub.top_k",
     "generator": "hub.generator",
     "exploration_coef": "hub.exploration_coef",
+    "swap": "hub.swap",
     "random_init": "hub.random_init",
     "method": "method",
     "epochs": "train.epochs",
@@ -68,6 +70,7 @@ def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> cli
     @click.option("--generator", help="small, resnet10 or uniform.")
     @click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
     @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
+    @click.option("--swap", metavar="N", help="Encoders in memory at most; others wait in files.")
     @click.option("--batch-size", help="Images of a step.")
     @click.option("--learning-rate", help="Of all new layers.")
     @click.option("--seed", help="Everything random follows from it.")
@@ -87,7 +90,7 @@ def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> cli
                 raise ValueError(f"{folder / CONFIG_FILE} is of {config.task}, not of {task}")
             data, what = load_data(config)
             hub = load_vision_hub(config.hub.name, config.data.image_size)
-            method = _build(config, hub, what)
+            method = _build(config, hub, what, folder)
             if "resume" not in given and distributed.rank() == 0:
                 create_folder(folder, dump_config(config))
         return _train(method, data, config, folder)
@@ -130,7 +133,7 @@ def _resumed(given: dict[str, Any]) -> tuple[VisionConfig, Path]:
     return load_config(folder / CONFIG_FILE), folder
 
 
-def _build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
+def _build(config: VisionConfig, hub: HubSpec, task: Task, folder: Path) -> Method:
     settings = Settings(
         seed=config.train.seed,
         image_size=config.data.image_size,
@@ -140,9 +143,22 @@ def _build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
         exploitation_coef=config.hub.exploitation_coef,
         pretrained=not config.hub.random_init,
         precision=config.hub.precision,
+        swap=_swap(config, folder),
     )
     device = check_device(config.train.device)
     return build_method(config.method, hub, task, settings).to(device)
+
+
+def _swap(config: VisionConfig, folder: Path) -> Swap | None:
+    if config.hub.swap is None:
+        return None
+    if distributed.n_processes() > 1:
+        raise ValueError(
+            f"hub.swap is {config.hub.swap}, but torchrun started {distributed.n_processes()} "
+            "processes: an encoder that is swapped out can't wait for their gradients; set "
+            "hub.swap to null, or start one process"
+        )
+    return Swap(config.hub.swap, folder / SWAP_FOLDER)
 
 
 def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from vision_tasks import distributed
 from vision_tasks.config import VisionConfig
 from vision_tasks.data import ImageData, LandmarkData
 from vision_tasks.methods import Losses, Method
+from vision_tasks.swap import swapped_encoders
 
 # Shape letters: B batch, O outputs, C H W image.
 
@@ -65,6 +66,7 @@ class Trainer:
 
     def __init__(self, method: Method, data: Data, config: VisionConfig, folder: Path) -> None:
         self._method, self._data, self._config, self._folder = method, data, config, folder
+        self._swapped = swapped_encoders(method)
         self._device = next(method.parameters()).device
         self._last, self._best = (folder / "checkpoints" / name for name in ("last", "best"))
         self._position = Position()
@@ -84,10 +86,9 @@ class Trainer:
         """
         phases = self._method.phases
         for phase in phases[self._position.phase :]:
-            self._method.begin(phase, self._training_batches)
-            optimizer = self._optimizer()
+            optimizer = self._begin(phase)
             if has_state(self._last) and self._position != (self._position.phase, 0, 0):
-                load_parts(self._parts(optimizer), self._last)
+                self._load(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
                 losses = self._train_epoch(phase, optimizer, stop)
                 if stop.number is not None:
@@ -108,22 +109,36 @@ class Trainer:
         phase, epoch, step = self._position
         return (phase * self._config.train.epochs + epoch) * self._epoch_steps + step
 
-    def _optimizer(self) -> AdamW:
+    def _begin(self, phase: str) -> AdamW:
+        self._method.begin(phase, self._training_batches)
+        if self._swapped is not None:
+            self._swapped.learn(self._optimizer, self._schedule)
+        optimizer = self._optimizer(self._method.parameters())
+        assert optimizer is not None
+        return optimizer
+
+    def _optimizer(self, weights: Iterable[Tensor]) -> AdamW | None:
+        """Of those that learn; None where none does."""
         train = self._config.train
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for weight in self._method.parameters():
+        for weight in weights:
             if is_encoder_weight(weight) and train.encoder_lr_scale == 0:
                 weight.requires_grad_(False)
             if weight.requires_grad:
                 groups.setdefault((is_encoder_weight(weight), weight.ndim > 1), []).append(weight)
-        return AdamW(
+        settings = [
             {
-                "params": weights,
+                "params": group,
                 "lr_scale": train.encoder_lr_scale if is_encoder else 1.0,
                 "weight_decay": train.weight_decay if is_matrix else 0.0,
             }
-            for (is_encoder, is_matrix), weights in groups.items()
-        )
+            for (is_encoder, is_matrix), group in groups.items()
+        ]
+        return AdamW(settings) if settings else None
+
+    def _schedule(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self._config.train.learning_rate * group["lr_scale"] * self._lr_scale()
 
     def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> dict[str, float]:
         """Mean of each loss over the steps that were made."""
@@ -146,12 +161,11 @@ class Trainer:
         self, phase: str, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor
     ) -> dict[str, float]:
         self._seed(distributed.rank())
-        data, train = self._config.data, self._config.train
+        data = self._config.data
         images_BCHW = augment(images_BCHW, flip=data.flip, shift=data.shift)
         losses = self._method.loss(phase, images_BCHW.to(self._device), targets_B.to(self._device))
         self._check(losses)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate * group["lr_scale"] * self._lr_scale()
+        self._schedule(optimizer)
         optimizer.zero_grad()
         losses.total.backward()
         distributed.average_gradients(self._method.parameters())
@@ -219,7 +233,7 @@ class Trainer:
 
     def _end_phase(self, optimizer: Optimizer) -> None:
         if self._config.train.patience:
-            load_parts({"method": self._method}, self._best)
+            self._load({"method": self._method}, self._best)
         self._position = Position(self._position.phase + 1)
         self._scores |= {"best": None, "bad_epochs": 0}
 
@@ -251,7 +265,13 @@ class Trainer:
     def _save(self, folder: Path, optimizer: Optimizer) -> None:
         if distributed.rank() == 0:
             state = {"position": self._position, "scores": self._scores}
-            save_state(self._parts(optimizer), state, folder)
+            files = () if self._swapped is None else self._swapped.files()
+            save_state(self._parts(optimizer), state, folder, files)
+
+    def _load(self, parts: dict[str, Any], folder: Path) -> None:
+        load_parts(parts, folder)
+        if self._swapped is not None:
+            self._swapped.restore(folder)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hubrl.encoders import Encoder, build_encoder
 from hubrl.precision import resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec
+from vision_tasks.swap import Swap
 from vision_tasks.tasks import Task
 
 # Shape letters: B batch, O outputs, D features, C H W image.
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
     :param exploitation_coef: weight of the exploitation loss
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: float32, bfloat16 or auto
+    :param swap: how encoders are swapped; None: all are in memory
     """
 
     seed: int
@@ -52,6 +54,7 @@ class Settings(NamedTuple):
     exploitation_coef: float = 1.0
     pretrained: bool = True
     precision: str = "float32"
+    swap: Swap | None = None
 
 
 class Method(nn.Module):
@@ -68,6 +71,8 @@ class Method(nn.Module):
 
     #: Each is trained for the whole number of epochs.
     phases: ClassVar[tuple[str, ...]] = ("train",)
+    #: Whether ``settings.swap`` may be given.
+    can_swap: ClassVar[bool] = False
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__()
