@@ -19,7 +19,7 @@ from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, loa
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import METHODS, Settings, build_method
 from vision_tasks.methods.method import Method
-from vision_tasks.swap import SWAP_FOLDER, Swap
+from vision_tasks.swap import SWAP_FOLDER, Swap, swapped_encoders
 from vision_tasks.tasks import Task
 from vision_tasks.training import RESULTS_FILE, Data, DivergedError, Trainer
 
@@ -171,6 +171,10 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
             Trainer(method, data, config, folder).run(stop)
     except DivergedError as error:
         raise click.ClickException(str(error)) from error
+    finally:
+        swapped = swapped_encoders(method)
+        if swapped is not None:
+            swapped.remove()
     if stop.number is not None:
         return 128 + stop.number
     if distributed.rank() == 0:

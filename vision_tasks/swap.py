@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import weakref
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -36,7 +35,7 @@ class Swap(NamedTuple):
     n_resident: int
     """Encoders in memory at most."""
     folder: Path
-    """For the others; anew for each process, and removed at its end."""
+    """For the others; made anew, and no longer needed at the end of a process."""
 
 
 class SwappedEncoders(EncoderList):
@@ -68,11 +67,10 @@ class SwappedEncoders(EncoderList):
         self._resident: dict[SwappedEncoder, None] = {}  # the least recently used one first
         shutil.rmtree(swap.folder, ignore_errors=True)  # of a process that was killed
         swap.folder.mkdir(parents=True)
-        remove = weakref.finalize(self, _remove, swap.folder)
         try:
             super().__init__(hub, frozen, pretrained)
         except ValueError:
-            remove()
+            self.remove()
             raise
 
     def __getitem__(self, index: int) -> Encoder:
@@ -109,6 +107,12 @@ class SwappedEncoders(EncoderList):
         self._resident.clear()
         for encoder in self._swapped.values():
             encoder.restore(folder)
+
+    def remove(self) -> None:
+        """Remove the swap folder, and the run folder if it holds nothing else: it was refused."""
+        shutil.rmtree(self._swap.folder)
+        with contextlib.suppress(OSError):
+            self._swap.folder.parent.rmdir()
 
     def _hold(self, encoder: Encoder) -> None:
         self._swapped[encoder.spec.name] = SwappedEncoder(encoder, self._swap.folder, self._enter)
@@ -284,10 +288,3 @@ def _write(tensors: dict[str, Tensor], file: Path) -> None:
     temporary = file.with_name(f".{file.name}.new")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
     os.replace(temporary, file)
-
-
-def _remove(folder: Path) -> None:
-    """The swap folder, and the run folder if that is all that it held: the run was refused."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        folder.parent.rmdir()

@@ -88,6 +88,7 @@ class Trainer:
         for phase in phases[self._position.phase :]:
             optimizer = self._begin(phase)
             if has_state(self._last) and self._position != (self._position.phase, 0, 0):
+                self._method.train()  # in evaluation mode, running means would end early
                 self._load(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
                 losses = self._train_epoch(phase, optimizer, stop)
