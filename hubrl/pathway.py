@@ -73,7 +73,7 @@ class EncoderList(nn.Module):
                 self._shared[spec.name] = SharedEncoder.of(hub, spec, torch.device("cpu"))
             else:
                 encoder = build_encoder(hub, spec, pretrained=pretrained)
-                self.owned[spec.name] = encoder.requires_grad_(spec.name not in frozen)
+                self._hold(encoder.requires_grad_(spec.name not in frozen))
 
     def __len__(self) -> int:
         return len(self._names)
@@ -100,11 +100,18 @@ class EncoderList(nn.Module):
         """Whether no weight of the encoder learns at present."""
         return not any(weight.requires_grad for weight in self[index].weights)
 
+    def _hold(self, encoder: Encoder) -> None:
+        """Keep one that isn't shared."""
+        self.owned[encoder.spec.name] = encoder
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = fn(torch.zeros(0)).device
         self._shared = {name: shared.to(device) for name, shared in self._shared.items()}
         return self
+
+
+BuildEncoders = Callable[[HubSpec, Collection[str], bool], EncoderList]
 
 
 class SharedEncoder:
@@ -160,6 +167,8 @@ class HubPathway(nn.Module):
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on the device; generator and features are float32 in any case
+    :param build_encoders: called with hub, frozen names and ``pretrained``; default: all encoders
+        in memory
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, or ``freeze``
         names an encoder that the hub lacks, ``always_active`` does or leaves none to choose, or
         ``generator`` or ``aggregation`` is unknown or doesn't fit the rest
@@ -181,6 +190,7 @@ class HubPathway(nn.Module):
         freeze: Collection[str] | str = (),
         pretrained: bool = True,
         precision: str = "float32",
+        build_encoders: BuildEncoders | None = None,
     ) -> None:
         super().__init__()
         self.hub = load_hub(hub)
@@ -197,7 +207,8 @@ class HubPathway(nn.Module):
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
         self.pretrained = pretrained
-        self.encoders = EncoderList(self.hub, _frozen_names(freeze, self.hub), pretrained)
+        build = build_encoders or EncoderList
+        self.encoders = build(self.hub, _frozen_names(freeze, self.hub), pretrained)
         if isinstance(aggregation, str):
             features_dims = [spec.features_dim for spec in self.hub.encoders]
             aggregation = build_aggregator(aggregation, features_dims, features_dim)

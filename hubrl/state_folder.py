@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ STATE_FILE = "state.json"
 Part = nn.Module | torch.optim.Optimizer | Tensor
 
 
-def save_state(parts: Mapping[str, Part], state: Mapping[str, Any], folder: Path) -> None:
+def save_state(
+    parts: Mapping[str, Part], state: Mapping[str, Any], folder: Path, files: Iterable[Path] = ()
+) -> None:
     """
     Write parts and numbers; the folder is replaced as a whole or not at all.
 
     :param parts: by the names of their files
     :param state: plain data for ``state.json``
+    :param files: others that it shall hold; see ``link_file``
     """
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -34,6 +37,8 @@ def save_state(parts: Mapping[str, Part], state: Mapping[str, Any], folder: Path
     for name, part in parts.items():
         tensors, scalars[name] = _pack(part)
         save_file(tensors, temporary / f"{name}.safetensors")
+    for file in files:
+        link_file(file, temporary / file.name)
     (temporary / STATE_FILE).write_text(json.dumps({**state, "scalars": scalars}, indent=1))
     _replace(temporary, folder)
 
@@ -52,6 +57,16 @@ def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
         except (OSError, SafetensorError, RuntimeError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"checkpoint file {file} can't be loaded: {reason}") from None
+
+
+def link_file(source: Path, target: Path) -> None:
+    """
+    Another name for a file that nobody changes in place; a copy where the disk knows no links.
+    """
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def has_state(folder: Path) -> bool:

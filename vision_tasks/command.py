@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,15 @@ import torch
 from hubrl import cli
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, note_command
 from hubrl.signals import StopSignal
-from hubrl.specs import HubSpec
 from vision_tasks import distributed
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, load_config
+from vision_tasks.data import Data
 from vision_tasks.hubs import load_vision_hub
-from vision_tasks.methods import METHODS, Settings, build_method
+from vision_tasks.methods import METHODS
 from vision_tasks.methods.method import Method
-from vision_tasks.tasks import Task
-from vision_tasks.training import RESULTS_FILE, Data, DivergedError, Trainer
+from vision_tasks.runs import build, load_data, open_run
+from vision_tasks.swap import SWAP_FOLDER, swapped_encoders
+from vision_tasks.training import RESULTS_FILE, DivergedError, Trainer
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -32,6 +33,7 @@ KEYS = {
     "top_k": "hub.top_k",
     "generator": "hub.generator",
     "exploration_coef": "hub.exploration_coef",
+    "swap": "hub.swap",
     "random_init": "hub.random_init",
     "method": "method",
     "epochs": "train.epochs",
@@ -44,15 +46,12 @@ FOLDER = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 METHOD_HELP = ", ".join("single:ENCODER" if name == "single" else name for name in METHODS)
 
-LoadData = Callable[[VisionConfig], tuple[Data, Task]]
 
-
-def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> click.Command:
+def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     """
     The command of a task.
 
     :param task: its name, which its configuration has, too
-    :param load_data: gives the images and what is learned
     :param data_names: for the help
     """
 
@@ -68,6 +67,7 @@ def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> cli
     @click.option("--generator", help="small, resnet10 or uniform.")
     @click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
     @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
+    @click.option("--swap", metavar="N", help="Encoders in memory at most; others wait in files.")
     @click.option("--batch-size", help="Images of a step.")
     @click.option("--learning-rate", help="Of all new layers.")
     @click.option("--seed", help="Everything random follows from it.")
@@ -89,7 +89,8 @@ def vision_command(task: str, load_data: LoadData, data_names: list[str]) -> cli
             hub = load_vision_hub(
                 config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
             )
-            method = _build(config, hub, what)
+            device = check_device(config.train.device)
+            method = build(config, hub, what, folder / SWAP_FOLDER).to(device)
             if "resume" not in given and distributed.rank() == 0:
                 create_folder(folder, dump_config(config))
         return _train(method, data, config, folder)
@@ -127,25 +128,7 @@ def _resumed(given: dict[str, Any]) -> tuple[VisionConfig, Path]:
     if others:
         option = others[0].replace("_", "-")
         raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
-    return load_config(folder / CONFIG_FILE), folder
-
-
-def _build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
-    settings = Settings(
-        seed=config.train.seed,
-        image_size=config.data.image_size,
-        top_k=config.hub.top_k,
-        generator=config.hub.generator,
-        exploration_coef=config.hub.exploration_coef,
-        exploitation_coef=config.hub.exploitation_coef,
-        pretrained=not config.hub.random_init,
-        precision=config.hub.precision,
-    )
-    device = check_device(config.train.device)
-    torch.manual_seed(config.train.seed)
-    return build_method(config.method, hub, task, settings).to(device)
+    return open_run(folder), folder
 
 
 def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> int:
@@ -158,6 +141,10 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
             Trainer(method, data, config, folder).run(stop)
     except DivergedError as error:
         raise click.ClickException(str(error)) from error
+    finally:
+        swapped = swapped_encoders(method)
+        if swapped is not None:
+            swapped.remove()
     if stop.number is not None:
         return 128 + stop.number
     if distributed.rank() == 0:

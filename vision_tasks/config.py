@@ -56,6 +56,7 @@ class HubSection(Section):
     :param exploitation_coef: weight of the exploitation loss
     :param random_init: random weights in the place of the pretrained ones
     :param precision: what the encoders compute in
+    :param swap: encoders in memory at most, while the others wait in files; None: all
     """
 
     name: str
@@ -65,6 +66,7 @@ class HubSection(Section):
     exploitation_coef: NonNegative
     random_init: bool
     precision: Literal["auto", "float32", "bfloat16"]
+    swap: Count | None
 
 
 class TrainSection(Section):

@@ -31,7 +31,8 @@ def normalised_mean_error(
     """
     left_B2, right_B2 = (targets_BP2[:, list(eye)].mean(dim=1) for eye in eyes)
     distances_BP = (points_BP2 - targets_BP2).norm(dim=2)
-    return distances_BP.mean(dim=1) / (left_B2 - right_B2).norm(dim=1)
+    errors_B: Tensor = distances_BP.mean(dim=1) / (left_B2 - right_B2).norm(dim=1)
+    return errors_B
 
 
 def failure_rate(errors_B: Tensor, threshold: float = FAILURE) -> float:

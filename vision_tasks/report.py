@@ -179,7 +179,7 @@ def _sign(metric: str) -> int:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
             flat |= {f"{key}.{inner}": each for inner, each in value.items()}

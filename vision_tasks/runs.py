@@ -10,18 +10,13 @@ import torch
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.specs import HubSpec
 from hubrl.state_folder import load_parts
+from vision_tasks import distributed
 from vision_tasks.config import VisionConfig, load_config
-from vision_tasks.data import (
-    ImageData,
-    LandmarkData,
-    load_classification,
-    load_landmarks,
-)
+from vision_tasks.data import Data, load_classification, load_landmarks
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import Method, Settings, build_method
+from vision_tasks.swap import Swap
 from vision_tasks.tasks import Classification, Landmarks, Task
-
-Data = ImageData | LandmarkData
 
 
 class LoadedRun(NamedTuple):
@@ -47,12 +42,15 @@ def load_run(folder: Path) -> LoadedRun:
     """
     A run with its last weights, on the CPU.
 
-    :raises ValueError: if it is none, or its data, its hub or its checkpoint are missing
+    :raises ValueError: if it is none, its data, its hub or its checkpoint are missing, or its
+        encoders were swapped
     """
     config = open_run(folder)
+    if config.hub.swap is not None:
+        raise ValueError(f"{folder} was trained with hub.swap, whose weights lie in other files")
     data, task = load_data(config)
     hub = load_vision_hub(config.hub.name, config.data.image_size)
-    method = build(config, hub, task)
+    method = build(config, hub, task, folder)
     load_parts({"method": method}, folder / "checkpoints" / "last")
     return LoadedRun(config, data, method)
 
@@ -79,12 +77,13 @@ def load_data(config: VisionConfig) -> tuple[Data, Task]:
     return faces, Landmarks(faces.n_outputs // 2, faces.eyes)
 
 
-def build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
+def build(config: VisionConfig, hub: HubSpec, task: Task, swap_folder: Path) -> Method:
     """
     The untrained method of a run.
 
     :param hub: the encoders' cards, at the size that the images have
-    :raises ValueError: if method and hub don't fit
+    :param swap_folder: where encoders wait, if they are swapped
+    :raises ValueError: if method, hub and swapping don't fit
     """
     settings = Settings(
         seed=config.train.seed,
@@ -95,6 +94,19 @@ def build(config: VisionConfig, hub: HubSpec, task: Task) -> Method:
         exploitation_coef=config.hub.exploitation_coef,
         pretrained=not config.hub.random_init,
         precision=config.hub.precision,
+        swap=_swap(config, swap_folder),
     )
     torch.manual_seed(config.train.seed)
     return build_method(config.method, hub, task, settings)
+
+
+def _swap(config: VisionConfig, folder: Path) -> Swap | None:
+    if config.hub.swap is None:
+        return None
+    if distributed.n_processes() > 1:
+        raise ValueError(
+            f"hub.swap is {config.hub.swap}, but torchrun started {distributed.n_processes()} "
+            "processes: an encoder that is swapped out can't wait for their gradients; set "
+            "hub.swap to null, or start one process"
+        )
+    return Swap(config.hub.swap, folder)

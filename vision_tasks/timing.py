@@ -67,7 +67,9 @@ def _inference(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
 def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, targets_B = random_batch(setup)
     return {
-        name: _timed(setup, lambda method=method: train_step(method.train(), images_BCHW, targets_B))
+        name: _timed(
+            setup, lambda method=method: train_step(method.train(), images_BCHW, targets_B)
+        )
         for name, method in methods.items()
     }
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,8 +24,9 @@ from hubrl.signals import StopSignal
 from hubrl.state_folder import has_state, load_parts, read_state, save_state
 from vision_tasks import distributed
 from vision_tasks.config import VisionConfig
-from vision_tasks.data import ImageData, LandmarkData
+from vision_tasks.data import Data
 from vision_tasks.methods import Losses, Method
+from vision_tasks.swap import swapped_encoders
 
 # Shape letters: B batch, O outputs, C H W image.
 
@@ -34,7 +35,6 @@ EPOCHS_FILE = "epochs.csv"
 #: Images of an evaluation step; a training step needs more memory for each.
 EVALUATION_BATCH = 128
 
-Data = ImageData | LandmarkData
 Batch = tuple[Tensor, Tensor]
 
 
@@ -66,6 +66,7 @@ class Trainer:
     def __init__(self, method: Method, data: Data, config: VisionConfig, folder: Path) -> None:
         self._method, self._data, self._config, self._folder = method, data, config, folder
         distributed.share_weights(method)
+        self._swapped = swapped_encoders(method)
         self._device = next(method.parameters()).device
         self._last, self._best = (folder / "checkpoints" / name for name in ("last", "best"))
         self._position = Position()
@@ -85,12 +86,11 @@ class Trainer:
         """
         phases = self._method.phases
         for phase in phases[self._position.phase :]:
-            self._method.begin(phase, self._training_batches)
-            optimizer = self._optimizer()
+            optimizer = self._begin(phase)
             if has_state(self._last) and self._position != (self._position.phase, 0, 0):
                 # Running means that were saved in the middle of an epoch are not taken up yet.
                 self._method.train(self._position.step > 0)
-                load_parts(self._parts(optimizer), self._last)
+                self._load(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
                 losses = self._train_epoch(phase, optimizer, stop)
                 if stop.number is not None:
@@ -107,29 +107,46 @@ class Trainer:
         # Processes have equal shares of a step, so the last images of an epoch may be left out.
         return n // size if distributed.n_processes() > 1 else math.ceil(n / size)
 
+    @property
+    def _phase_steps(self) -> int:
+        return self._config.train.epochs * self._epoch_steps
+
     def _steps_done(self) -> int:
-        phase, epoch, step = self._position
-        return (phase * self._config.train.epochs + epoch) * self._epoch_steps + step
+        return self._position.phase * self._phase_steps + self._phase_steps_done()
 
     def _phase_steps_done(self) -> int:
         return self._position.epoch * self._epoch_steps + self._position.step
 
-    def _optimizer(self) -> AdamW:
+    def _begin(self, phase: str) -> AdamW:
+        self._method.begin(phase, self._training_batches)
+        if self._swapped is not None:
+            self._swapped.learn(self._optimizer, self._schedule)
+        optimizer = self._optimizer(self._method.parameters())
+        assert optimizer is not None
+        return optimizer
+
+    def _optimizer(self, weights: Iterable[Tensor]) -> AdamW | None:
+        """Of those that learn; None where none does."""
         train = self._config.train
         groups: dict[tuple[bool, bool], list[Tensor]] = {}
-        for weight in self._method.parameters():
+        for weight in weights:
             if is_encoder_weight(weight) and train.encoder_lr_scale == 0:
                 weight.requires_grad_(False)
             if weight.requires_grad:
                 groups.setdefault((is_encoder_weight(weight), weight.ndim > 1), []).append(weight)
-        return AdamW(
+        settings = [
             {
-                "params": weights,
+                "params": group,
                 "lr_scale": train.encoder_lr_scale if is_encoder else 1.0,
                 "weight_decay": train.weight_decay if is_matrix else 0.0,
             }
-            for (is_encoder, is_matrix), weights in groups.items()
-        )
+            for (is_encoder, is_matrix), group in groups.items()
+        ]
+        return AdamW(settings) if settings else None
+
+    def _schedule(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = self._config.train.learning_rate * group["lr_scale"] * self._lr_scale()
 
     def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> dict[str, float]:
         """Mean of each loss over the steps that were made."""
@@ -152,13 +169,12 @@ class Trainer:
         self, phase: str, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor
     ) -> dict[str, float]:
         self._seed(distributed.rank())
-        data, train = self._config.data, self._config.train
+        data = self._config.data
         images_BCHW = augment(images_BCHW, flip=data.flip, shift=data.shift)
-        self._method.progress = self._phase_steps_done() / (train.epochs * self._epoch_steps)
+        self._method.progress = self._phase_steps_done() / self._phase_steps
         losses = self._method.loss(phase, images_BCHW.to(self._device), targets_B.to(self._device))
         self._check(losses)
-        for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate * group["lr_scale"] * self._lr_scale()
+        self._schedule(optimizer)
         optimizer.zero_grad()
         losses.total.backward()
         distributed.average_gradients(self._method.parameters())
@@ -176,9 +192,8 @@ class Trainer:
 
     def _lr_scale(self) -> float:
         """Linear warm-up, then a cosine to 0 at the end of the phase."""
-        train, total = self._config.train, self._config.train.epochs * self._epoch_steps
-        done = self._phase_steps_done()
-        warmup = train.warmup * total
+        done, total = self._phase_steps_done(), self._phase_steps
+        warmup = self._config.train.warmup * total
         if done < warmup:
             return (done + 1) / (warmup + 1)
         return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (total - warmup)))
@@ -233,7 +248,7 @@ class Trainer:
 
     def _end_phase(self, phase: str) -> None:
         if self._config.train.patience:
-            load_parts({"method": self._method}, self._best)
+            self._load({"method": self._method}, self._best)
         self._method.eval()
         self._method.finish(phase, self._validation_batches)
         self._position = Position(self._position.phase + 1)
@@ -267,7 +282,13 @@ class Trainer:
     def _save(self, folder: Path, optimizer: Optimizer) -> None:
         if distributed.rank() == 0:
             state = {"position": self._position, "scores": self._scores}
-            save_state(self._parts(optimizer), state, folder)
+            files = () if self._swapped is None else self._swapped.files()
+            save_state(self._parts(optimizer), state, folder, files)
+
+    def _load(self, parts: dict[str, Any], folder: Path) -> None:
+        load_parts(parts, folder)
+        if self._swapped is not None:
+            self._swapped.restore(folder)
 
 
 @torch.no_grad()

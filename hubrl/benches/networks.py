@@ -133,7 +133,7 @@ def update(name: str, batch: int = 256, precision: str = "auto", rounds: int = 1
 
     def learn(side: Side) -> None:
         side.pathway.zero_grad()
-        side.features(images_BCHW, None).sum().backward()  # type: ignore[no-untyped-call]
+        side.features(images_BCHW, None).sum().backward()
 
     return _compare(name, learn, precision, rounds)
 

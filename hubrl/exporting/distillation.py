@@ -96,7 +96,7 @@ class Distillation:
         log, scales = losses(policy, answer, labels), loss_scales(policy, labels)
         loss = torch.stack([log[name] / scales[name] for name in log]).sum()
         self._optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._optimizer.step()
         log |= accuracy(policy, answer, labels)
         return {name: float(value.detach()) for name, value in log.items()}

@@ -12,7 +12,7 @@ import yaml
 from small_images import SIZE, quadrant_data, write_rgb_hub
 
 from hubrl import cli
-from vision_tasks import classification, landmarks
+from vision_tasks import classification, landmarks, runs
 from vision_tasks.config import BUILT_IN_CONFIGS, load_config
 
 NAME = "python -m vision_tasks.classification"
@@ -20,7 +20,7 @@ NAME = "python -m vision_tasks.classification"
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(classification, "load_classification", lambda *_: quadrant_data())
+    monkeypatch.setattr(runs, "load_classification", lambda *_: quadrant_data())
     monkeypatch.chdir(tmp_path)
     return write_rgb_hub(tmp_path / "rgb")
 

@@ -98,8 +98,8 @@ def test_learning_rates_by_hand(hub: Path, tmp_path: Path) -> None:
     run = trainer(config, tmp_path)
     make = run._optimizer
 
-    def watched() -> torch.optim.AdamW:
-        optimizer = make()
+    def watched(weights: object) -> torch.optim.AdamW:
+        optimizer = make(weights)
 
         def note(*_: object) -> None:
             rates = {is_encoder_weight(g["params"][0]): g["lr"] for g in optimizer.param_groups}
@@ -117,7 +117,7 @@ def test_learning_rates_by_hand(hub: Path, tmp_path: Path) -> None:
 
 def test_biases_do_not_decay_and_scale_0_freezes(hub: Path, tmp_path: Path) -> None:
     run = trainer(small_vision_config(hub, train__encoder_lr_scale=0.0), tmp_path)
-    for group in run._optimizer().param_groups:
+    for group in run._optimizer(run._method.parameters()).param_groups:
         decays = {weight.ndim > 1 for weight in group["params"]}
         assert decays == {group["weight_decay"] == 0.05}
         assert not any(is_encoder_weight(weight) for weight in group["params"])

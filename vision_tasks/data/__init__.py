@@ -7,11 +7,12 @@ from pathlib import Path
 from hubrl.specs import closest
 from vision_tasks.data.emoji import load_emoji
 from vision_tasks.data.fashion_mnist import load_fashion_mnist
-from vision_tasks.data.images import ImageData, LandmarkData, Loader
+from vision_tasks.data.images import Data, ImageData, LandmarkData, Loader
 
 __all__ = [
     "CLASSIFICATION",
     "LANDMARKS",
+    "Data",
     "ImageData",
     "LandmarkData",
     "load_classification",

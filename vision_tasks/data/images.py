@@ -42,6 +42,10 @@ class LandmarkData(NamedTuple):
     """Indices of the points whose means are the eyes."""
 
 
+#: A task's images.
+Data = ImageData | LandmarkData
+
+
 class ArrayImages(Dataset[Any]):
     """
     Images in memory at their native size, resized when they are asked for.

@@ -40,10 +40,17 @@ def build_method(name: str, hub: HubSpec, task: Task, settings: Settings) -> Met
 
     :param name: a key of ``METHODS``, or ``single:ENCODER``
     :param hub: the encoders' cards, at the size that they shall run at
-    :raises ValueError: if there is no such method or encoder, or the hub doesn't fit the method
+    :raises ValueError: if there is no such method or encoder, or hub or ``settings.swap`` don't fit
+        the method
     """
     method, colon, encoder = name.partition(":")
     check_method(name)
+    if settings.swap and not METHODS[method].can_swap:
+        raise ValueError(
+            f"hub.swap is {settings.swap.n_resident}, but method {method!r} needs all its encoders "
+            f"in memory: set hub.swap to null; methods that swap: "
+            f"{', '.join(key for key, value in METHODS.items() if value.can_swap)}"
+        )
     if colon:
         hub = hub.only(encoder)
     elif method == "single" and len(hub.encoders) > 1:

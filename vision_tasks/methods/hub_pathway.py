@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from hubrl.pathway import HubPathway, PathwayOutput
 from hubrl.specs import HubSpec
 from vision_tasks.distributed import mean_over_processes
 from vision_tasks.methods.method import Batches, Losses, Method, Settings, build_head
+from vision_tasks.swap import SwappedEncoders
 from vision_tasks.tasks import Task
 
 # Shape letters: B batch, E encoders, O outputs, D features of one encoder, C H W image,
@@ -26,6 +29,8 @@ class HubPathwayMethod(Method):
     images of the sum of the losses of each activated encoder's own output. Ours: ``A`` starts as
     the weighted sum, so that an untrained one doesn't scramble what the heads say.
     """
+
+    can_swap = True
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__(hub, task, settings)
@@ -73,6 +78,7 @@ class HubPathwayModel(nn.Module):
         for block in aggregator.blocks:
             assert isinstance(block, nn.Linear)
             nn.init.eye_(block.weight)
+        swap = settings.swap
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self.pathway = HubPathway(
@@ -83,6 +89,7 @@ class HubPathwayModel(nn.Module):
                 aggregation=aggregator,
                 pretrained=settings.pretrained,
                 precision=settings.precision,
+                build_encoders=functools.partial(SwappedEncoders, swap=swap) if swap else None,
             )
         heads = {spec.name: build_head(spec, task, settings.seed) for spec in hub.encoders}
         self.heads = nn.ModuleDict(heads)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hubrl.encoders import Encoder, build_encoder
 from hubrl.precision import resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec
+from vision_tasks.swap import Swap
 from vision_tasks.tasks import Task
 
 # Shape letters: B batch, O outputs, D features, C H W image.
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
     :param exploitation_coef: weight of the exploitation loss
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: float32, bfloat16 or auto
+    :param swap: how encoders are swapped; None: all are in memory
     """
 
     seed: int
@@ -53,6 +55,7 @@ class Settings(NamedTuple):
     exploitation_coef: float = 1.0
     pretrained: bool = True
     precision: str = "float32"
+    swap: Swap | None = None
 
 
 class Method(nn.Module):
@@ -72,6 +75,8 @@ class Method(nn.Module):
     phases: ClassVar[tuple[str, ...]] = ("train",)
     #: Share of the phase's steps that are done, 0..1; the training loop sets it before each step.
     progress: float = 0.0
+    #: Whether ``settings.swap`` may be given.
+    can_swap: ClassVar[bool] = False
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__()
