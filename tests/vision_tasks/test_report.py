@@ -1,0 +1,143 @@
+"""Tables and figures of finished image runs: numbers by hand, and pictures that are not empty."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from small_images import quadrant_data, small_vision_config, write_rgb_hub
+
+from hubrl import cli
+from hubrl.run_folder import create_folder
+from hubrl.signals import StopSignal
+from vision_tasks import report, runs
+from vision_tasks.config import dump_config
+from vision_tasks.routing import routing
+from vision_tasks.runs import build, load_data
+from vision_tasks.training import Trainer
+
+SCORES = {
+    "hub-pathway": {1: 0.80, 2: 0.84, 3: 0.88},
+    "single:a": {1: 0.78, 2: 0.80, 3: 0.85},
+    "single:b": {1: 0.90},
+}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """Folders of finished runs with made-up scores."""
+    for method, by_seed in SCORES.items():
+        for seed, score in by_seed.items():
+            _write(tmp_path / "runs" / f"{method}-{seed}", method, seed, score)
+    return tmp_path / "runs"
+
+
+def _write(folder: Path, method: str, seed: int, score: float, **overrides: object) -> None:
+    config = small_vision_config(Path("rgb"), method, train__seed=seed, **overrides)
+    create_folder(folder, dump_config(config))
+    # On validation single:a is the best.
+    validation = {"accuracy": 0.99 if method == "single:a" else 0.5, "loss": 1.0}
+    results = {
+        "method": method,
+        "task": "classification",
+        "data": "fashion-mnist",
+        "seed": seed,
+        "train_seconds": 10.0 * seed,
+        "validation": {"": validation},
+        "test": {"": {"accuracy": score, "loss": 1.0}},
+    }
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "epochs.csv").write_text(
+        f"step,phase,validation/accuracy\n3,train,0.4\n6,train,{score}\n"
+    )
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(report.command, "python -m vision_tasks.report", [str(arg) for arg in args])
+    return int(stop.value.code or 0)
+
+
+def test_rows_by_hand(finished: Path) -> None:
+    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    assert list(rows) == ["single:b", "hub-pathway", "single:a"]  # by test score
+    ours = list(SCORES["hub-pathway"].values())
+    low, high = stats.t.interval(0.95, 2, np.mean(ours), stats.sem(ours))
+    assert rows["hub-pathway"].test == pytest.approx((0.84, low, high), abs=1e-4)
+    differences = np.subtract(ours, list(SCORES["single:a"].values()))
+    low, high = stats.t.interval(0.95, 2, differences.mean(), stats.sem(differences))
+    assert rows["single:a"].difference == pytest.approx((0.03, low, high), abs=1e-4)
+    assert rows["single:b"].difference == pytest.approx((-0.10,) * 3)
+    assert rows["hub-pathway"].difference is None
+    assert rows["single:a"].seconds == 20.0
+
+
+def test_the_best_single_encoder_is_not_chosen_by_test(finished: Path) -> None:
+    best = report.best_single(report.summarise(report.read_runs(finished)), "fashion-mnist")
+    assert best is not None
+    assert best.method == "single:a"
+
+
+def test_settings_in_which_runs_differ_are_named(finished: Path) -> None:
+    _write(finished / "other", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
+    methods = {run.method for run in report.read_runs(finished) if "hub" in run.method}
+    assert methods == {
+        "hub-pathway (exploration_coef=0.3)",
+        "hub-pathway (exploration_coef=0.0)",
+    }
+
+
+def test_files_of_a_report(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write(finished / "other", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
+    assert run(finished, "--out", tmp_path / "out") == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| single:b | 1 | 90.00 | 50.00 |" in text
+    assert "Best single encoder, by validation: single:a." in text
+    with (tmp_path / "out" / "runs.csv").open() as lines:
+        assert len(list(csv.DictReader(lines))) == 8
+    for name in ("scores", "curves", "exploration"):
+        assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 2
+    assert "there is no finished run in" in capsys.readouterr().err
+
+
+def test_routing_is_what_the_method_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "load_classification", lambda *_: quadrant_data())
+    hub = write_rgb_hub(tmp_path / "rgb")
+    config = small_vision_config(hub)
+    folder = tmp_path / "run"
+    data, task = load_data(config)
+    method = build(config, runs.load_vision_hub(str(hub), 36), task, folder)
+    create_folder(folder, dump_config(config))
+    Trainer(method, data, config, folder).run(StopSignal())
+    found = routing(folder)
+    np.testing.assert_allclose(found.usage_CE.sum(axis=1), 2.0)
+    images, targets = data.validation.tensors  # type: ignore[attr-defined]
+    method.eval()
+    activated = method.model.route(images)[0].activated.numpy()
+    for row, name in zip(found.usage_CE, found.classes, strict=True):
+        mine = activated[targets.numpy() == "abcd".index(name)]
+        expected = [(mine == i).any(axis=1).mean() for i in range(3)]
+        np.testing.assert_allclose(row, expected)
+    assert found.examples[0].shape == (36, 36, 3)
+
+
+def test_routing_of_another_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "load_classification", lambda *_: quadrant_data())
+    hub = write_rgb_hub(tmp_path / "rgb")
+    config = small_vision_config(hub, "single:a", train__epochs=1)
+    data, task = load_data(config)
+    method = build(config, runs.load_vision_hub(str(hub), 36), task, tmp_path)
+    create_folder(tmp_path / "run", dump_config(config))
+    Trainer(method, data, config, tmp_path / "run").run(StopSignal())
+    with pytest.raises(ValueError, match=r"run is no run of hub-pathway on labelled images"):
+        routing(tmp_path / "run")
