@@ -14,6 +14,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 
 import hubrl
 from hubrl.encoders import build_encoder
+from hubrl.fetching.recipes import fetch_hub
 from hubrl.hubs import check_encoder
 from hubrl.pathway import encoder_changes
 from hubrl.specs import load_hub
@@ -49,3 +50,24 @@ def test_a_packaged_encoder_beside_an_atari_one(tmp_path: Path) -> None:
     observation = model.observation_space.sample()
     assert np.isfinite(model.predict(observation)[0]).all()
     assert torch.isfinite(extractor(torch.rand(2, 4, 84, 84))).all()
+
+
+@pytest.mark.slow
+def test_five_packaged_encoders_drive_one_agent() -> None:
+    """They differ in input size, normalisation, architecture; the first time 150 MB are fetched."""
+    hub = fetch_hub("packaged5")
+    env = FakeImageEnv(screen_height=96, screen_width=96, n_channels=3, channel_first=True)
+    policy_kwargs = {
+        "features_extractor_class": hubrl.HubFeaturesExtractor,
+        "features_extractor_kwargs": {"hub": hub, "freeze": "all", "precision": "float32"},
+        "net_arch": [],
+    }
+    model = PPO("CnnPolicy", env, n_steps=16, batch_size=8, policy_kwargs=policy_kwargs, seed=0)
+    model.learn(16)
+    (extractor,) = learning_extractors(model)
+    assert len({spec.image_size for spec in hub.encoders}) > 1
+    assert len({spec.mean for spec in hub.encoders}) > 2
+    assert all(change.is_same for change in encoder_changes(extractor.pathway))
+    usage = extractor.statistics()
+    assert sum(usage[f"usage_{name}"] for name in hub.encoder_names) == pytest.approx(1.0)
+    assert np.isfinite(model.predict(model.observation_space.sample())[0]).all()
