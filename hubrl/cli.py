@@ -14,7 +14,8 @@ import click
 
 def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
     """
-    Run a command and exit: 0 done, 2 the user's input is wrong (one line), 130 interrupted.
+    Run a command and exit: 0 done, 2 the user's input is wrong (one line), 1 it failed
+    with a reason that it knows (one line), 130 interrupted.
 
     A command exits with another code by ``sys.exit``; any other exception keeps its traceback.
 
@@ -38,6 +39,15 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise click.UsageError(str(error)) from error
+
+
+@contextlib.contextmanager
+def failures(*kinds: type[Exception]) -> Iterator[None]:
+    """Inside, exceptions of these kinds end the command with one line and exit code 1."""
+    try:
+        yield
+    except kinds as error:
+        raise click.ClickException(str(error)) from error
 
 
 def refuse_foreign_modules(*names: str) -> None:

@@ -1,10 +1,17 @@
-"""A folder of safetensors files and ``state.json``, replaced as a whole; nothing is pickled."""
+"""
+A checkpoint: a folder of safetensors files and ``state.json``, replaced as a whole, never pickled.
+
+``manifest.json`` has the sha256 of each file. The checkpoint before is kept beside it, and takes
+its place if a file is missing or damaged.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +22,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 STATE_FILE = "state.json"
+MANIFEST_FILE = "manifest.json"
 
 #: A module, an optimizer or a tensor.
 Part = nn.Module | torch.optim.Optimizer | Tensor
+
+
+class NotSavedError(OSError):
+    """A checkpoint could not be written, as on a full disk; the one before is whole."""
 
 
 def save_state(
@@ -29,18 +41,18 @@ def save_state(
     :param parts: by the names of their files
     :param state: plain data for ``state.json``
     :param files: others that it shall hold; see ``link_file``
+    :raises NotSavedError: if the disk doesn't take it
     """
     temporary = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    scalars: dict[str, Any] = {}
-    for name, part in parts.items():
-        tensors, scalars[name] = _pack(part)
-        save_file(tensors, temporary / f"{name}.safetensors")
-    for file in files:
-        link_file(file, temporary / file.name)
-    (temporary / STATE_FILE).write_text(json.dumps({**state, "scalars": scalars}, indent=1))
-    _replace(temporary, folder)
+    try:
+        _write(parts, state, temporary, files)
+        _replace(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise NotSavedError(
+            f"checkpoint {folder} can't be written ({error}); the one before is whole: see to the "
+            "disk, then resume"
+        ) from error
 
 
 def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
@@ -70,25 +82,96 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether there is a checkpoint; one that was being replaced by a killed process comes back."""
+    """
+    Whether there is a checkpoint.
+
+    One that was being replaced by a killed process comes back, and one that is damaged gives way to
+    the one before it, which is said on the screen.
+    """
     old = _old(folder)
-    if old.exists() and not folder.exists():
+    if not old.exists():
+        return folder.exists()
+    damage = _damage(folder) if folder.exists() else None
+    if damage is not None and _damage(old) is None:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        print(
+            f"checkpoint {folder} is damaged ({damage}): the one before takes its place, and the "
+            f"damaged one is kept as {aside.name}",
+            file=sys.stderr,
+        )
+    if not folder.exists():
         os.replace(old, folder)
-    return folder.exists()
+    return True
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """
     The numbers of a checkpoint.
 
-    :raises ValueError: if there is no checkpoint
+    :raises ValueError: if there is no checkpoint, or only a damaged one
     """
-    has_state(folder)
+    damage = _damage(folder) if has_state(folder) else None
+    if damage is not None:
+        raise ValueError(
+            f"checkpoint {folder} is damaged ({damage}), and there is none before it; put the file "
+            "back, or train anew"
+        )
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError):
         raise ValueError(f"there is no checkpoint in {folder} (no readable {STATE_FILE})") from None
     return state
+
+
+def _write(
+    parts: Mapping[str, Part], state: Mapping[str, Any], temporary: Path, files: Iterable[Path]
+) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    scalars: dict[str, Any] = {}
+    for name, part in parts.items():
+        tensors, scalars[name] = _pack(part)
+        save_file(tensors, temporary / f"{name}.safetensors")
+    for file in files:
+        link_file(file, temporary / file.name)
+    (temporary / STATE_FILE).write_text(json.dumps({**state, "scalars": scalars}, indent=1))
+    manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+    (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
+    for path in (*temporary.iterdir(), temporary):
+        _sync(path)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None if they are whole, or older than manifests."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return f"{MANIFEST_FILE} can't be read"
+    for name, sha256 in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != sha256:
+            return f"{name} has another sha256"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold it before anything points to it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -146,11 +229,11 @@ def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 def _replace(new: Path, folder: Path) -> None:
     """Rename can't replace a folder that has files, so the old one steps aside first."""
-    if has_state(folder):
+    if folder.exists():
         shutil.rmtree(_old(folder), ignore_errors=True)
         os.replace(folder, _old(folder))
     os.replace(new, folder)
-    shutil.rmtree(_old(folder), ignore_errors=True)
+    _sync(folder.parent)
 
 
 def _old(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from hubrl.callback import PathwayCallback
 from hubrl.run_folder import check_new_run, note_command, read_rows
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
-from hubrl.state_folder import read_state
+from hubrl.state_folder import NotSavedError, read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
@@ -225,7 +225,7 @@ def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:
     if config.hub.name != "none":
         callbacks.insert(0, PathwayCallback())
         callbacks.append(EncodersCallback())
-    with stop.caught():
+    with stop.caught(), cli.failures(NotSavedError):
         model.learn(
             train.n_timesteps - model.num_timesteps,
             callback=callbacks,

@@ -13,6 +13,7 @@ import torch
 from hubrl import cli
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, note_command
 from hubrl.signals import StopSignal
+from hubrl.state_folder import NotSavedError
 from vision_tasks import distributed
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, load_config
 from vision_tasks.data import Data
@@ -137,10 +138,8 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
-        with stop.caught():
+        with stop.caught(), cli.failures(DivergedError, NotSavedError):
             Trainer(method, data, config, folder).run(stop)
-    except DivergedError as error:
-        raise click.ClickException(str(error)) from error
     finally:
         swapped = swapped_encoders(method)
         if swapped is not None:

@@ -167,6 +167,23 @@ def test_resuming_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().out.endswith("r is complete: 128 steps\n")
 
 
+def test_a_full_disk_is_said_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_small_config(tmp_path / "c.yaml", "a2c")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hubrl.state_folder.save_file", full)
+        assert run("--config", config, "--run-dir", "r") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "checkpoints/last can't be written" in error
+    assert "No space left on device" in error
+
+
 def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) -> None:
     file = write_small_config(tmp_path / "c.yaml", train__eval_freq=64)
     assert run("--config", file, "--run-dir", "r") == 0

@@ -157,14 +157,16 @@ def displacements() -> tuple[Floats, Floats]:
         scale(mouth, 0.18, 0.10, 0, 0),
         scale(mouth, 0.14, 0, 0.12, 0.05),
         move(mouth, (0.2, 0.12), 0, 0.015, 0),
-        move(cheeks[0], (0.15, 0.15), -0.02, 0, -0.02) + move(cheeks[1], (0.15, 0.15), 0.02, 0, -0.02),
+        move(cheeks[0], (0.15, 0.15), -0.02, 0, -0.02)
+        + move(cheeks[1], (0.15, 0.15), 0.02, 0, -0.02),
         # No face is symmetric.
         move(mouth, (0.2, 0.12), 0.008, 0, 0),
         move(corners[0], (0.1, 0.1), 0, -0.008, 0) - move(corners[1], (0.1, 0.1), 0, -0.008, 0),
     ]
     mimic = [
         is_below_V1 * move(chin, (0.4, 0.35), 0, 0.16, 0.02),
-        move(corners[0], (0.1, 0.08), 0.05, 0.045, 0) + move(corners[1], (0.1, 0.08), -0.05, 0.045, 0),
+        move(corners[0], (0.1, 0.08), 0.05, 0.045, 0)
+        + move(corners[1], (0.1, 0.08), -0.05, 0.045, 0),
         sum(upper_lids) + sum(lower_lids),
         move(brows[0], (0.2, 0.08), 0, -0.05, 0) + move(brows[1], (0.2, 0.08), 0, -0.05, 0),
     ]

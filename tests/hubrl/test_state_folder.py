@@ -1,0 +1,153 @@
+"""Checkpoints that survive damage, a full disk and a kill at any moment of their writing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from hubrl import state_folder
+from hubrl.state_folder import NotSavedError, has_state, load_parts, read_state, save_state
+
+
+def layer(value: float) -> nn.Linear:
+    made = nn.Linear(8, 8)
+    nn.init.constant_(made.weight, value)
+    return made
+
+
+def save(folder: Path, number: int) -> None:
+    save_state({"layer": layer(float(number))}, {"number": number}, folder)
+
+
+def loaded(folder: Path) -> tuple[int, float]:
+    part, state = layer(0.0), read_state(folder)
+    load_parts({"layer": part}, folder)
+    return state["number"], float(part.weight.detach()[0, 0])
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(bytes(content))
+
+
+DAMAGES: list[Callable[[Path], None]] = [truncate, flip_a_bit, Path.unlink]
+FILES = ["layer.safetensors", "state.json", "manifest.json"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(
+    damage: Callable[[Path], None], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "last"
+    save(folder, 1)
+    save(folder, 2)
+    assert loaded(folder) == (2, 2.0)
+    if (damage, name) == (Path.unlink, "manifest.json"):
+        return  # what it would say is in the other files' names, and older runs have none
+    damage(folder / name)
+    assert loaded(folder) == (1, 1.0)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"checkpoint {folder} is damaged (" in error
+    assert name in error or name == "manifest.json"
+    assert (tmp_path / "last.damaged").is_dir()
+    save(folder, 3)
+    assert loaded(folder) == (3, 3.0)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES[:2])
+def test_the_only_checkpoint_is_damaged(
+    damage: Callable[[Path], None], name: str, tmp_path: Path
+) -> None:
+    save(tmp_path / "last", 1)
+    damage(tmp_path / "last" / name)
+    message = rf"last is damaged \({name} (is missing|has another sha256)\), and there is none bef"
+    with pytest.raises(ValueError, match=message):
+        read_state(tmp_path / "last")
+
+
+def test_the_manifest_is_what_sha256sum_says(tmp_path: Path) -> None:
+    save(tmp_path / "last", 1)
+    manifest = json.loads((tmp_path / "last" / "manifest.json").read_text())
+    assert set(manifest) == {"layer.safetensors", "state.json"}
+    command = ["sha256sum", *sorted(manifest)]
+    lines = subprocess.run(command, cwd=tmp_path / "last", capture_output=True, text=True).stdout
+    assert {line.split()[1]: line.split()[0] for line in lines.splitlines()} == manifest
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "last"
+    save(folder, 1)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for function in ("save_file", "_sync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(state_folder, function, full)
+            message = (
+                r"last can't be written \(.*No space left on device\); the one before is whole"
+            )
+            with pytest.raises(NotSavedError, match=message):
+                save(folder, 2)
+        assert [file.name for file in tmp_path.iterdir()] == ["last"]
+        assert loaded(folder) == (1, 1.0)
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: no handler of ours runs."""
+
+
+@pytest.mark.parametrize("n_calls", range(12))
+def test_killed_at_any_call_that_touches_the_disk(
+    n_calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Afterwards there is the old checkpoint or the new one, whole."""
+    folder, left = tmp_path / "last", [n_calls]
+    save(folder, 1)
+
+    def dying(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KilledError
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for owner, name in (
+            (state_folder, "save_file"),
+            (state_folder, "_sync"),
+            (state_folder.shutil, "rmtree"),
+            (state_folder.os, "replace"),
+            (Path, "write_text"),
+        ):
+            patch.setattr(owner, name, dying(getattr(owner, name)))
+        try:
+            save(folder, 2)
+        except KilledError:
+            is_killed = True
+        else:
+            is_killed = False
+    assert has_state(folder)
+    number, weight = loaded(folder)
+    assert number == weight
+    assert number in ((1, 2) if is_killed else (2,))
+    save(folder, 3)
+    assert loaded(folder) == (3, 3.0)
