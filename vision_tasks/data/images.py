@@ -1,0 +1,156 @@
+"""Images in memory and in files, and data sets of them at one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+# Shape letters: N images, C H W image.
+Ints = NDArray[np.int64]
+
+#: Left, top, right and bottom, in pixels; it may reach beyond the image.
+Box = tuple[int, int, int, int]
+
+
+class Images(Protocol):
+    """A sequence of images of any size."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W) or grey (1, H, W)."""
+
+
+class Part(NamedTuple):
+    """
+    Images with what is to be learned of each.
+
+    :param images: N of them
+    :param targets: first axis N
+    """
+
+    images: Images
+    targets: Tensor
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """
+    Some images of a part, all resized to the same square.
+
+    :param part: images and targets
+    :param rows: which of them
+    :param image_size: side of the images, in pixels
+    """
+
+    def __init__(self, part: Part, rows: Ints, image_size: int) -> None:
+        self._part, self._rows, self._size = part, rows, image_size
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = int(self._rows[index])
+        return resize(self._part.images.read(row), self._size), self._part.targets[row]
+
+    @property
+    def targets(self) -> Tensor:
+        """Of all images, without reading any."""
+        return self._part.targets[torch.from_numpy(self._rows)]
+
+
+class ImageArray:
+    """
+    Images in memory.
+
+    :param images_NCHW: uint8, one or three channels
+    """
+
+    def __init__(self, images_NCHW: Tensor) -> None:
+        self._images_NCHW = images_NCHW
+
+    def __len__(self) -> int:
+        return len(self._images_NCHW)
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (C, H, W)."""
+        return self._images_NCHW[index]
+
+
+class ImageFiles:
+    """
+    Images in files, which are read when they are asked for.
+
+    :param files: one for each image
+    :param boxes: the part of each image that is wanted; None: all of it
+    """
+
+    def __init__(self, files: Sequence[Path], boxes: Sequence[Box] | None = None) -> None:
+        self._files, self._boxes = files, boxes
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> Tensor:
+        """
+        One image, uint8 (3, H, W); black beyond the file's borders.
+
+        :raises ValueError: if the file holds no image, or not a whole one
+        """
+        image_HW3 = read_image(self._files[index])
+        if self._boxes is not None:
+            image_HW3 = crop(image_HW3, self._boxes[index])
+        return to_tensor(image_HW3)
+
+
+def read_image(file: Path) -> Image.Image:
+    """
+    The image in a file, in three colours; what is transparent becomes white.
+
+    :raises ValueError: if the file is missing, holds no image or one with more than 8 bits
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{file} has more than 8 bits a colour: convert it to 8")
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                coloured = image.convert("RGBA")
+                white = Image.new("RGBA", coloured.size, "white")
+                return Image.alpha_composite(white, coloured).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(
+            f"{file} can't be read as an image ({error}): replace or remove it"
+        ) from error
+
+
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    """A part of an image; black beyond its borders."""
+    return image.crop(box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def resize(image_CHW: Tensor, size: int) -> Tensor:
+    """
+    The whole image as a square, uint8 (3, size, size), bilinear with antialiasing.
+
+    :param image_CHW: uint8; grey is repeated to three channels
+    """
+    image_3HW = image_CHW.expand(3, -1, -1)
+    if image_3HW.shape[1:] == (size, size):
+        return image_3HW.contiguous()
+    resized = F.interpolate(image_3HW[None], (size, size), mode="bilinear", antialias=True)
+    return resized[0].contiguous()
