@@ -1,9 +1,9 @@
 """
 Colour emoji, rendered from a font: 39 classes, which are Unicode's subgroups.
 
-A class is a subgroup of ``emoji-test.txt`` with at least 15 fully-qualified emoji, those with a skin
-tone left out. Emoji that look the same, such as the flags of Norway and of Bouvet Island, are one
-image; else it could be learned from and tested on.
+A class is a subgroup of ``emoji-test.txt`` with at least 15 fully-qualified emoji, those with a
+skin tone left out. Emoji that look the same, such as the flags of Norway and of Bouvet Island, are
+one image; else it could be learned from and tested on.
 """
 
 from __future__ import annotations
