@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hubrl.plots import COLOURS, DPI
-from vision_tasks.metrics import mean_interval
+from vision_tasks.metrics import Interval, mean_over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,11 +31,8 @@ def draw_scores(rows: Sequence[Row], file: Path) -> None:
         of_data = [row for row in rows if row.data == name][::-1]
         y = np.arange(len(of_data))
         means = np.array([row.test.mean for row in of_data])
-        bars = [
-            [r.test.mean - r.test.low for r in of_data],
-            [r.test.high - r.test.mean for r in of_data],
-        ]
-        panel.errorbar(means, y, xerr=np.array(bars), fmt="o", color=COLOURS[0], capsize=3)
+        bars = _bars([row.test for row in of_data])
+        panel.errorbar(means, y, xerr=bars, fmt="o", color=COLOURS[0], capsize=3)
         panel.set_yticks(y, [f"{row.method} ({len(row.seeds)})" for row in of_data])
         panel.set(xlabel=f"test {of_data[0].metric}", title=name)
         panel.grid(axis="x", alpha=0.3)
@@ -79,9 +76,9 @@ def draw_exploration(scores: Mapping[str, Mapping[float, Sequence[float]]], file
     figure, panels = _panels(len(scores), height=3.5)
     for panel, (data, by_coef) in zip(panels, scores.items(), strict=True):
         coefs = sorted(by_coef)
-        bands = [mean_interval(by_coef[coef]) for coef in coefs]
+        bands = [mean_over_seeds(by_coef[coef]) for coef in coefs]
         means = np.array([band.mean for band in bands])
-        bars = np.array([[b.mean - b.low for b in bands], [b.high - b.mean for b in bands]])
+        bars = _bars(bands)
         panel.errorbar(coefs, means, yerr=bars, fmt="o-", color=COLOURS[0], capsize=3)
         panel.set(xlabel="exploration coefficient", ylabel="test score", title=data)
         panel.grid(alpha=0.3)
@@ -117,6 +114,13 @@ def draw_routing(
         small.imshow(examples[i])
         small.axis("off")
     figure.savefig(file, dpi=DPI, metadata={"Software": None}, bbox_inches="tight")
+
+
+def _bars(intervals: Sequence[Interval]) -> NDArray[np.float64]:
+    """Lengths below and above the means, (2, N); none where there is a single seed."""
+    lows = [i.mean - (i.mean if i.low is None else i.low) for i in intervals]
+    highs = [(i.mean if i.high is None else i.high) - i.mean for i in intervals]
+    return np.array([lows, highs])
 
 
 def _counts(rows: Sequence[Row], names: Sequence[str]) -> list[int]:

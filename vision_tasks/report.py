@@ -15,7 +15,7 @@ from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CONFIG_FILE, read_rows
 from hubrl.sections import read_mapping
 from vision_tasks.figures import draw_curves, draw_exploration, draw_routing, draw_scores
-from vision_tasks.metrics import Interval, mean_interval, paired_interval
+from vision_tasks.metrics import Interval, mean_over_seeds, paired_difference
 from vision_tasks.routing import routing
 from vision_tasks.training import EPOCHS_FILE, RESULTS_FILE
 
@@ -161,14 +161,14 @@ def _row(
     difference = None
     if common and method != OURS:
         mine, theirs = ([g[s].test * _sign(metric) for s in common] for g in (ours, by_seed))
-        difference = paired_interval(mine, theirs)
+        difference = paired_difference(mine, theirs)
     return Row(
         data,
         method,
         metric,
         tuple(sorted(by_seed)),
-        mean_interval([run.test for run in runs]),
-        mean_interval([run.validation for run in runs]),
+        mean_over_seeds([run.test for run in runs]),
+        mean_over_seeds([run.validation for run in runs]),
         sum(run.seconds for run in runs) / len(runs),
         difference,
     )
@@ -248,14 +248,16 @@ def _settings(run: Run) -> str:
 
 def _markdown_row(row: Row) -> str:
     seeds = " ".join(map(str, row.seeds))
-    difference = "" if row.difference is None else _percent(row.difference, len(row.seeds))
-    test, validation = (_percent(i, len(row.seeds)) for i in (row.test, row.validation))
+    difference = "" if row.difference is None else _percent(row.difference)
+    test, validation = (_percent(i) for i in (row.test, row.validation))
     return f"| {row.method} | {seeds} | {test} | {validation} | {difference} | {row.seconds:.0f} |"
 
 
-def _percent(interval: Interval, n_seeds: int) -> str:
-    mean, low, high = (f"{100 * value:.2f}" for value in interval)
-    return f"{mean} [{low}, {high}]" if n_seeds > 1 else mean
+def _percent(interval: Interval) -> str:
+    mean = f"{100 * interval.mean:.2f}"
+    if interval.low is None or interval.high is None:
+        return mean
+    return f"{mean} [{100 * interval.low:.2f}, {100 * interval.high:.2f}]"
 
 
 def _run_cells(run: Run) -> dict[str, Any]:

@@ -1,55 +1,193 @@
-"""Images of the tasks: by name, split, limited and at one size."""
+"""Data sets of the image tasks, by name: images of one size, split into three parts."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from hubrl.specs import closest
-from vision_tasks.data.emoji import load_emoji
-from vision_tasks.data.fashion_mnist import load_fashion_mnist
-from vision_tasks.data.images import Data, ImageData, LandmarkData, Loader
+from vision_tasks.data import (
+    class_folders,
+    class_lists,
+    emoji,
+    fashion_mnist,
+    landmark_files,
+    synthetic_faces,
+)
+from vision_tasks.data.images import ImageDataset, Ints, Part
+from vision_tasks.data.sources import ClassSource, PointSource
+from vision_tasks.data.splits import held_out, limited, three_parts
 
 __all__ = [
     "CLASSIFICATION",
     "LANDMARKS",
     "Data",
     "ImageData",
+    "ImageDataset",
     "LandmarkData",
     "load_classification",
     "load_landmarks",
 ]
 
-#: Data sets of labelled images.
-CLASSIFICATION: dict[str, Loader] = {
-    "fashion-mnist": load_fashion_mnist,
-    "emoji": load_emoji,
+Source = TypeVar("Source")
+
+#: Loaders of labelled images by name; each takes the folder of the data, or None.
+CLASSIFICATION: Mapping[str, Callable[[Path | None], ClassSource]] = {
+    "fashion-mnist": fashion_mnist.load,
+    "emoji": emoji.load,
+    "cifar-100": class_lists.load_cifar100,
+    "stanford-cars": class_lists.load_stanford_cars,
+    "fgvc-aircraft": class_lists.load_aircraft,
+    "mit-indoors": class_lists.load_mit_indoors,
+    "eurosat": class_folders.load_eurosat,
+    "coco-70": class_folders.load_coco70,
+    "dmlab": class_folders.load_dmlab,
+    "folder": class_folders.load_folder,
 }
-LANDMARKS: dict[str, Loader] = {}
+#: The same of faces with landmarks.
+LANDMARKS: Mapping[str, Callable[[Path | None], PointSource]] = {
+    "synthetic-faces": synthetic_faces.load,
+    "300w": landmark_files.load_300w,
+    "wflw": landmark_files.load_wflw,
+    "cofw": landmark_files.load_cofw,
+    "aflw": landmark_files.load_aflw,
+}
+
+
+class ImageData(NamedTuple):
+    """
+    Labelled images: uint8 (3, size, size), each with its class, int64.
+
+    :param train: what is learned from
+    :param validation: what a model is chosen by; a part of the publisher's training images
+    :param test: the publisher's test images
+    :param n_outputs: number of classes
+    :param names: of the classes
+    """
+
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+    n_outputs: int
+    names: tuple[str, ...]
+
+
+class LandmarkData(NamedTuple):
+    """
+    Faces: uint8 (3, size, size), each with its points, float32 (P, 2) in 0..1, x first.
+
+    :param train: what is learned from
+    :param validation: what a model is chosen by
+    :param test: the publisher's test images
+    :param n_outputs: two for each point
+    :param names: the points' scheme, in words
+    :param eyes: two lists of points, whose means are the ends of the inter-ocular distance
+    """
+
+    train: ImageDataset
+    validation: ImageDataset
+    test: ImageDataset
+    n_outputs: int
+    names: tuple[str, ...]
+    eyes: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+#: A task's images.
+Data = ImageData | LandmarkData
 
 
 def load_classification(
     name: str, root: Path | None, image_size: int, limit: int | None, seed: int
 ) -> ImageData:
     """
-    Labelled images. Validation images are held out of the training part by a fixed rule; test
-    images are those of the data set.
+    A data set of labelled images.
 
     :param name: a key of ``CLASSIFICATION``
-    :param root: its folder; None: where the package that carries it puts it
-    :param image_size: side of the images that come out, in pixels
+    :param root: the folder of the data; None: where its package puts it
+    :param image_size: side of the images, in pixels; other shapes are squeezed
     :param limit: training images at most, as many of each class; None: all
-    :param seed: decides which are left out
-    :raises ValueError: if the name is unknown, or the data are missing or damaged
+    :param seed: of the draw of the limited images
+    :raises ValueError: if there is no such data set, or its files are wrong
+    :raises OSError: if files are missing
     """
-    if name not in CLASSIFICATION:
-        raise ValueError(
-            f"data is {name!r}{closest(name, CLASSIFICATION)}, allowed: {', '.join(CLASSIFICATION)}"
-        )
-    return CLASSIFICATION[name](root, image_size, limit, seed)
+    source = _loader(name, CLASSIFICATION)(root)
+    train, validation = source.train, source.validation or source.train
+    classes_N = train.targets.numpy()
+    if source.test is None:
+        _check_counts(classes_N, source.names, 3)
+        rows, validation_rows, test_rows = three_parts(classes_N)
+        test = train
+    else:
+        test, test_rows = source.test, _all_rows(source.test)
+        if source.validation is None:
+            _check_counts(classes_N, source.names, 2)
+            rows, validation_rows = held_out(classes_N)
+        else:
+            rows, validation_rows = _all_rows(train), _all_rows(validation)
+    if limit is not None:
+        rows = rows[limited(classes_N[rows], limit, seed)]
+    return ImageData(
+        ImageDataset(train, rows, image_size),
+        ImageDataset(validation, validation_rows, image_size),
+        ImageDataset(test, test_rows, image_size),
+        len(source.names),
+        source.names,
+    )
 
 
 def load_landmarks(
     name: str, root: Path | None, image_size: int, limit: int | None, seed: int
 ) -> LandmarkData:
-    """As ``load_classification``."""
-    raise ValueError(f"data is {name!r}, allowed: {', '.join(LANDMARKS)}")
+    """
+    A data set of faces with landmarks.
+
+    :param name: a key of ``LANDMARKS``
+    :param root: the folder of the data; None: where its package puts it
+    :param image_size: side of the images, in pixels
+    :param limit: training images at most; None: all
+    :param seed: of the draw of the limited images
+    :raises ValueError: if there is no such data set, or its files are wrong
+    :raises OSError: if files are missing
+    """
+    source = _loader(name, LANDMARKS)(root)
+    train, validation = source.train, source.validation or source.train
+    rows, validation_rows = _all_rows(train), _all_rows(validation)
+    if source.validation is None:
+        rows, validation_rows = held_out(np.zeros(len(train.images), dtype=np.int64))
+    if limit is not None:
+        rows = rows[limited(np.zeros(len(rows), dtype=np.int64), limit, seed)]
+    return LandmarkData(
+        ImageDataset(train, rows, image_size),
+        ImageDataset(validation, validation_rows, image_size),
+        ImageDataset(source.test, _all_rows(source.test), image_size),
+        2 * train.targets.shape[1],
+        (source.scheme,),
+        source.eyes,
+    )
+
+
+def _loader(
+    name: str, loaders: Mapping[str, Callable[[Path | None], Source]]
+) -> Callable[[Path | None], Source]:
+    if name not in loaders:
+        raise ValueError(
+            f"no data set {name!r}{closest(name, loaders)}; known: {', '.join(loaders)}"
+        )
+    return loaders[name]
+
+
+def _all_rows(part: Part) -> Ints:
+    return np.arange(len(part.images))
+
+
+def _check_counts(classes_N: Ints, names: tuple[str, ...], needed: int) -> None:
+    """Training, validation and what is split off as a test each need an image of each class."""
+    counts = np.bincount(classes_N, minlength=len(names))
+    for index in np.flatnonzero(counts < needed):
+        raise ValueError(
+            f"class {names[index]!r} has {counts[index]} training image(s), but needs {needed}, "
+            "since some are held out: add images or remove the class"
+        )

@@ -1,82 +1,90 @@
-"""Colour emoji, drawn from a font: 39 classes of pictures that no encoder was trained on."""
+"""
+Colour emoji, rendered from a font: 39 classes, which are Unicode's subgroups.
+
+A class is a subgroup of ``emoji-test.txt`` with at least 15 fully-qualified emoji, those with a
+skin tone left out. Emoji that look the same, such as the flags of Norway and of Bouvet Island, are
+one image; else it could be learned from and tested on.
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
-from torch.utils.data import Subset
 
-from vision_tasks.data.images import ArrayImages, ImageData, limited, stratified
+from vision_tasks.data.cache import cached
+from vision_tasks.data.images import ImageArray, Part, to_tensor
+from vision_tasks.data.sources import ClassSource
 
-#: Where Debian's packages fonts-noto-color-emoji and unicode-data put them.
-DEFAULT_ROOT = Path("/usr/share")
-FONT_FILE = Path("fonts/truetype/noto/NotoColorEmoji.ttf")
-LIST_FILE = Path("unicode/emoji/emoji-test.txt")
-FONT_SIZE = 109  # the only one that the font's bitmaps have
-MIN_MEMBERS = 15
-SHARES = (0.6, 0.2, 0.2)
-#: Skin tones and hair styles make variants of one picture.
-MODIFIERS = {*range(0x1F3FB, 0x1F400), *range(0x1F9B0, 0x1F9B4)}
+FONT = Path("truetype", "noto", "NotoColorEmoji.ttf")
+GROUPS = Path("unicode", "emoji", "emoji-test.txt")
+#: Where Debian's packages put them.
+FONT_FILE, GROUPS_FILE = Path("/usr/share/fonts") / FONT, Path("/usr/share") / GROUPS
+#: The font has bitmaps of this one size, in pixels an em; they are 136x128.
+FONT_SIZE, WIDTH, HEIGHT = 109, 136, 128
+MIN_IMAGES = 15
+SKIN_TONES = range(0x1F3FB, 0x1F400)
 
 
-def load_emoji(root: Path | None, image_size: int, limit: int | None, seed: int) -> ImageData:
+def load(root: Path | None) -> ClassSource:
     """
-    Single emoji of Unicode's subgroups with at least 15 members, on white.
+    All images, in memory; they are rendered once.
 
-    Three fifths are for training, a fifth each for validation and test, always the same.
-
-    :param root: folder that has the font and the list where ``/usr/share`` has them
-    :raises ValueError: if the font or the list is missing
+    :param root: a folder with the font and ``emoji-test.txt``; None: where Debian puts them
+    :raises FileNotFoundError: if one is missing
+    :raises ValueError: if Pillow can't join the parts of an emoji
     """
-    root = root or DEFAULT_ROOT
-    for file in (FONT_FILE, LIST_FILE):
-        if not (root / file).is_file():
-            raise ValueError(
-                f"emoji: there is no {root / file}: on Debian `apt-get install "
-                "fonts-noto-color-emoji unicode-data` puts it where it is looked for; elsewhere "
-                "give --root with a folder that has both under these names"
-            )
-    groups = read_groups(root / LIST_FILE)
-    names = tuple(sorted(groups))
-    images_NCHW = _draw([text for name in names for text in groups[name]], root / FONT_FILE)
-    counts = torch.tensor([len(groups[name]) for name in names])
-    targets_N = torch.arange(len(names)).repeat_interleave(counts)
-    images = ArrayImages(images_NCHW, targets_N, image_size)
-    train, validation, test = (part.tolist() for part in stratified(targets_N, SHARES, seed=0))
-    return ImageData(
-        limited(Subset(images, train), targets_N[train], limit, seed),
-        Subset(images, validation),
-        Subset(images, test),
-        len(names),
-        names,
-    )
+    font_file = _find(root / FONT.name if root else FONT_FILE)
+    groups_file = _find(root / GROUPS.name if root else GROUPS_FILE)
+    if not features.check_feature("raqm"):
+        raise ValueError("emoji of several parts need `apt-get install libfribidi0`")
+    classes = read_classes(groups_file)
+    key = hashlib.sha256(font_file.read_bytes() + groups_file.read_bytes()).hexdigest()[:12]
+    tensors = cached(f"emoji-{key}", lambda: _render_all(classes, font_file))
+    return ClassSource(tuple(classes), Part(ImageArray(tensors["images"]), tensors["labels"]), None)
 
 
-def read_groups(file: Path) -> dict[str, list[str]]:
-    """Emoji of each subgroup that has enough of them; without variants of skin and hair."""
-    groups: dict[str, list[str]] = {}
-    name = ""
-    for line in file.read_text().splitlines():
+def read_classes(groups_file: Path) -> dict[str, list[str]]:
+    """The emoji of each class, in Unicode's order."""
+    subgroups: dict[str, list[str]] = {}
+    emoji: list[str] = []
+    for line in groups_file.read_text(encoding="utf-8").splitlines():
         if line.startswith("# subgroup:"):
-            name = line.partition(":")[2].strip()
-        codes, semicolon, rest = line.partition(";")
-        if semicolon and not line.startswith("#") and rest.strip().startswith("fully-qualified"):
-            points = [int(code, 16) for code in codes.split()]
-            if not MODIFIERS & set(points):
-                groups.setdefault(name, []).append("".join(map(chr, points)))
-    return {name: emoji for name, emoji in groups.items() if len(emoji) >= MIN_MEMBERS}
+            emoji = subgroups.setdefault(line.partition(":")[2].strip(), [])
+        points, _, rest = line.partition(";")
+        if rest.split("#")[0].strip() == "fully-qualified":
+            numbers = [int(point, 16) for point in points.split()]
+            if not any(number in SKIN_TONES for number in numbers):
+                emoji.append("".join(map(chr, numbers)))
+    return {name: emoji for name, emoji in subgroups.items() if len(emoji) >= MIN_IMAGES}
 
 
-def _draw(texts: list[str], font_file: Path) -> Tensor:
-    font = ImageFont.truetype(os.fspath(font_file), FONT_SIZE)
-    images = []
-    for text in texts:
-        image = Image.new("RGB", (136, 128), "white")
-        ImageDraw.Draw(image).text((0, 0), text, font=font, embedded_color=True)
-        images.append(np.asarray(image))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+def render(emoji: str, font: ImageFont.FreeTypeFont) -> Tensor:
+    """Uint8 (3, 128, 136), on white."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    ImageDraw.Draw(image).text((0, 0), emoji, font=font, embedded_color=True)
+    return to_tensor(image)
+
+
+def _render_all(classes: dict[str, list[str]], font_file: Path) -> dict[str, Tensor]:
+    font = ImageFont.truetype(font_file, FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    images: dict[bytes, tuple[Tensor, int]] = {}
+    for label, emoji in enumerate(classes.values()):
+        for one in emoji:
+            image_3HW = render(one, font)
+            images.setdefault(np.asarray(image_3HW).tobytes(), (image_3HW, label))
+    labels = torch.tensor([label for _, label in images.values()])
+    return {"images": torch.stack([image for image, _ in images.values()]), "labels": labels}
+
+
+def _find(file: Path) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing: `apt-get install fonts-noto-color-emoji unicode-data`, or give "
+            f"--root, a folder with {FONT.name} and {GROUPS.name}"
+        )
+    return file

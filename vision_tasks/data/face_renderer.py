@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 # Shape letters: V vertices, T triangles, P landmarks, M displacements, H W image, N any rows.
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int32]
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
 Bytes = NDArray[np.uint8]
 
 FOLDER = Path(__file__).resolve().parent / "face"
@@ -248,32 +248,31 @@ def random_colours(random: np.random.Generator) -> Floats:
 
 @functools.cache
 def masks_of_regions() -> dict[str, Floats]:
-    """How much of each vertex belongs to lips, brows and where a beard grows: (V,) in 0..1."""
-    mesh = load_mesh()
-    vertices_V3 = mesh.vertices_V3
+    """Whether each vertex belongs to the lips, the brows or where a beard grows: (V,), 0 or 1."""
     points = {
-        "lips": (61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181),
-        "brows": (70, 63, 105, 66, 107, 46, 53, 52, 65, 55, 336, 296, 334, 293, 300, 285, 295, 282)
-        + (283, 276),
-        "beard": (172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 175, 171, 396)
-        + (199, 208, 428, 32, 262, 164, 165, 391, 92, 322, 212, 432),
+        "lips": [61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181],
+        "brows": [
+            *(70, 63, 105, 66, 107, 46, 53, 52, 65, 55),
+            *(336, 296, 334, 293, 300, 285, 295, 282, 283, 276),
+        ],
+        "beard": [
+            *(172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 175, 171, 396),
+            *(199, 208, 428, 32, 262, 164, 165, 391, 92, 322, 212, 432),
+        ],
     }
-    masks = {}
-    for region, indices in points.items():
-        mask = np.zeros(len(vertices_V3), dtype=np.float32)
-        mask[list(indices)] = 1
-        masks[region] = mask
-    return masks
+    vertices_V = np.arange(len(load_mesh().vertices_V3))
+    return {name: np.isin(vertices_V, found).astype(np.float32) for name, found in points.items()}
 
 
 def random_light(normals_V3: Floats, random: np.random.Generator) -> Floats:
-    """(V, 3): light of any colour near white, from somewhere before the face, and from all sides."""
+    """(V, 3): light near white from somewhere before the face, and from all sides."""
     direction = np.array([random.normal(0, 0.8), random.normal(-0.4, 0.6), -1.0])
     direction /= np.linalg.norm(direction)
     ambient = random.uniform(0.45, 0.9)
     lit_V1 = np.maximum(0, normals_V3 @ direction)[:, None]
     tint = 1 + random.normal(0, 0.06, 3)
-    return ((ambient + (1.25 - ambient) * lit_V1) * tint).astype(np.float32)
+    light_V3: Floats = (ambient + (1.25 - ambient) * lit_V1) * tint
+    return light_V3.astype(np.float32)
 
 
 def random_background(side: int, random: np.random.Generator) -> Floats:
@@ -353,13 +352,14 @@ def _barycentric(corners_T32: Floats, triangles_N: Ints, x_N: Ints, y_N: Ints) -
     areas_T = ab_T2[:, 0] * ac_T2[:, 1] - ab_T2[:, 1] * ac_T2[:, 0]
     # A triangle that is seen from its edge covers nothing.
     areas_T = np.where(np.abs(areas_T) < 1e-6, np.float32(np.inf), areas_T)
-    columns_T6 = [ac_T2[:, 1], -ac_T2[:, 0], -ab_T2[:, 1], ab_T2[:, 0]]
-    slopes_T6 = np.stack([*(column / areas_T for column in columns_T6), *a_T2.T], axis=1)
-    slopes_6N = slopes_T6.astype(np.float32)[triangles_N].T
-    dx_N, dy_N = x_N - slopes_6N[4] + np.float32(0.5), y_N - slopes_6N[5] + np.float32(0.5)
+    # How fast the second and the third corner's shares grow to the right and downwards.
+    slopes_4T = np.stack([ac_T2[:, 1], -ac_T2[:, 0], -ab_T2[:, 1], ab_T2[:, 0]]) / areas_T
+    slopes_4N, a_N2 = slopes_4T.astype(np.float32)[:, triangles_N], a_T2[triangles_N]
+    half = np.float32(0.5)
+    dx_N, dy_N = x_N + half - a_N2[:, 0], y_N + half - a_N2[:, 1]
     shares_3N = np.empty((3, len(dx_N)), dtype=np.float32)
-    shares_3N[1] = dx_N * slopes_6N[0] + dy_N * slopes_6N[1]
-    shares_3N[2] = dx_N * slopes_6N[2] + dy_N * slopes_6N[3]
+    shares_3N[1] = dx_N * slopes_4N[0] + dy_N * slopes_4N[1]
+    shares_3N[2] = dx_N * slopes_4N[2] + dy_N * slopes_4N[3]
     shares_3N[0] = 1 - shares_3N[1] - shares_3N[2]
     return shares_3N
 

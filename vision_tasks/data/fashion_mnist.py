@@ -1,4 +1,10 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): 60,000 + 10,000 grey images of 28 px."""
+"""
+Fashion-MNIST: ten kinds of clothes, 60,000 and 10,000 grey images of 28x28 pixels.
+
+Xiao, Rasul, Vollgraf: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
+Algorithms", 2017, arXiv 1708.07747. The files are those of Debian's package, which torchvision
+expects in ``FashionMNIST/raw`` below its root, with or without ``.gz``.
+"""
 
 from __future__ import annotations
 
@@ -7,70 +13,69 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Subset
+from numpy.typing import NDArray
 
-from vision_tasks.data.images import ArrayImages, ImageData, limited, stratified
+from vision_tasks.data.images import ImageArray, Part
+from vision_tasks.data.sources import ClassSource
 
-#: Where Debian's package dataset-fashion-mnist puts it.
-DEFAULT_ROOT = Path("/usr/share/datasets/fashion-mnist")
-CLASSES = (
-    *("T-shirt", "trouser", "pullover", "dress", "coat"),
-    *("sandal", "shirt", "sneaker", "bag", "ankle boot"),
+NAMES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-VALIDATION_SHARE = 1 / 12  # 5,000 images
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+#: Magic numbers of IDX files: unsigned bytes in three dimensions and in one.
+IMAGES_MAGIC, LABELS_MAGIC = 0x803, 0x801
 
 
-def load_fashion_mnist(
-    root: Path | None, image_size: int, limit: int | None, seed: int
-) -> ImageData:
+def load(root: Path | None) -> ClassSource:
     """
-    5,000 of the training images, always the same, are for validation.
+    Both parts, in memory.
 
-    :raises ValueError: if a file is missing or damaged
+    :param root: the four files' folder, or torchvision's; None: that of Debian's package
+    :raises ValueError: if a file is not what its name says
+    :raises FileNotFoundError: if a file is missing
     """
-    folder = _find(root or DEFAULT_ROOT)
-    images_NCHW, targets_N = _read(folder, "train")
-    train = ArrayImages(images_NCHW, targets_N, image_size)
-    rest, held_out = stratified(targets_N, (1 - VALIDATION_SHARE, VALIDATION_SHARE), seed=0)
-    test = ArrayImages(*_read(folder, "t10k"), image_size)
-    return ImageData(
-        limited(Subset(train, rest.tolist()), targets_N[rest], limit, seed),
-        Subset(train, held_out.tolist()),
-        test,
-        len(CLASSES),
-        CLASSES,
-    )
+    folder = root or DEBIAN_FOLDER
+    return ClassSource(NAMES, train=_part(folder, "train"), test=_part(folder, "t10k"))
 
 
-def _find(root: Path) -> Path:
-    """The folder of the four files; torchvision has them two folders deeper."""
-    for folder in (root, root / "FashionMNIST" / "raw"):
-        if (folder / "train-images-idx3-ubyte.gz").is_file():
-            return folder
-    raise ValueError(
-        f"fashion-mnist is not in {root}: on Debian `apt-get install dataset-fashion-mnist` puts "
-        "it where it is looked for; elsewhere give --root with the folder of its four .gz files"
-    )
-
-
-def _read(folder: Path, part: str) -> tuple[Tensor, Tensor]:
-    images_N = _read_idx(folder / f"{part}-images-idx3-ubyte.gz", header=16)
-    labels_N = _read_idx(folder / f"{part}-labels-idx1-ubyte.gz", header=8)
-    if len(images_N) != 784 * len(labels_N):
-        raise ValueError(f"fashion-mnist in {folder}: {part} has not one label for each image")
-    if labels_N.max() >= len(CLASSES):
+def _part(folder: Path, name: str) -> Part:
+    images_file = _find(folder, f"{name}-images-idx3-ubyte")
+    labels_file = _find(folder, f"{name}-labels-idx1-ubyte")
+    images_NHW = _read_idx(images_file, IMAGES_MAGIC)
+    labels_N = _read_idx(labels_file, LABELS_MAGIC)
+    if len(images_NHW) != len(labels_N):
+        raise ValueError(f"{labels_file} has {len(labels_N)} labels for {len(images_NHW)} images")
+    wrong = np.flatnonzero(labels_N >= len(NAMES))
+    if len(wrong):
         raise ValueError(
-            f"{folder / part}-labels-idx1-ubyte.gz has label {labels_N.max()}, allowed: 0..9; "
-            "get the file again"
+            f"{labels_file}: label {wrong[0] + 1} is {labels_N[wrong[0]]}, but the classes are "
+            "0 to 9: replace the file"
         )
-    images_NCHW = torch.from_numpy(images_N.reshape(-1, 1, 28, 28).copy())
-    return images_NCHW, torch.from_numpy(labels_N.astype(np.int64))
+    images = ImageArray(torch.from_numpy(images_NHW[:, None]))
+    return Part(images, torch.from_numpy(labels_N.astype(np.int64)))
 
 
-def _read_idx(file: Path, header: int) -> np.ndarray:
+def _find(folder: Path, name: str) -> Path:
+    for parent in (folder, folder / "FashionMNIST" / "raw"):
+        for file in (parent / name, parent / f"{name}.gz"):
+            if file.is_file():
+                return file
+    raise FileNotFoundError(
+        f"{folder} has no {name}.gz: `apt-get install dataset-fashion-mnist`, or give --root, a "
+        "folder with the four files"
+    )
+
+
+def _read_idx(file: Path, magic: int) -> NDArray[np.uint8]:
     try:
-        content = gzip.decompress(file.read_bytes())
+        data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
     except (OSError, EOFError) as error:
-        raise ValueError(f"{file} can't be read ({error}); get the file again") from None
-    return np.frombuffer(content, np.uint8, offset=header)
+        raise ValueError(f"{file} can't be unpacked ({error}): replace it") from error
+    n_axes = magic & 0xFF
+    header = np.frombuffer(data[: 4 * (1 + n_axes)], dtype=">u4")
+    values = np.frombuffer(data[4 * (1 + n_axes) :], dtype=np.uint8)
+    is_whole = len(header) == 1 + n_axes and header[0] == magic
+    if not is_whole or len(values) != np.prod(header[1:]):
+        raise ValueError(f"{file} is no whole IDX file of {n_axes} axes: replace it")
+    return values.reshape(header[1:].tolist()).copy()

@@ -1,155 +1,156 @@
-"""Images of a task as torch data sets: the size they come out at, splits, and what is limited."""
+"""Images in memory and in files, and data sets of them at one size."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
-# Shape letters: N images of a set, C H W image.
+# Shape letters: N images, C H W image.
+Ints = NDArray[np.int64]
 
-
-class ImageData(NamedTuple):
-    """A classification task's images; items are (uint8 (3, H, W), class)."""
-
-    train: Dataset[Any]
-    validation: Dataset[Any]
-    test: Dataset[Any]
-    n_outputs: int
-    """Number of classes."""
-    names: tuple[str, ...]
-    """Of the classes."""
+#: Left, top, right and bottom, in pixels; it may reach beyond the image.
+Box = tuple[int, int, int, int]
 
 
-class LandmarkData(NamedTuple):
-    """A landmark task's images; items are (uint8 (3, H, W), float32 (P, 2) in 0..1)."""
-
-    train: Dataset[Any]
-    validation: Dataset[Any]
-    test: Dataset[Any]
-    n_outputs: int
-    """Twice the number of points."""
-    names: tuple[str, ...]
-    """Of the points."""
-    eyes: tuple[Sequence[int], Sequence[int]]
-    """Indices of the points whose means are the eyes."""
-
-
-#: A task's images.
-Data = ImageData | LandmarkData
-
-
-class ArrayImages(Dataset[Any]):
-    """
-    Images in memory at their native size, resized when they are asked for.
-
-    :param images_NCHW: uint8, 1 or 3 channels
-    :param targets_N: class of each
-    :param image_size: side of the images that come out, in pixels
-    """
-
-    def __init__(self, images_NCHW: Tensor, targets_N: Tensor, image_size: int) -> None:
-        self._images_NCHW, self.targets, self._size = images_NCHW, targets_N, image_size
+class Images(Protocol):
+    """A sequence of images of any size."""
 
     def __len__(self) -> int:
-        return len(self.targets)
+        """How many there are."""
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return resize(self._images_NCHW[index], self._size), self.targets[index]
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W) or grey (1, H, W)."""
 
 
-class FileImages(Dataset[Any]):
+class Part(NamedTuple):
     """
-    Images that are read when they are asked for.
+    Images with what is to be learned of each.
 
-    :param files: of the images
-    :param targets_N: class of each
-    :param image_size: side of the images that come out, in pixels
+    :param images: N of them
+    :param targets: first axis N
     """
 
-    def __init__(self, files: Sequence[Path], targets_N: Tensor, image_size: int) -> None:
-        self._files, self.targets, self._size = files, targets_N, image_size
+    images: Images
+    targets: Tensor
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """
+    Some images of a part, all resized to the same square.
+
+    :param part: images and targets
+    :param rows: which of them
+    :param image_size: side of the images, in pixels
+    """
+
+    def __init__(self, part: Part, rows: Ints, image_size: int) -> None:
+        self._part, self._rows, self._size = part, rows, image_size
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return resize(read_image(self._files[index]), self._size), self.targets[index]
+        row = int(self._rows[index])
+        return resize(self._part.images.read(row), self._size), self._part.targets[row]
+
+    @property
+    def targets(self) -> Tensor:
+        """Of all images, without reading any."""
+        return self._part.targets[torch.from_numpy(self._rows)]
 
 
-def read_image(file: Path) -> Tensor:
+class ImageArray:
     """
-    An image file as uint8 (3, H, W).
+    Images in memory.
 
-    :raises ValueError: if it is none
+    :param images_NCHW: uint8, one or three channels
+    """
+
+    def __init__(self, images_NCHW: Tensor) -> None:
+        self._images_NCHW = images_NCHW
+
+    def __len__(self) -> int:
+        return len(self._images_NCHW)
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (C, H, W)."""
+        return self._images_NCHW[index]
+
+
+class ImageFiles:
+    """
+    Images in files, which are read when they are asked for.
+
+    :param files: one for each image
+    :param boxes: the part of each image that is wanted; None: all of it
+    """
+
+    def __init__(self, files: Sequence[Path], boxes: Sequence[Box] | None = None) -> None:
+        self._files, self._boxes = files, boxes
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def read(self, index: int) -> Tensor:
+        """
+        One image, uint8 (3, H, W); black beyond the file's borders.
+
+        :raises ValueError: if the file holds no image, or not a whole one
+        """
+        image_HW3 = read_image(self._files[index])
+        if self._boxes is not None:
+            image_HW3 = crop(image_HW3, self._boxes[index])
+        return to_tensor(image_HW3)
+
+
+def read_image(file: Path) -> Image.Image:
+    """
+    The image in a file, in three colours; what is transparent becomes white.
+
+    :raises ValueError: if the file is missing, holds no image or one with more than 8 bits
     """
     try:
         with Image.open(file) as image:
-            pixels_HWC = np.array(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"image {file} can't be read ({reason}); replace or remove it") from None
-    return torch.from_numpy(pixels_HWC).permute(2, 0, 1)
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(f"{file} has more than 8 bits a colour: convert it to 8")
+            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+                coloured = image.convert("RGBA")
+                white = Image.new("RGBA", coloured.size, "white")
+                return Image.alpha_composite(white, coloured).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(
+            f"{file} can't be read as an image ({error}): replace or remove it"
+        ) from error
+
+
+def crop(image: Image.Image, box: Box) -> Image.Image:
+    """A part of an image; black beyond its borders."""
+    return image.crop(box)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Uint8 (3, H, W)."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def resize(image_CHW: Tensor, size: int) -> Tensor:
-    """uint8 (3, size, size): bilinear with antialiasing; grey becomes three equal channels."""
-    if tuple(image_CHW.shape[1:]) != (size, size):
-        resized = F.interpolate(
-            image_CHW[None].float(), (size, size), mode="bilinear", antialias=True
-        )
-        image_CHW = resized[0].round().clamp(0, 255).to(torch.uint8)
-    return image_CHW.expand(3, -1, -1)
-
-
-def stratified(targets_N: Tensor, shares: Sequence[float], seed: int) -> list[Tensor]:
     """
-    Parts of a set, each with its share of each class, in a random but fixed order.
+    The whole image as a square, uint8 (3, size, size), bilinear with antialiasing.
 
-    :param targets_N: classes
-    :param shares: of the parts; they sum to 1
-    :return: indices of each part, ascending
+    :param image_CHW: uint8; grey is repeated to three channels
     """
-    generator = torch.Generator().manual_seed(seed)
-    parts: list[list[Tensor]] = [[] for _ in shares]
-    bounds = torch.tensor([0.0, *shares]).double().cumsum(0)
-    for c in targets_N.unique():
-        rows = (targets_N == c).nonzero().flatten()
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        ends = (bounds * len(rows)).round().long().tolist()
-        for part, start, end in zip(parts, ends[:-1], ends[1:], strict=True):
-            part.append(rows[start:end])
-    return [torch.cat(part).sort().values for part in parts]
-
-
-def limited(dataset: Dataset[Any], targets_N: Tensor, limit: int | None, seed: int) -> Dataset[Any]:
-    """
-    At most ``limit`` of the images, as many of each class as it can be.
-
-    :raises ValueError: if the limit leaves a class without an image
-    """
-    if limit is None or limit >= len(targets_N):
-        return dataset
-    n_classes = len(targets_N.unique())
-    if limit < n_classes:
-        raise ValueError(f"limit is {limit}, but there are {n_classes} classes; raise it")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(targets_N), generator=generator)
-    # The first image of each class, then the second of each, and so on.
-    turns = torch.zeros(len(order), dtype=torch.long)
-    for c in targets_N.unique():
-        is_class = targets_N[order] == c
-        turns[is_class] = torch.arange(int(is_class.sum()))
-    rows = order[turns.argsort(stable=True)][:limit].sort().values
-    return Subset(dataset, rows.tolist())
-
-
-#: Gives a set's images from its folder, its size, the training images at most, and the seed.
-Loader = Callable[[Path | None, int, int | None, int], ImageData]
+    image_3HW = image_CHW.expand(3, -1, -1)
+    if image_3HW.shape[1:] == (size, size):
+        return image_3HW.contiguous()
+    resized = F.interpolate(image_3HW[None], (size, size), mode="bilinear", antialias=True)
+    return resized[0].contiguous()

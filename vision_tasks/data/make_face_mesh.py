@@ -16,6 +16,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mediapipe
 import numpy as np
@@ -26,8 +27,8 @@ from safetensors.numpy import save_file
 from scipy.optimize import linear_sum_assignment
 
 # Shape letters: V vertices, T triangles, N rows of any array.
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
 Edge = tuple[int, int]
 
 #: Points that mirror each other: corners of eyes and mouth, temples, jaw, brows.
@@ -142,7 +143,7 @@ def zip_loop(loop: list[int], points_V3: Floats) -> list[tuple[int, int, int]]:
 
 
 def symmetric(points_V3: Floats, partners_V: Ints) -> Floats:
-    """The mesh turned so that x = 0 is its plane of symmetry, and averaged with its mirror image."""
+    """The mesh turned so that x = 0 mirrors it, and averaged with its mirror image."""
     centred_V3 = points_V3 - points_V3.mean(0)
     reflection = fit_mirror(centred_V3, centred_V3[partners_V])
     # The normal of the mirror's plane is the eigenvector of eigenvalue -1.
@@ -152,7 +153,8 @@ def symmetric(points_V3: Floats, partners_V: Ints) -> Floats:
     back = np.array([0.0, 0.0, 1.0]) - right[2] * right
     back /= np.linalg.norm(back)
     turned_V3 = centred_V3 @ np.stack([right, np.cross(back, right), back], axis=1)
-    return (turned_V3 + turned_V3[partners_V] * (-1, 1, 1)) / 2
+    mean_V3: Floats = (turned_V3 + turned_V3[partners_V] * (-1, 1, 1)) / 2
+    return mean_V3
 
 
 def mirror_partners(points_V3: Floats) -> Ints:
@@ -164,28 +166,31 @@ def mirror_partners(points_V3: Floats) -> Ints:
         mirrored_V3 = centred_V3 @ reflection.T
         distances_VV = np.linalg.norm(mirrored_V3[:, None] - centred_V3[None], axis=2)
         sources, targets = linear_sum_assignment(distances_VV + distances_VV.T)
-    if (targets[targets] != sources).any():
+    partners_V: Ints = targets
+    if (partners_V[partners_V] != sources).any():
         raise RuntimeError("the mesh has vertices without a partner")
-    return targets
+    return partners_V
 
 
 def fit_mirror(sources_N3: Floats, targets_N3: Floats) -> Floats:
     """The reflection (3, 3) that takes centred sources nearest to their targets (Kabsch)."""
     u, _, v = np.linalg.svd(sources_N3.T @ targets_N3)
     sign = -np.sign(np.linalg.det(v.T @ u.T))
-    return v.T @ np.diag([1.0, 1.0, sign]) @ u.T
+    reflection: Floats = v.T @ np.diag([1.0, 1.0, sign]) @ u.T
+    return reflection
 
 
 def normalise(vertices_V3: Floats) -> Floats:
     """Centre of its box at 0, and 1 wide."""
     low, high = vertices_V3.min(0), vertices_V3.max(0)
-    return (vertices_V3 - (low + high) / 2) / (high - low)[0]
+    normalised_V3: Floats = (vertices_V3 - (low + high) / 2) / (high - low)[0]
+    return normalised_V3
 
 
 def add_rings(
     vertices_V3: Floats, uv_V2: Floats, triangles_T3: Ints, outline: list[int]
 ) -> tuple[Floats, Floats, Floats, Ints]:
-    """Vertices, texture coordinates, opacities (V,) and triangles with the rings around the face."""
+    """Vertices, texture coordinates, opacities (V,) and triangles, with the rings."""
     n = len(vertices_V3)
     vertices, uv, opacity, triangles = [vertices_V3], [uv_V2], [np.ones(n)], [triangles_T3]
     inner = np.array(outline)
@@ -198,7 +203,12 @@ def add_rings(
         a, b, c, d = inner, np.roll(inner, -1), outer, np.roll(outer, -1)
         triangles += [np.stack([a, b, c], axis=1), np.stack([b, d, c], axis=1)]
         inner = outer
-    return (*map(np.concatenate, (vertices, uv, opacity, triangles)),)  # type: ignore[return-value]
+    return (
+        np.concatenate(vertices),
+        np.concatenate(uv),
+        np.concatenate(opacity),
+        np.concatenate(triangles),
+    )
 
 
 def turned_outwards(triangles_T3: Ints, vertices_V3: Floats) -> Ints:

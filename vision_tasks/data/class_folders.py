@@ -1,0 +1,110 @@
+"""Labelled images in a folder for each class: a user's own, EuroSAT, COCO-70's crops, DMLab."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vision_tasks.data.images import ImageFiles, Part
+from vision_tasks.data.sources import ClassSource, needed_root
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+PARTS_LAYOUT = "train/CLASS/* and test/CLASS/*"
+FOLDER_LAYOUT = f"{PARTS_LAYOUT}, or CLASS/* (a fifth of each class is then the test)"
+EUROSAT_LAYOUT = "the class folders of EuroSAT's RGB images (AnnualCrop/*.jpg and nine others)"
+
+
+def load_folder(root: Path | None) -> ClassSource:
+    """
+    A user's own images: ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*``.
+
+    :raises ValueError: if there are no class folders, or one is empty
+    """
+    folder = needed_root(root, "folder", FOLDER_LAYOUT)
+    has_parts = [(folder / part).is_dir() for part in ("train", "test")]
+    if all(has_parts):
+        return _load_parts(folder, FOLDER_LAYOUT)
+    if any(has_parts):
+        raise ValueError(
+            f"--root {folder} has train or test, but not both: needed is {FOLDER_LAYOUT}"
+        )
+    names = class_names(folder, FOLDER_LAYOUT)
+    return ClassSource(names, read_part(folder, names), test=None)
+
+
+def load_eurosat(root: Path | None) -> ClassSource:
+    """
+    EuroSAT: ten kinds of land cover, 27,000 satellite images of 64x64 pixels; no official split.
+
+    Helber, Bischke, Dengel, Borth: "EuroSAT: A Novel Dataset and Deep Learning Benchmark for Land
+    Use and Land Cover Classification", 2019, arXiv 1709.00029.
+    """
+    folder = needed_root(root, "eurosat", EUROSAT_LAYOUT)
+    inner = [folder / path for path in ("eurosat/2750", "2750") if (folder / path).is_dir()]
+    folder = inner[0] if inner else folder
+    names = class_names(folder, EUROSAT_LAYOUT)
+    return ClassSource(names, read_part(folder, names), test=None)
+
+
+def load_coco70(root: Path | None) -> ClassSource:
+    """COCO-70: crops of COCO's objects in 70 classes, which the user cuts out."""
+    return _load_parts(needed_root(root, "coco-70", PARTS_LAYOUT), PARTS_LAYOUT)
+
+
+def load_dmlab(root: Path | None) -> ClassSource:
+    """DMLab: frames of a 3D maze in six classes (Zhai et al. 2019, arXiv 1910.04867)."""
+    return _load_parts(needed_root(root, "dmlab", PARTS_LAYOUT), PARTS_LAYOUT)
+
+
+def class_names(folder: Path, layout: str) -> tuple[str, ...]:
+    """
+    The folders in a folder, in alphabetical order.
+
+    :param layout: what is needed, in words
+    :raises ValueError: if there are fewer than two
+    """
+    names = sorted(path.name for path in _entries(folder) if path.is_dir())
+    if len(names) < 2:
+        raise ValueError(f"{folder} has {len(names)} class folders: needed is {layout}")
+    return tuple(names)
+
+
+def read_part(folder: Path, names: Sequence[str]) -> Part:
+    """
+    The images of each class folder, in alphabetical order.
+
+    :raises ValueError: if a class has none
+    """
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        found = sorted(f for f in _entries(folder / name) if f.suffix.lower() in SUFFIXES)
+        if not found:
+            raise ValueError(
+                f"{folder / name} has no images ({', '.join(SUFFIXES)}): put some in, or remove "
+                "the class"
+            )
+        files += found
+        labels += [label] * len(found)
+    return Part(ImageFiles(files), torch.tensor(labels))
+
+
+def _load_parts(folder: Path, layout: str) -> ClassSource:
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise ValueError(f"--root {folder} has no folder {part}: needed is {layout}")
+    names = class_names(folder / "train", layout)
+    unknown = sorted(set(class_names(folder / "test", layout)) - set(names))
+    if unknown:
+        raise ValueError(
+            f"{folder / 'test' / unknown[0]} is of no class of {folder / 'train'}: remove one or "
+            "add the other"
+        )
+    return ClassSource(names, read_part(folder / "train", names), read_part(folder / "test", names))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder, hidden files left out; nothing if there is no such folder."""
+    return [p for p in folder.iterdir() if p.name[0] != "."] if folder.is_dir() else []

@@ -1,0 +1,289 @@
+"""
+Faces with landmarks in their publishers' files: 300-W, WFLW, COFW and AFLW.
+
+A face is cut out as a square around its box, which is the annotation's, widened to hold all points,
+or the points' own where there is none, plus a margin; so all targets lie in 0..1.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from vision_tasks.data.images import Box, ImageFiles, Images, Part, crop, to_tensor
+from vision_tasks.data.sources import PointSource, needed_file, needed_root
+
+# Shape letters: N images, P points.
+Floats = NDArray[np.float64]
+T = TypeVar("T")
+
+#: Of the longer side of a face's box, at each side.
+MARGIN = 0.125
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
+LAYOUT_300W = (
+    "afw/, helen/trainset/, helen/testset/, lfpw/trainset/, lfpw/testset/ and ibug/, each with "
+    ".pts files beside their images"
+)
+TRAIN_300W = ("afw", "helen/trainset", "lfpw/trainset")
+#: The common and the challenging subset, which are the full set together.
+TEST_300W = ("helen/testset", "lfpw/testset", "ibug")
+LAYOUT_WFLW = "WFLW_images/ and WFLW_annotations/list_98pt_rect_attr_train_test/"
+LAYOUT_COFW = "COFW_train_color.mat and COFW_test_color.mat"
+LAYOUT_AFLW = (
+    "face_landmarks_aflw_train.csv, face_landmarks_aflw_test.csv (columns image_name, scale, "
+    "box_size, center_w, center_h, then x and y of 19 points) and the images, in images/ or beside"
+)
+
+
+class Face(NamedTuple):
+    """
+    An annotation.
+
+    :param points_P2: x and y in pixels, where the centre of the first pixel is 0
+    :param box: left, top, right and bottom of the face; None: its points' box
+    """
+
+    points_P2: Floats
+    box: tuple[float, float, float, float] | None = None
+
+
+def load_300w(root: Path | None) -> PointSource:
+    """
+    300-W: 68 points; 3,148 faces for training, 689 for the test (the full set).
+
+    Sagonas, Tzimiropoulos, Zafeiriou, Pantic: "300 Faces in-the-Wild Challenge", ICCV workshops
+    2013. Errors are over the distance of the outer corners of the eyes.
+    """
+    folder = needed_root(root, "300w", LAYOUT_300W)
+    train, test = (
+        _read_pts([needed_file(folder, part, "300w", LAYOUT_300W) for part in parts])
+        for parts in (TRAIN_300W, TEST_300W)
+    )
+    return PointSource("68 points of 300-W", ((36,), (45,)), train, test)
+
+
+def load_wflw(root: Path | None) -> PointSource:
+    """
+    WFLW: 98 points; 7,500 faces for training, 2,500 for the test.
+
+    Wu, Qian, Yang, Wang, Cai, Zhou: "Look at Boundary: A Boundary-Aware Face Alignment Algorithm",
+    CVPR 2018. Errors are over the distance of the outer corners of the eyes.
+    """
+    folder = needed_root(root, "wflw", LAYOUT_WFLW)
+    images = needed_file(folder, "WFLW_images", "wflw", LAYOUT_WFLW)
+    lists = "WFLW_annotations/list_98pt_rect_attr_train_test/list_98pt_rect_attr"
+    train, test = (
+        _read_wflw(needed_file(folder, f"{lists}_{part}.txt", "wflw", LAYOUT_WFLW), images)
+        for part in ("train", "test")
+    )
+    return PointSource("98 points of WFLW", ((60,), (72,)), train, test)
+
+
+def load_cofw(root: Path | None) -> PointSource:
+    """
+    COFW: 29 points; 1,345 faces for training, 507 for the test, many of them half hidden.
+
+    Burgos-Artizzu, Perona, Dollár: "Robust Face Landmark Estimation under Occlusion", ICCV 2013.
+    The images lie in the MAT files (version 7.3) and are read when they are asked for. Errors are
+    over the distance of the outer corners of the eyes.
+    """
+    folder = needed_root(root, "cofw", LAYOUT_COFW)
+    train, test = (
+        _read_cofw(needed_file(folder, f"COFW_{part}_color.mat", "cofw", LAYOUT_COFW), suffix)
+        for part, suffix in (("train", "Tr"), ("test", "T"))
+    )
+    return PointSource("29 points of COFW", ((8,), (9,)), train, test)
+
+
+def load_aflw(root: Path | None) -> PointSource:
+    """
+    AFLW: 19 points; 20,000 faces for training, 4,386 for the test.
+
+    Köstinger, Wohlhart, Roth, Bischof: "Annotated Facial Landmarks in the Wild", ICCV workshops
+    2011. The lists are those that go with HRNet's landmark detection, which many others use. Errors
+    are over the distance of the middles of the eyes: the literature's, over the size of the box,
+    are smaller, above all for faces from the side.
+    """
+    folder = needed_root(root, "aflw", LAYOUT_AFLW)
+    images = folder / "images" if (folder / "images").is_dir() else folder
+    train, test = (
+        _read_aflw(
+            needed_file(folder, f"face_landmarks_aflw_{part}.csv", "aflw", LAYOUT_AFLW), images
+        )
+        for part in ("train", "test")
+    )
+    return PointSource("19 points of AFLW", ((6, 7, 8), (9, 10, 11)), train, test)
+
+
+def read_pts(file: Path) -> Floats:
+    """
+    The points (P, 2) of a .pts file, counted from 0; the file counts from 1.
+
+    :raises ValueError: if the file is not whole
+    """
+    try:
+        head, _, rest = file.read_text().partition("{")
+        points = np.array([line.split() for line in rest.partition("}")[0].strip().splitlines()])
+        n_points = int(head.split("n_points:")[1].split()[0])
+        points_P2 = points.astype(np.float64).reshape(n_points, 2)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{file} is no whole .pts file ({error}): replace it") from error
+    return points_P2 - 1
+
+
+def square(face: Face) -> Box:
+    """The square, in whole pixels, that is cut out for a face."""
+    low, high = face.points_P2.min(0), face.points_P2.max(0)
+    if face.box is not None:
+        low, high = np.minimum(low, face.box[:2]), np.maximum(high, face.box[2:])
+    side = math.ceil((high - low).max() * (1 + 2 * MARGIN)) + 1
+    left, top = (math.floor(value) for value in (low + high + 1 - side) / 2)
+    return left, top, left + side, top + side
+
+
+def targets(faces: Sequence[Face], boxes: Sequence[Box]) -> Tensor:
+    """Points float32 (N, P, 2) in 0..1 of each square."""
+    corners_N12 = np.array([box[:2] for box in boxes])[:, None]
+    sides_N11 = np.array([box[2] - box[0] for box in boxes])[:, None, None]
+    points_NP2 = np.stack([face.points_P2 for face in faces])
+    # Centres of pixels are whole numbers, and half a pixel lies before the first.
+    return torch.from_numpy((points_NP2 + 0.5 - corners_N12) / sides_N11).float()
+
+
+class MatImages:
+    """
+    Images in a MAT file of version 7.3, which are read when they are asked for.
+
+    :param file: with a list of images
+    :param key: of the list
+    :param boxes: the part of each image that is wanted
+    """
+
+    def __init__(self, file: Path, key: str, boxes: Sequence[Box]) -> None:
+        self._file, self._key, self._boxes = file, key, boxes
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def read(self, index: int) -> Tensor:
+        """One image, uint8 (3, H, W); grey is repeated, black is beyond its borders."""
+
+        def read(mat: Any) -> Any:
+            return mat[mat[self._key][0, index]][()]
+
+        image = _with_mat(self._file, read)
+        # MATLAB's axes come in the opposite order: (3, W, H), or (W, H) where it is grey.
+        picture = Image.fromarray(np.ascontiguousarray(image.T)).convert("RGB")
+        return to_tensor(crop(picture, self._boxes[index]))
+
+
+def _part(faces: Sequence[Face], images: Callable[[list[Box]], Images]) -> Part:
+    boxes = [square(face) for face in faces]
+    return Part(images(boxes), targets(faces, boxes))
+
+
+def _read_pts(folders: Sequence[Path]) -> Part:
+    files = [file for folder in folders for file in sorted(folder.glob("*.pts"))]
+    for folder in folders:
+        if not any(folder.glob("*.pts")):
+            raise ValueError(f"{folder} has no .pts file; 300w needs {LAYOUT_300W}")
+    faces = [Face(read_pts(file)) for file in files]
+    for file, face in zip(files, faces, strict=True):
+        _check_points(face, 68, str(file))
+    images = [_image_beside(file) for file in files]
+    return _part(faces, lambda boxes: ImageFiles(images, boxes))
+
+
+def _image_beside(file: Path) -> Path:
+    for suffix in IMAGE_SUFFIXES:
+        if file.with_suffix(suffix).is_file():
+            return file.with_suffix(suffix)
+    raise FileNotFoundError(f"{file} has no image beside it ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def _read_wflw(list_file: Path, images: Path) -> Part:
+    faces, files = [], []
+    for number, line in enumerate(list_file.read_text().splitlines(), 1):
+        where = f"{list_file}: line {number}"
+        *numbers, name = line.split(maxsplit=206)
+        values = _numbers(numbers, where)
+        if len(values) != 206:
+            raise ValueError(f"{where} has {len(values)} numbers, not 206 (98 points, box, flags)")
+        left, top, right, bottom = values[196:200]
+        faces.append(Face(np.array(values[:196]).reshape(98, 2), (left, top, right, bottom)))
+        files.append(_existing(images / name.strip(), where))
+    return _part(faces, lambda boxes: ImageFiles(files, boxes))
+
+
+def _read_aflw(list_file: Path, images: Path) -> Part:
+    faces, files = [], []
+    with list_file.open(newline="") as lines:
+        for number, (name, *numbers) in enumerate(csv.reader(lines), 1):
+            if number == 1:
+                continue
+            where = f"{list_file}: line {number}"
+            _, size, x, y, *points = _numbers(numbers, where)
+            face = Face(
+                np.array(points).reshape(-1, 2),
+                (x - size / 2, y - size / 2, x + size / 2, y + size / 2),
+            )
+            _check_points(face, 19, where)
+            faces.append(face)
+            files.append(_existing(images / name, where))
+    return _part(faces, lambda boxes: ImageFiles(files, boxes))
+
+
+def _read_cofw(file: Path, suffix: str) -> Part:
+    def read(mat: Any) -> tuple[Floats, Floats, int]:
+        return mat[f"phis{suffix}"][()], mat[f"bboxes{suffix}"][()], mat[f"Is{suffix}"].shape[1]
+
+    # 29 x, 29 y and 29 flags; MATLAB counts pixels from 1.
+    rows, boxes, n_images = _with_mat(file, read)
+    if rows.shape[0] != 87 or not rows.shape[1] == boxes.shape[1] == n_images:
+        raise ValueError(f"{file} has arrays of {rows.shape} and {boxes.shape}: replace it")
+    points_NP2 = rows[:58].reshape(2, 29, -1).transpose(2, 1, 0) - 1
+    faces = [
+        Face(points_P2, (left - 1, top - 1, left - 1 + width, top - 1 + height))
+        for points_P2, (left, top, width, height) in zip(points_NP2, boxes.T, strict=True)
+    ]
+    return _part(faces, lambda squares: MatImages(file, f"Is{suffix}", squares))
+
+
+def _with_mat(file: Path, read: Callable[[Any], T]) -> T:
+    """What ``read`` takes out of a MAT file of version 7.3."""
+    try:
+        import h5py
+    except ModuleNotFoundError:
+        raise ValueError("COFW needs h5py: `pip install 'hubrl[vision]'`") from None
+    try:
+        with h5py.File(file) as mat:
+            return read(mat)
+    except (OSError, KeyError) as error:
+        raise ValueError(f"{file} is no whole MAT file of COFW ({error}): replace it") from error
+
+
+def _numbers(words: Sequence[str], where: str) -> list[float]:
+    try:
+        return [float(word) for word in words]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_points(face: Face, n_points: int, where: str) -> None:
+    if len(face.points_P2) != n_points:
+        raise ValueError(f"{where} has {len(face.points_P2)} points, not {n_points}")
+
+
+def _existing(file: Path, where: str) -> Path:
+    if not file.is_file():
+        raise FileNotFoundError(f"{where} names {file}, which is missing: unpack all images")
+    return file
