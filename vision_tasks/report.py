@@ -193,8 +193,11 @@ def _curves(runs: Sequence[Run]) -> dict[str, dict[str, list[list[tuple[int, flo
     curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
     for run in runs:
         rows = read_rows(run.folder / EPOCHS_FILE)
-        points = [(int(row["step"]), float(row[f"validation/{run.metric}"])) for row in rows]
-        if run.method.split(" ")[0] == run.config["method"]:
+        is_member = run.method.startswith("single:") and run.config["method"] == "ensemble-i"
+        member = run.method.removeprefix("single:") if is_member else ""
+        column = f"validation/{member}/{run.metric}".replace("//", "/")
+        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        if points:
             curves.setdefault(run.data, {}).setdefault(run.method, []).append(points)
     return curves
 

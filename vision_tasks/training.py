@@ -230,8 +230,8 @@ class Trainer:
     def _end_epoch(self, phase: str, optimizer: Optimizer, losses: dict[str, float]) -> None:
         train, task = self._config.train, self._method.task
         distributed.average_buffers(self._method)
-        scores = self._evaluate(self._data.validation)[""]
-        score, best = scores[task.metric], self._scores["best"]
+        scores = self._evaluate(self._data.validation)
+        score, best = scores[""][task.metric], self._scores["best"]
         is_better = best is None or (score > best if task.is_more_better else score < best)
         self._scores["best"] = score if is_better else best
         self._scores["bad_epochs"] = 0 if is_better else self._scores["bad_epochs"] + 1
@@ -345,15 +345,21 @@ class _Log:
         phase: str,
         seconds: float,
         losses: dict[str, float],
-        scores: dict[str, float],
+        scores: dict[str, dict[str, float]],
     ) -> None:
         values = {f"train/{name}": value for name, value in losses.items()}
-        values |= {f"validation/{name}": value for name, value in scores.items()}
+        values |= {
+            "/".join(filter(None, ("validation", member, name))): value
+            for member, each in scores.items()
+            for name, value in each.items()
+        }
         self._table.append({"step": step, "phase": phase, "seconds": round(seconds, 3), **values})
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
-        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        numbers = "  ".join(
+            f"{name} {value:.4g}" for name, value in values.items() if name.count("/") == 1
+        )
         print(f"{phase}, step {step:,}, {seconds:.0f} s:  {numbers}", flush=True)
 
 

@@ -89,6 +89,11 @@ def test_members_of_an_ensemble_are_the_single_models(hub: Path, tmp_path: Path)
     )
     assert ensemble["b"] == single[""]
     assert set(ensemble) == {"", "a", "b", "c"}
+    with (tmp_path / "ensemble-i" / "epochs.csv").open() as lines:
+        last = list(csv.DictReader(lines))[-1]
+    with (tmp_path / "single:b" / "epochs.csv").open() as lines:
+        alone = list(csv.DictReader(lines))[-1]
+    assert last["validation/b/accuracy"] == alone["validation/accuracy"]
 
 
 def test_learning_rates_by_hand(hub: Path, tmp_path: Path) -> None:
