@@ -111,6 +111,7 @@ class EncoderList(nn.Module):
         return self
 
 
+#: Builds them from hub, names of frozen ones and ``pretrained``, as ``EncoderList`` does.
 BuildEncoders = Callable[[HubSpec, Collection[str], bool], EncoderList]
 
 
@@ -167,8 +168,7 @@ class HubPathway(nn.Module):
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on the device; generator and features are float32 in any case
-    :param build_encoders: called with hub, frozen names and ``pretrained``; default: all encoders
-        in memory
+    :param build_encoders: gives an ``EncoderList`` of another kind; default: all encoders in memory
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, or ``freeze``
         names an encoder that the hub lacks, ``always_active`` does or leaves none to choose, or
         ``generator`` or ``aggregation`` is unknown or doesn't fit the rest

@@ -68,7 +68,17 @@ def method_of(hub: HubSpec, swap: Swap | None, **settings: Any) -> HubPathwayMet
     return method
 
 
-def train(method: HubPathwayMethod, folder: Path, stop_after: int = 0, **values: Any) -> int | None:
+class Killed(Exception):
+    """In the place of a signal that no process survives."""
+
+
+def train(
+    method: HubPathwayMethod,
+    folder: Path,
+    stop_after: int = 0,
+    killed_after: int = 0,
+    **values: Any,
+) -> int | None:
     """Train on 24 images, and stop after some steps, as a signal does."""
     data = ImageData(images_of(24, 0), images_of(12, 1), images_of(12, 2), 4, tuple("wxyz"))
     stop = StopSignal()
@@ -78,6 +88,8 @@ def train(method: HubPathwayMethod, folder: Path, stop_after: int = 0, **values:
         nonlocal n_steps
         n_steps += 1
         stop.number = 15 if n_steps == stop_after else stop.number
+        if n_steps - 1 == killed_after > 0:
+            raise Killed
         return loss(*arguments)
 
     method.loss = count  # type: ignore[method-assign]
@@ -216,6 +228,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
     for name in NAMES:
         file = f"encoder.{name}.optimizer.safetensors"
         assert_equal(load_file(swap.folder / file), load_file(whole.folder / file), 0.0)
+
+
+def test_a_killed_run_goes_on_at_its_last_checkpoint(hub: HubSpec, tmp_path: Path) -> None:
+    """The swap folder was two steps further."""
+    swap = Swap(1, tmp_path / "run" / "swap")
+    with pytest.raises(Killed):
+        train(method_of(hub, swap), tmp_path / "run", killed_after=5)
+    resumed = method_of(hub, swap)
+    train(resumed, tmp_path / "run")
+    whole = Swap(1, tmp_path / "whole" / "swap")
+    method = method_of(hub, whole)
+    train(method, tmp_path / "whole")
+    assert_equal(weights_of(resumed, swap.folder), weights_of(method, whole.folder), 0.0)
 
 
 def test_a_checkpoint_is_not_changed_by_later_steps(hub: HubSpec, tmp_path: Path) -> None:
