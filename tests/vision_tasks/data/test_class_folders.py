@@ -71,7 +71,7 @@ def test_wrong_layouts_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no folder train: needed is train/CLASS/\*"):
         load_classification("coco-70", tmp_path, 16, None, 0)
     write_classes(tmp_path / "train", {"cat": 3, "dog": 3})
-    with pytest.raises(ValueError, match="has only one of train and test"):
+    with pytest.raises(ValueError, match="has train or test, but not both"):
         load_classification("folder", tmp_path, 16, None, 0)
     write_classes(tmp_path / "test", {"cat": 3, "cow": 3})
     with pytest.raises(ValueError, match=r"test/cow is of no class of .*train"):

@@ -50,7 +50,7 @@ def test_cifar100_refuses_what_is_wrong(tmp_path: Path) -> None:
         load_classification("cifar-100", tmp_path, 32, None, 0)
     (tmp_path / "fine_label_names.txt").write_text("apple\nbear\n")
     np.zeros(3000, dtype=np.uint8).tofile(tmp_path / "train.bin")
-    with pytest.raises(ValueError, match=r"train.bin isn't made of whole records of 3074 bytes"):
+    with pytest.raises(ValueError, match=r"train.bin has no whole number of records of 3074 bytes"):
         load_classification("cifar-100", tmp_path, 32, None, 0)
     np.full(3074, 7, dtype=np.uint8).tofile(tmp_path / "train.bin")
     with pytest.raises(ValueError, match=r"train.bin: record 1 has label 7, but there are 2 class"):

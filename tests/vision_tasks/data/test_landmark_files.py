@@ -55,9 +55,7 @@ def folder_300w(tmp_path: Path) -> Path:
     for seed, part in enumerate(parts):
         for copy in range(2):
             image, points = face_with_dots(68, 10 * seed + copy)
-            write(tmp_path / part / f"{copy}.{'png' if copy else 'jpg'}", image)
             write(tmp_path / part / f"{copy}.png", image)
-            (tmp_path / part / f"{copy}.jpg").unlink(missing_ok=True)
             write_pts(tmp_path / part / f"{copy}.pts", points)
     return tmp_path
 
@@ -138,7 +136,7 @@ def test_wflw(tmp_path: Path) -> None:
 
 
 def write_cofw(file: Path, suffix: str, seeds: tuple[int, ...]) -> None:
-    """As MATLAB writes it: axes in the opposite order, pixels counted from one, some images grey."""
+    """As MATLAB writes it: axes in the opposite order, pixels counted from one, one image grey."""
     with h5py.File(file, "w") as mat:
         references = mat.create_dataset(f"Is{suffix}", (1, len(seeds)), dtype=h5py.ref_dtype)
         rows, boxes = [], []
@@ -200,7 +198,5 @@ def test_aflw(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_gives_the_closest() -> None:
-    with pytest.raises(
-        ValueError, match=r"no data set 'WFLV'|no data set 'wflv' \(closest: 'wflw'\)"
-    ):
+    with pytest.raises(ValueError, match=r"no data set 'wflv' \(closest: 'wflw'\)"):
         load_landmarks("wflv", None, SIZE, None, 0)
