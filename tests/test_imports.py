@@ -78,7 +78,7 @@ def test_agents_import_the_extractor_but_no_command() -> None:
 
 
 def test_vision_tasks_know_no_agents() -> None:
-    for file in (ROOT / "vision_tasks").glob("*.py"):
+    for file in (ROOT / "vision_tasks").rglob("*.py"):
         for name in imported(file):
             assert name.split(".")[0] not in {"agents", "envs", "stable_baselines3"}
 

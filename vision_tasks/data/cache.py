@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-#: Names the folder of what is fetched or rendered; without it, ``~/.cache/hubrl``.
-CACHE_VARIABLE = "HUBRL_CACHE"
+from hubrl.specs import cache_folder
 
 
 def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -22,7 +20,7 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     :param make: gives the tensors
     :raises ValueError: if the kept file is damaged
     """
-    folder = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/hubrl").expanduser() / "data"
+    folder = cache_folder() / "data"
     file = folder / f"{name}.safetensors"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

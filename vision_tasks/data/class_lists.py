@@ -194,10 +194,11 @@ def _read_list(
 
 def _read_mat(file: Path) -> Any:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         return loadmat(file, squeeze_me=True)
-    except (ValueError, OSError, NotImplementedError) as error:
+    except (MatReadError, ValueError, OSError, NotImplementedError) as error:
         raise ValueError(f"{file} can't be read as a MAT file ({error}): replace it") from error
 
 

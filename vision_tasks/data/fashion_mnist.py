@@ -9,6 +9,7 @@ expects in ``FashionMNIST/raw`` below its root, with or without ``.gz``.
 from __future__ import annotations
 
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,8 @@ def _read_idx(file: Path, magic: int) -> NDArray[np.uint8]:
     except (OSError, EOFError) as error:
         raise ValueError(f"{file} can't be unpacked ({error}): replace it") from error
     n_axes = magic & 0xFF
-    header = np.frombuffer(data[: 4 * (1 + n_axes)], dtype=">u4")
-    values = np.frombuffer(data[4 * (1 + n_axes) :], dtype=np.uint8)
-    is_whole = len(header) == 1 + n_axes and header[0] == magic
-    if not is_whole or len(values) != np.prod(header[1:]):
+    header = [int.from_bytes(data[i : i + 4], "big") for i in range(0, 4 * n_axes + 4, 4)]
+    values = np.frombuffer(data[4 * n_axes + 4 :], dtype=np.uint8)
+    if header[0] != magic or len(values) != math.prod(header[1:]):
         raise ValueError(f"{file} is no whole IDX file of {n_axes} axes: replace it")
-    return values.reshape(header[1:].tolist()).copy()
+    return values.reshape(header[1:]).copy()

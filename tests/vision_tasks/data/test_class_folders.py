@@ -1,0 +1,88 @@
+"""Class folders: layouts, classes without images, classes of the test that none learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from image_files import write_classes, write_image
+from torchvision.datasets import ImageFolder
+
+from vision_tasks.data import load_classification
+
+
+def test_train_and_test_folders(tmp_path: Path) -> None:
+    write_classes(tmp_path / "train", {"cat": 12, "dog": 3})
+    write_classes(tmp_path / "test", {"cat": 1, "dog": 2})
+    for name in ("folder", "coco-70", "dmlab"):
+        data = load_classification(name, tmp_path, 16, None, 0)
+        assert data.names == ("cat", "dog")
+        assert data.test.targets.tolist() == [0, 1, 1]
+        assert (len(data.train), data.validation.targets.tolist()) == (12, [0, 0, 1])
+        assert data.train[0][0].shape == (3, 16, 16)
+
+
+def test_class_folders_alone_are_split_in_three(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 5, "dog": 10})
+    data = load_classification("folder", tmp_path, 16, None, 0)
+    assert data.train.targets.tolist() == [0] * 3 + [1] * 6
+    assert data.validation.targets.tolist() == data.test.targets.tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("inner", ["", "2750", "eurosat/2750"])
+def test_eurosat_as_torchvision_reads_it(tmp_path: Path, inner: str) -> None:
+    write_classes(tmp_path / inner, {"Forest": 5, "River": 5})
+    data = load_classification("eurosat", tmp_path, 16, None, 0)
+    reference = ImageFolder(str(tmp_path / inner))
+    assert list(data.names) == reference.classes
+    assert (len(data.train), len(data.validation), len(data.test)) == (6, 2, 2)
+
+
+def test_splits_stay_for_every_seed_and_limit(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 20, "dog": 20})
+    parts = [load_classification("folder", tmp_path, 16, *rest) for rest in ((None, 0), (4, 1))]
+    for one, other in zip(parts[0][1:3], parts[1][1:3], strict=True):
+        assert all(torch.equal(one[i][0], other[i][0]) for i in range(len(one)))
+    assert parts[1].train.targets.tolist() == [0, 0, 1, 1]
+
+
+def test_an_empty_class_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 3})
+    (tmp_path / "dog").mkdir()
+    (tmp_path / "dog" / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"dog has no images .* remove the class"):
+        load_classification("folder", tmp_path, 16, None, 0)
+
+
+def test_a_class_too_small_to_be_split_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 3, "dog": 2})
+    with pytest.raises(ValueError, match=r"class 'dog' has 2 training image\(s\), but needs 3"):
+        load_classification("folder", tmp_path, 16, None, 0)
+
+
+def test_wrong_layouts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"folder is not in any package: give --root.*CLASS/\*"):
+        load_classification("folder", None, 16, None, 0)
+    with pytest.raises(
+        NotADirectoryError, match=r"nowhere is no folder; dmlab needs .*train/CLASS"
+    ):
+        load_classification("dmlab", tmp_path / "nowhere", 16, None, 0)
+    with pytest.raises(ValueError, match=r"has no folder train: needed is train/CLASS/\*"):
+        load_classification("coco-70", tmp_path, 16, None, 0)
+    write_classes(tmp_path / "train", {"cat": 3, "dog": 3})
+    with pytest.raises(ValueError, match="has train or test, but not both"):
+        load_classification("folder", tmp_path, 16, None, 0)
+    write_classes(tmp_path / "test", {"cat": 3, "cow": 3})
+    with pytest.raises(ValueError, match=r"test/cow is of no class of .*train"):
+        load_classification("folder", tmp_path, 16, None, 0)
+    write_image(tmp_path / "one" / "cat" / "a.png")
+    with pytest.raises(ValueError, match="one has 1 class folders"):
+        load_classification("folder", tmp_path / "one", 16, None, 0)
+
+
+def test_an_unknown_name_gives_the_closest() -> None:
+    with pytest.raises(
+        ValueError, match=r"no data set 'cifar100' \(closest: 'cifar-100'\); known: "
+    ):
+        load_classification("cifar100", None, 16, None, 0)

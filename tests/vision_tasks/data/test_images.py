@@ -1,0 +1,82 @@
+"""Images come out as squares of three channels, and a file that holds none is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from image_files import write_image
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from vision_tasks.data.images import ImageArray, ImageDataset, ImageFiles, Part, read_image, resize
+
+
+def test_images_in_memory_are_resized_when_read() -> None:
+    images = torch.randint(0, 256, (5, 1, 8, 6), dtype=torch.uint8)
+    dataset = ImageDataset(Part(ImageArray(images), torch.arange(5)), np.array([3, 1]), 12)
+    image, target = dataset[0]
+    assert len(dataset) == 2
+    assert (image.dtype, image.shape, int(target)) == (torch.uint8, (3, 12, 12), 3)
+    assert torch.equal(image[0], image[2])
+    assert dataset.targets.tolist() == [3, 1]
+    batch, targets = next(iter(DataLoader(dataset, 2)))
+    assert batch.shape == (2, 3, 12, 12)
+    assert targets.tolist() == [3, 1]
+
+
+def test_an_image_of_that_size_stays_as_it_is() -> None:
+    image = torch.randint(0, 256, (3, 9, 9), dtype=torch.uint8)
+    assert torch.equal(resize(image, 9), image)
+
+
+def test_resizing_is_that_of_pillow() -> None:
+    """Its bilinear filter antialiases; both round, so that they differ by one at most."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    resized = resize(torch.from_numpy(pixels).permute(2, 0, 1), 17)
+    expected = Image.fromarray(pixels).resize((17, 17), Image.Resampling.BILINEAR)
+    difference = resized.permute(1, 2, 0).int() - torch.from_numpy(np.array(expected)).int()
+    assert difference.abs().max() <= 1
+
+
+def test_files_are_read_when_asked_for(tmp_path: Path) -> None:
+    pixels = write_image(tmp_path / "a.png")
+    images = ImageFiles([tmp_path / "a.png", tmp_path / "missing.png"])
+    assert len(images) == 2
+    assert np.array_equal(images.read(0).permute(1, 2, 0).numpy(), pixels)
+
+
+def test_a_box_may_reach_beyond_the_image(tmp_path: Path) -> None:
+    pixels = write_image(tmp_path / "a.png")
+    image = ImageFiles([tmp_path / "a.png"], [(-3, 2, 7, 12)]).read(0).permute(1, 2, 0).numpy()
+    assert image.shape == (10, 10, 3)
+    assert not image[:, :3].any()
+    assert np.array_equal(image[:, 3:], pixels[2:12, :7])
+
+
+def test_what_is_transparent_becomes_white(tmp_path: Path) -> None:
+    rgba = np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8)
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    assert np.array(read_image(tmp_path / "a.png")).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+
+
+def test_grey_files_have_three_channels(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 7, dtype=np.uint8)).save(tmp_path / "a.png")
+    assert (np.array(read_image(tmp_path / "a.png")) == 7).all()
+
+
+def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("no image")
+    write_image(tmp_path / "whole.png", size=(200, 200))
+    (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
+    for name in ("text.jpg", "half.png", "missing.png"):
+        with pytest.raises(ValueError, match=rf"{name} can't be read as an image .* remove it"):
+            read_image(tmp_path / name)
+
+
+def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep.png has more than 8 bits a colour"):
+        read_image(tmp_path / "deep.png")

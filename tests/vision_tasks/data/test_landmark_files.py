@@ -1,0 +1,202 @@
+"""Landmark files in their real formats: the points are where the crop shows them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from vision_tasks.data import ImageDataset, load_landmarks
+from vision_tasks.data.landmark_files import Face, read_pts, square
+
+SIZE = 64
+
+
+def face_with_dots(
+    n_points: int, seed: int, size: tuple[int, int] = (90, 70)
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A dark image (H, W, 3) with a bright pixel at each of the points (P, 2), counted from 0."""
+    random = np.random.default_rng(seed)
+    places = random.permutation(40 * 30)[:n_points]
+    points = np.stack([25 + places % 40, 20 + places // 40], axis=1)
+    image = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    image[points[:, 1], points[:, 0]] = 255
+    return image, points.astype(np.float64)
+
+
+def points_are_bright(dataset: ImageDataset) -> bool:
+    """Whether each target of an enlarged image lies in one of its dots."""
+    for image, points in (dataset[i] for i in range(len(dataset))):
+        x, y = (points * image.shape[1]).long().T
+        if not (image[0][y, x] > 130).all():
+            return False
+    return True
+
+
+def write(file: Path, image: NDArray[np.uint8]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(file)
+
+
+def write_pts(file: Path, points: NDArray[np.float64]) -> None:
+    lines = "\n".join(f"{x + 1:.6f} {y + 1:.6f}" for x, y in points)
+    file.write_text(f"version: 1\nn_points:  {len(points)}\n{{\n{lines}\n}}\n")
+
+
+@pytest.fixture
+def folder_300w(tmp_path: Path) -> Path:
+    parts = ("afw", "helen/trainset", "lfpw/trainset", "helen/testset", "lfpw/testset", "ibug")
+    for seed, part in enumerate(parts):
+        for copy in range(2):
+            image, points = face_with_dots(68, 10 * seed + copy)
+            write(tmp_path / part / f"{copy}.png", image)
+            write_pts(tmp_path / part / f"{copy}.pts", points)
+    return tmp_path
+
+
+def test_300w(folder_300w: Path) -> None:
+    data = load_landmarks("300w", folder_300w, 256, None, 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (5, 1, 6)
+    assert (data.n_outputs, data.eyes, data.names) == (136, ((36,), (45,)), ("68 points of 300-W",))
+    image, points = data.test[0]
+    assert (image.shape, points.dtype, points.shape) == ((3, 256, 256), torch.float32, (68, 2))
+    assert all(points_are_bright(part) for part in data[:3])
+
+
+def test_300w_refuses_what_is_wrong(folder_300w: Path) -> None:
+    file = folder_300w / "ibug" / "1.pts"
+    write_pts(file, np.zeros((67, 2)))
+    with pytest.raises(ValueError, match=r"ibug/1.pts has 67 points, not 68"):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
+    file.write_text("version: 1\nn_points: 68\n{\n1 2\n")
+    with pytest.raises(ValueError, match=r"ibug/1.pts is no whole .pts file .* replace it"):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
+    file.unlink()
+    (folder_300w / "ibug" / "0.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"ibug/0.pts has no image beside it"):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
+    (folder_300w / "ibug" / "0.pts").unlink()
+    with pytest.raises(ValueError, match=r"ibug has no .pts file; 300w needs afw/"):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
+    with pytest.raises(ValueError, match="300w is not in any package: give --root"):
+        load_landmarks("300w", None, SIZE, None, 0)
+
+
+def test_pts_files_count_from_one(tmp_path: Path) -> None:
+    (tmp_path / "a.pts").write_text("version: 1\nn_points: 2\n{\n1 1\n10.5 20\n}\n")
+    assert read_pts(tmp_path / "a.pts").tolist() == [[0, 0], [9.5, 19]]
+
+
+def test_the_square_holds_box_and_points_with_a_margin() -> None:
+    """A box of 80 by 40, the points' wider by 20 to the left: 100, and an eighth at each side."""
+    points = np.array([[0.0, 30], [60, 50]])
+    assert square(Face(points, (20, 20, 100, 60))) == (-13, -23, 113, 103)
+    assert square(Face(points)) == (-8, 2, 68, 78)
+
+
+def wflw_line(name: str, points: NDArray[np.float64]) -> str:
+    left, top = points.min(0).astype(int)
+    right, bottom = points.max(0).astype(int)
+    numbers = [*points.flatten(), left, top, right, bottom, 0, 0, 0, 0, 1, 0]
+    return " ".join(map(str, numbers)) + f" {name}\n"
+
+
+def test_wflw(tmp_path: Path) -> None:
+    lists = tmp_path / "WFLW_annotations" / "list_98pt_rect_attr_train_test"
+    lists.mkdir(parents=True)
+    for part, seeds in (("train", (0, 1, 2)), ("test", (3, 4))):
+        lines = ""
+        for seed in seeds:
+            image, points = face_with_dots(98, seed)
+            name = f"0--Parade/0 Parade {seed}.png"
+            write(tmp_path / "WFLW_images" / name, image)
+            lines += wflw_line(name, points)
+        (lists / f"list_98pt_rect_attr_{part}.txt").write_text(lines)
+    data = load_landmarks("wflw", tmp_path, 256, 2, 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (2, 1, 2)
+    assert (data.n_outputs, data.eyes) == (196, ((60,), (72,)))
+    assert all(points_are_bright(part) for part in data[:3])
+
+    test_file = lists / "list_98pt_rect_attr_test.txt"
+    test_file.write_text(wflw_line("missing.png", points))
+    with pytest.raises(FileNotFoundError, match=r"line 1 names .*missing.png, which is missing"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
+    test_file.write_text("1 2 3 a.png\n")
+    with pytest.raises(ValueError, match=r"test.txt: line 1 has 3 numbers, not 206"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
+    test_file.write_text(wflw_line("a.png", points).replace("0--", "").replace(" ", " x", 1))
+    with pytest.raises(ValueError, match=r"test.txt: line 1: could not convert string to float"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
+
+
+def write_cofw(file: Path, suffix: str, seeds: tuple[int, ...]) -> None:
+    """As MATLAB writes it: axes in the opposite order, pixels counted from one, one image grey."""
+    with h5py.File(file, "w") as mat:
+        references = mat.create_dataset(f"Is{suffix}", (1, len(seeds)), dtype=h5py.ref_dtype)
+        rows, boxes = [], []
+        for i, seed in enumerate(seeds):
+            image, points = face_with_dots(29, seed)
+            values = image[:, :, 0] if i == 0 else image
+            references[0, i] = mat.create_dataset(f"#refs#/{i}", data=values.T).ref
+            rows.append(np.concatenate([points.T.flatten() + 1, np.zeros(29)]))
+            boxes.append([30, 25, 20, 20])
+        mat[f"phis{suffix}"] = np.array(rows).T
+        mat[f"bboxes{suffix}"] = np.array(boxes, dtype=np.float64).T
+
+
+def test_cofw(tmp_path: Path) -> None:
+    write_cofw(tmp_path / "COFW_train_color.mat", "Tr", (0, 1, 2))
+    write_cofw(tmp_path / "COFW_test_color.mat", "T", (3, 4))
+    data = load_landmarks("cofw", tmp_path, 256, None, 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (2, 1, 2)
+    assert (data.n_outputs, data.eyes) == (58, ((8,), (9,)))
+    assert all(points_are_bright(part) for part in data[:3])
+
+    with h5py.File(tmp_path / "COFW_test_color.mat", "a") as mat:
+        del mat["bboxesT"]
+    with pytest.raises(ValueError, match=r"COFW_test_color.mat is no whole MAT file of COFW"):
+        load_landmarks("cofw", tmp_path, SIZE, None, 0)
+    with h5py.File(tmp_path / "COFW_test_color.mat", "a") as mat:
+        mat["bboxesT"] = np.zeros((4, 5))
+    with pytest.raises(ValueError, match=r"has arrays of \(87, 2\) and \(4, 5\)"):
+        load_landmarks("cofw", tmp_path, SIZE, None, 0)
+
+
+def write_aflw(file: Path, names: list[str], points: list[NDArray[np.float64]]) -> None:
+    with file.open("w", newline="") as lines:
+        writer = csv.writer(lines)
+        axes = [f"original_{i}_{axis}" for i in range(len(points[0])) for axis in "xy"]
+        writer.writerow(["image_name", "scale", "box_size", "center_w", "center_h", *axes])
+        for name, face in zip(names, points, strict=True):
+            x, y = face.mean(0)
+            writer.writerow([name, 0.25, 50, x, y, *face.flatten()])
+
+
+def test_aflw(tmp_path: Path) -> None:
+    points = []
+    for seed in range(5):
+        image, face = face_with_dots(19, seed)
+        write(tmp_path / "images" / "0" / f"{seed}.png", image)
+        points.append(face)
+    names = [f"0/{seed}.png" for seed in range(5)]
+    write_aflw(tmp_path / "face_landmarks_aflw_train.csv", names[:3], points[:3])
+    write_aflw(tmp_path / "face_landmarks_aflw_test.csv", names[3:], points[3:])
+    data = load_landmarks("aflw", tmp_path, 256, None, 0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (2, 1, 2)
+    assert (data.n_outputs, data.eyes) == (38, ((6, 7, 8), (9, 10, 11)))
+    assert all(points_are_bright(part) for part in data[:3])
+
+    write_aflw(tmp_path / "face_landmarks_aflw_test.csv", names[:1], [points[0][:18]])
+    with pytest.raises(ValueError, match=r"aflw_test.csv: line 2 has 18 points, not 19"):
+        load_landmarks("aflw", tmp_path, SIZE, None, 0)
+
+
+def test_an_unknown_name_gives_the_closest() -> None:
+    with pytest.raises(ValueError, match=r"no data set 'wflv' \(closest: 'wflw'\)"):
+        load_landmarks("wflv", None, SIZE, None, 0)
