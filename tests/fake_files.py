@@ -107,5 +107,3 @@ def write_wheel(folder: Path, package: str, file: str, content: bytes) -> str:
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return f"{package}==1.0#sha256={file_sha256(wheel)}"
-
-

@@ -11,7 +11,7 @@ import pytest
 import torch
 from fake_files import GraphWriter, convolutions, keras_file, random_trunk, statistics
 from torch import Tensor, nn
-from torchvision.models import resnet50
+from torchvision.models import get_model, get_weight, resnet50
 
 from hubrl.encoders import Encoder, encoder_of
 from hubrl.fetching import conversions
@@ -141,7 +141,29 @@ def resnet_state() -> dict[str, Tensor]:
     return dict(state)
 
 
+NETS = {
+    "ResNet50": "resnet50",
+    "MaskRCNN": "maskrcnn_resnet50_fpn",
+    "KeypointRCNN": "keypointrcnn_resnet50_fpn",
+    "DeepLabV3": "deeplabv3_resnet50",
+}
+
+
 @pytest.mark.parametrize("weights", BACKBONES)
+def test_backbones_are_where_torchvision_has_them(weights: str) -> None:
+    entry = get_weight(weights)
+    with torch.device("meta"):
+        name = NETS[weights.partition("_")[0]]
+        own = {} if name == "resnet50" else {"weights_backbone": None}
+        net = get_model(name, weights=None, **own)
+        shapes = {key: tensor.shape for key, tensor in net.state_dict().items()}
+        wanted = resnet50().state_dict()
+    prefix = BACKBONES[weights].prefix
+    assert entry.url.endswith(".pth")
+    assert all(shapes[prefix + key] == wanted[key].shape for key in wanted if "fc." not in key)
+
+
+@pytest.mark.parametrize("weights", [name for name in BACKBONES if "COCO" in name][::2])
 def test_backbones_of_larger_nets(weights: str, resnet_state: dict[str, Tensor]) -> None:
     prefix, eps = BACKBONES[weights]
     state = {prefix + key: tensor for key, tensor in resnet_state.items()}
@@ -171,11 +193,26 @@ def test_files_that_are_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     one = GraphWriter()
     one.add("Conv", torch.zeros(1, 3, 1, 1))
     cases: list[tuple[Callable[[bytes, EncoderSpec], object], bytes, EncoderSpec, str]] = [
-        (conversions.efficientnet_lite, pickle.dumps(Stranger()), LITE, "'net': no file of tensors"),
-        (conversions.efficientnet_lite, torch_file({"a": torch.ones(1)}), LITE, "has 1 tensors, bu"),
+        (
+            conversions.efficientnet_lite,
+            pickle.dumps(Stranger()),
+            LITE,
+            "'net': no file of tensors",
+        ),
+        (
+            conversions.efficientnet_lite,
+            torch_file({"a": torch.ones(1)}),
+            LITE,
+            "has 1 tensors, bu",
+        ),
         (conversions.keras_mobilenetv2, b"HDF", KERAS, "'net': no Keras model of HDF5"),
         (conversions.onnx_lcnet, b"ONNX", LCNET, "'net': no ONNX graph"),
-        (conversions.onnx_lcnet, one.content(), LCNET, "file has 2 tensors, but timm:lcnet_100 has"),
+        (
+            conversions.onnx_lcnet,
+            one.content(),
+            LCNET,
+            "file has 2 tensors, but timm:lcnet_100 has",
+        ),
         (conversions.onnx_dinov2, one.content(), DINO, "needs a tensor cls_token .* has none"),
         (conversions.moco, torch_file({}), RESNET, r"needs a tensor conv1.weight \(64, 3, 7, 7\)"),
     ]
