@@ -170,8 +170,8 @@ def find_stages(encoder: Encoder, images_BCHW: Tensor) -> dict[str, int]:
     """
     Where the encoder's maps become smaller: the last module at each size, and its channels.
 
-    Maps of one pixel are none, and none is larger than the one before. The last entry, ``""``, are
-    the features.
+    Maps of one pixel are none, and none is larger than the one before; where all have one size,
+    as a transformer's patches, there is no stage. The last entry, ``""``, are the features.
 
     :param images_BCHW: uint8, at least one
     """
@@ -187,7 +187,8 @@ def find_stages(encoder: Encoder, images_BCHW: Tensor) -> dict[str, int]:
 
     with hooked(encoder.trunk, dict.fromkeys(names.values(), note)):
         features_BD = encoder(images_BCHW)
-    return dict(last.values()) | {FEATURES: features_BD.shape[1]}
+    stages = dict(last.values()) if len(last) > 1 else {}
+    return stages | {FEATURES: features_BD.shape[1]}
 
 
 @torch.no_grad()

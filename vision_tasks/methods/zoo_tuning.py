@@ -19,6 +19,9 @@ from vision_tasks.tasks import Task
 #: Training images that give BatchNorm its statistics, or half as many.
 N_SAMPLED = 2048
 
+#: Hidden units of a gate at least: of one or two, all may be silent for all images.
+MIN_HIDDEN = 16
+
 Layer = nn.Conv2d | nn.Linear
 
 
@@ -108,10 +111,9 @@ class AggregatedLayer(nn.Module):
             setattr(self.layer, name, nn.Parameter(stacked))
         n_outputs, n_inputs, *kernel = self.layer.weight.shape[1:]
         n_inputs *= self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
+        n_hidden = max(n_inputs // 4, MIN_HIDDEN)
         self.gates = nn.Sequential(
-            nn.Linear(n_inputs, n_inputs // 4 + 1, bias=False),
-            nn.ReLU(),
-            nn.Linear(n_inputs // 4 + 1, len(layers)),
+            nn.Linear(n_inputs, n_hidden, bias=False), nn.ReLU(), nn.Linear(n_hidden, len(layers))
         )
         for weight in self.gates[-1].parameters():
             nn.init.zeros_(weight)
