@@ -7,6 +7,7 @@ The images are rendered at 128 pixels at the first call, which takes some minute
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,10 @@ def load(root: Path | None) -> PointSource:
 
 def render_faces(n: int) -> dict[str, Tensor]:
     """``images``, uint8 (n, 3, 128, 128), and ``points``, float32 (n, 68, 2)."""
-    faces = [render_face(index, SIZE) for index in tqdm(range(n), "rendering faces", leave=False)]
+    faces = [
+        render_face(index, SIZE)
+        for index in tqdm(range(n), "rendering faces", leave=False, disable=not sys.stdout.isatty())
+    ]
     images_N3HW = torch.from_numpy(np.stack([image for image, _ in faces]))
     return {
         "images": images_N3HW,
