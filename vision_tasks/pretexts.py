@@ -162,6 +162,6 @@ def random_view(images_BCHW: Tensor) -> Tensor:
     affine_B23[:, :, 2] = shift_B2
     grid_BHW2 = F.affine_grid(affine_B23, list(images_BCHW.shape), align_corners=False)
     grid_BHW2 = grid_BHW2.to(images_BCHW.device)
-    views_BCHW = F.grid_sample(images_BCHW, grid_BHW2, align_corners=False)
+    views_BCHW = F.grid_sample(images_BCHW, grid_BHW2, padding_mode="border", align_corners=False)
     brightness_B111 = (0.6 + 0.8 * torch.rand(n, 1, 1, 1)).to(images_BCHW.device)
     return (views_BCHW * brightness_B111).clamp(0, 1)

@@ -27,7 +27,7 @@ from vision_tasks.training import augment
 
 ARCHITECTURE, FEATURES_DIM = "timm:mobilenetv3_small_050", 1024
 IMAGE_SIZE = 64
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 LEARNING_RATE = 3e-3
 SHIFT = 4  # pixels by which images are moved at random
 
@@ -54,7 +54,7 @@ class Budget:
 @click.command("pretrain", help="Train five small encoders on Fashion-MNIST, each on something "
                "else, and make them a hub of one architecture.")  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the hub.")
-@click.option("--epochs", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--limit", type=click.IntRange(min=10), default=20_000, show_default=True,
               help="Training images.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
@@ -72,7 +72,8 @@ def command(out: Path, root: Path | None, device: str, **numbers: Any) -> None:
         for name in missing:
             start = time.perf_counter()
             card, encoder, loss = pretrain(name, (images, targets), data.n_outputs, budget, on)
-            add_encoder(out, card, encoder.trunk.cpu().state_dict())
+            tensors = encoder.trunk.cpu().to(memory_format=torch.contiguous_format).state_dict()
+            add_encoder(out, card, tensors)
             print(f"{name}: loss {loss:.4g}, {time.perf_counter() - start:.0f} s", flush=True)
     print(f"hub {out}: {', '.join(load_hub(out).encoder_names)}")
 
@@ -105,13 +106,14 @@ def _train(encoder: Encoder, pretext: Pretext, images: Images, epochs: int) -> f
     optimizer = AdamW(weights, LEARNING_RATE, weight_decay=0.01)
     n_steps = epochs * math.ceil(len(targets_N) / BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, max(n_steps, 10))
+    encoder.trunk.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     encoder.trunk.train()  # statistics of normalisation are learned here, and nowhere else
     losses: list[float] = []
     for _ in range(epochs):
         losses = []
         for rows in torch.randperm(len(targets_N)).split(BATCH_SIZE):
             moved_BCHW = augment(images_NCHW[rows], flip=True, shift=SHIFT)
-            batch_BCHW = moved_BCHW.to(weights[0].device).float() / 255
+            batch_BCHW = moved_BCHW.to(weights[0].device, memory_format=torch.channels_last) / 255
             loss = pretext.loss(encoder, batch_BCHW, targets_N[rows].to(weights[0].device))
             optimizer.zero_grad()
             loss.backward()
