@@ -53,7 +53,7 @@ def load_cards(setup: Setup) -> HubSpec:
     :raises ValueError: if there is no such hub, or an encoder takes no images of this size
     """
     with torch.device("meta"):
-        hub = load_vision_hub(setup.hub, setup.image_size)
+        hub = load_vision_hub(setup.hub, setup.image_size, pretrained=False)
     for spec in hub.encoders:
         check_image_shape(spec, (3, setup.image_size, setup.image_size))
     return hub
@@ -119,7 +119,9 @@ def spread_routing(method: Method) -> Method:
     """The method; a pathway of it chooses as in ``SpreadGenerator``."""
     if isinstance(method, HubPathwayMethod):
         pathway = method.model.pathway
-        pathway.generator = SpreadGenerator(pathway.generator, len(pathway.encoders))
+        pathway.generator = SpreadGenerator(  # type: ignore[assignment]
+            pathway.generator, len(pathway.encoders)
+        )
     return method
 
 
@@ -138,7 +140,7 @@ def random_batch(setup: Setup, n_images: int | None = None) -> tuple[Tensor, Ten
 def train_step(method: Method, images_BCHW: Tensor, targets_B: Tensor) -> None:
     """Forward and backward, without the optimizer, whose time and memory grow with the hub."""
     method.zero_grad(set_to_none=True)
-    method.loss("train", images_BCHW, targets_B).total.backward()  # type: ignore[no-untyped-call]
+    method.loss("train", images_BCHW, targets_B).total.backward()
 
 
 def predict(method: Method, images_BCHW: Tensor) -> None:

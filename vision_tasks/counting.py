@@ -81,7 +81,8 @@ def count_flops(run: Callable[[], Any]) -> int:
         run()
     hook.remove()
     # torch counts each multiplication and addition as two.
-    return counter.get_total_flops() // 2 + 2 * n_normalised
+    n_flops: int = counter.get_total_flops()
+    return n_flops // 2 + 2 * n_normalised
 
 
 def _predictor_flops(predictor: Predictor, images_BCHW: Tensor) -> int:

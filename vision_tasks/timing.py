@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from hubrl.benches.measuring import Measure, interleave, timed
 from hubrl.specs import HubSpec
@@ -35,7 +37,7 @@ class Speed(NamedTuple):
     training: dict[str, float]
     """Seconds of a forward and backward pass of a batch, by model; the optimizer apart."""
     single_image: dict[str, float]
-    """Seconds of inference for one image: the models' and ``generator``, a part of the pathway's."""
+    """Seconds of inference for one image; ``generator`` is a part of the pathway's."""
 
 
 def measure_speed(hub: HubSpec, setup: Setup, rounds: int = ROUNDS) -> Speed:
@@ -59,7 +61,7 @@ def measure_speed(hub: HubSpec, setup: Setup, rounds: int = ROUNDS) -> Speed:
 def _inference(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, _ = random_batch(setup)
     return {
-        name: _timed(setup, lambda method=method: predict(method.eval(), images_BCHW))
+        name: _timed(setup, partial(_predict, method, images_BCHW))
         for name, method in methods.items()
     }
 
@@ -67,9 +69,7 @@ def _inference(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
 def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, targets_B = random_batch(setup)
     return {
-        name: _timed(
-            setup, lambda method=method: train_step(method.train(), images_BCHW, targets_B)
-        )
+        name: _timed(setup, partial(_train, method, images_BCHW, targets_B))
         for name, method in methods.items()
     }
 
@@ -77,7 +77,7 @@ def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
 def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, _ = random_batch(setup, n_images=1)
     sides = {
-        name: _timed(setup, lambda method=methods[name]: predict(method.eval(), images_BCHW))
+        name: _timed(setup, partial(_predict, methods[name], images_BCHW))
         for name in (SINGLE, ENSEMBLE, PATHWAY)
     }
     pathway = methods[PATHWAY]
@@ -89,6 +89,14 @@ def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure
             generator.eval()(images_BCHW, None)
 
     return {**sides, "generator": _timed(setup, generate)}
+
+
+def _predict(method: Method, images_BCHW: Tensor) -> None:
+    predict(method.eval(), images_BCHW)
+
+
+def _train(method: Method, images_BCHW: Tensor, targets_B: Tensor) -> None:
+    train_step(method.train(), images_BCHW, targets_B)
 
 
 def _timed(setup: Setup, run: Callable[[], None]) -> Measure:

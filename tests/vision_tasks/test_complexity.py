@@ -1,0 +1,96 @@
+"""Costs of a hub: the supplement's counts to the printed digit, and the command's tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_images import SIZE, write_rgb_hub
+from torch import nn
+
+from hubrl import cli
+from vision_tasks import complexity
+from vision_tasks.costed import Setup, load_cards
+from vision_tasks.counting import count_costs, count_flops
+
+
+def run(*args: object) -> int:
+    with pytest.raises(SystemExit) as stop:
+        cli.run(complexity.command, "python -m vision_tasks.complexity", [str(a) for a in args])
+    return int(stop.value.code or 0)
+
+
+def test_the_papers_hub_costs_what_the_paper_prints() -> None:
+    setup = Setup("resnet50x5")
+    costs = count_costs(load_cards(setup), setup)
+    printed = {
+        name: (round(cost.parameters / 1e6, 2), round(cost.flops / 1e9, 2))
+        for name, cost in costs.items()
+    }
+    assert printed == {
+        "single": (23.71, 4.11),
+        "ensemble-j": (118.56, 20.55),
+        "hub-pathway": (128.43, 9.11),
+    }
+
+
+def test_operations_by_hand() -> None:
+    """A convolution of 4 outputs of 3x3x3 each at 6x6 places, BatchNorm, a linear layer."""
+    with torch.device("meta"):
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+        ).eval()
+        images = torch.zeros(1, 3, 8, 8)
+    expected = 4 * 36 * 27 + 2 * 4 * 36 + 144 * 10
+    assert count_flops(lambda: network(images)) == expected
+
+
+def test_all_figures_of_a_small_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = write_rgb_hub(tmp_path / "rgb")
+    file = tmp_path / "costs.json"
+    sizes = ("--image-size", SIZE, "--n-outputs", 4, "--batch-size", 3, "--generator", "small")
+    monkeypatch.setattr(complexity, "measure_memory", lambda *_: {})
+    assert run("--hub", hub, *sizes, "--json", file) == 0
+    figures = json.loads(file.read_text())
+    assert figures["setup"]["image_size"] == SIZE
+    assert set(figures["speed"]["inference"]) == set(figures["speed"]["training"])
+    assert {ratio["name"] for ratio in figures["ratios"]} >= {
+        "samples per second, inference: pathway / ensemble-j"
+    }
+    for ratio in figures["ratios"]:
+        assert ratio["ratio"] == pytest.approx(ratio["ours"] / ratio["theirs"])
+    output = capsys.readouterr().out
+    assert "ms" in output
+    assert "hub-pathway" in output
+
+
+@pytest.mark.slow
+def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
+    hub = write_rgb_hub(tmp_path / "rgb")
+    file = tmp_path / "costs.json"
+    sizes = ("--image-size", SIZE, "--n-outputs", 4, "--batch-size", 64, "--generator", "small")
+    assert run("--hub", hub, *sizes, "--json", file) == 0
+    memory = json.loads(file.read_text())["memory"]["training"]
+    assert memory["ensemble-j"]["models"] > memory["single"]["models"] > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--hub", "resnet50x6"), "hub 'resnet50x6' is unknown (closest: 'resnet50x5')"),
+        (("--hub", "resnet50x5", "--top-k", 9), "top_k is 9, allowed: 1..5"),
+        (("--hub", "resnet50x5", "--generator", "big"), "generator is 'big'"),
+        (("--hub", "resnet50x5", "--image-size", 8), "8"),
+    ],
+)
+def test_what_users_get_wrong(
+    args: tuple[object, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*args, "--only", "counts") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
