@@ -12,13 +12,14 @@ import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import click
 import torch
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from hubrl import cli
@@ -31,6 +32,8 @@ from vision_tasks.methods import Losses, Method, Settings, build_method
 from vision_tasks.swap import SWAP_FOLDER, Swap
 from vision_tasks.tasks import Classification
 from vision_tasks.training import Trainer
+
+# Shape letters: B batch, C H W image.
 
 #: Peak of the large hub with swapping over that of a hub of two without.
 GOAL = 1.3
@@ -98,6 +101,9 @@ def command(
     sizes = Sizes(image_size, batch_size, steps)
     sides = [Side(2, None), Side(2, swap), Side(n_encoders, swap), Side(n_encoders, None)]
     measured: dict[Side, list[Memory]] = {side: [] for side in sides}
+    with cli.user_errors():
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
     with cli.user_errors(), tempfile.TemporaryDirectory(dir=folder) as temporary:
         weights = save_random_weights(Path(temporary))
         for number in range(rounds):
@@ -212,9 +218,9 @@ def _watch(method: Method) -> list[float]:
     starts: list[float] = []
     loss = method.loss
 
-    def timed_loss(*arguments: Any) -> Losses:
+    def timed_loss(phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         starts.append(time.perf_counter())
-        return loss(*arguments)
+        return loss(phase, images_BCHW, targets_B)
 
     method.loss = timed_loss  # type: ignore[method-assign]
     return starts

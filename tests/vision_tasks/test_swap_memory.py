@@ -1,0 +1,73 @@
+"""What training with swapped encoders needs; whole processes, so all but the parts are slow."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from vision_tasks.swap_memory import (
+    GOAL,
+    Side,
+    Sizes,
+    command,
+    measure,
+    random_hub,
+    read_memory,
+    save_random_weights,
+)
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells alone")
+
+
+def test_memory_is_read_in_megabytes() -> None:
+    before = read_memory(os.getpid())
+    held = torch.ones(25 * 2**20)  # 100 MB
+    after = read_memory()
+    assert after["RssAnon"] - before["RssAnon"] == pytest.approx(100, abs=10)
+    assert after["VmHWM"] >= after["VmRSS"] >= after["RssAnon"]
+    assert held.sum() > 0
+
+
+def test_encoders_of_a_random_hub_share_a_file(tmp_path: Path) -> None:
+    (tmp_path / "weights.safetensors").write_bytes(b"")
+    hub = random_hub(3, 64, tmp_path / "weights.safetensors")
+    assert hub.encoder_names == ("r0", "r1", "r2")
+    assert {hub.weights_path(spec) for spec in hub.encoders} == {tmp_path / "weights.safetensors"}
+
+
+def test_results_need_a_folder(tmp_path: Path) -> None:
+    result = CliRunner().invoke(command, ["--json", str(tmp_path / "missing" / "memory.json")])
+    assert result.exit_code == 2
+    assert "there is no folder" in result.output
+
+
+@pytest.mark.slow
+def test_a_hub_of_20_needs_hardly_more_memory_than_one_of_2(tmp_path: Path) -> None:
+    weights, sizes = save_random_weights(tmp_path), Sizes(image_size=64, batch_size=12, n_steps=3)
+    small, large = (measure(side, sizes, weights) for side in (Side(2, None), Side(20, 2)))
+    assert large.peak <= GOAL * small.peak
+    assert large.anonymous <= GOAL * small.anonymous
+    assert large.peak - large.imported <= GOAL * (small.peak - small.imported)
+
+
+@pytest.mark.slow
+def test_the_command_measures_all_sides(tmp_path: Path) -> None:
+    small = ["--n-encoders", "3", "--swap", "1", "--image-size", "32", "--batch-size", "2"]
+    file = tmp_path / "memory.json"
+    arguments = [*small, "--steps", "2", "--rounds", "1", "--json", str(file)]
+    result = CliRunner().invoke(command, [*arguments, "--folder", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    sides = json.loads(file.read_text())["sides"]
+    assert [(side["n_encoders"], side["swap"]) for side in sides] == [
+        (2, None),
+        (2, 1),
+        (3, 1),
+        (3, None),
+    ]
+    assert sides[2]["peak"] < sides[3]["peak"]
+    assert [path for path in tmp_path.iterdir() if path != file] == []
