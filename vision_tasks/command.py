@@ -17,6 +17,7 @@ from hubrl.state_folder import NotSavedError
 from vision_tasks import distributed
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, load_config
 from vision_tasks.data import Data
+from vision_tasks.data.images import UnreadableImageError
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import METHODS
 from vision_tasks.methods.method import Method
@@ -138,7 +139,7 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
-        with stop.caught(), cli.failures(DivergedError, NotSavedError):
+        with stop.caught(), cli.failures(DivergedError, NotSavedError, UnreadableImageError):
             Trainer(method, data, config, folder).run(stop)
     finally:
         swapped = swapped_encoders(method)

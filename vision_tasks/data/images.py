@@ -21,6 +21,17 @@ Ints = NDArray[np.int64]
 Box = tuple[int, int, int, int]
 
 
+class UnreadableImageError(ValueError):
+    """
+    A file holds no image that can be used; this is seen when the image's turn comes.
+
+    :param message: one line; of a worker process' report, which ends with such a line, the line
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.strip().splitlines()[-1].rpartition(f"{type(self).__name__}: ")[2])
+
+
 class Images(Protocol):
     """A sequence of images of any size."""
 
@@ -104,7 +115,7 @@ class ImageFiles:
         """
         One image, uint8 (3, H, W); black beyond the file's borders.
 
-        :raises ValueError: if the file holds no image, or not a whole one
+        :raises UnreadableImageError: if the file holds no image, or not a whole one
         """
         image_HW3 = read_image(self._files[index])
         if self._boxes is not None:
@@ -116,19 +127,20 @@ def read_image(file: Path) -> Image.Image:
     """
     The image in a file, in three colours; what is transparent becomes white.
 
-    :raises ValueError: if the file is missing, holds no image or one with more than 8 bits
+    :raises UnreadableImageError: if the file is missing, holds no image or one with more than 8
+        bits a colour
     """
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{file} has more than 8 bits a colour: convert it to 8")
+                raise UnreadableImageError(f"{file} has more than 8 bits a colour: convert it to 8")
             if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
                 coloured = image.convert("RGBA")
                 white = Image.new("RGBA", coloured.size, "white")
                 return Image.alpha_composite(white, coloured).convert("RGB")
             return image.convert("RGB")
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(
+        raise UnreadableImageError(
             f"{file} can't be read as an image ({error}): replace or remove it"
         ) from error
 

@@ -45,10 +45,9 @@ def load(root: Path | None) -> PointSource:
 
 def render_faces(n: int) -> dict[str, Tensor]:
     """``images``, uint8 (n, 3, 128, 128), and ``points``, float32 (n, 68, 2)."""
-    faces = [
-        render_face(index, SIZE)
-        for index in tqdm(range(n), "rendering faces", leave=False, disable=not sys.stdout.isatty())
-    ]
+    print(f"rendering {n:,} faces, this once", flush=True)
+    indices = tqdm(range(n), "rendering faces", leave=False, disable=not sys.stdout.isatty())
+    faces = [render_face(index, SIZE) for index in indices]
     images_N3HW = torch.from_numpy(np.stack([image for image, _ in faces]))
     return {
         "images": images_N3HW,

@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from image_files import write_classes, write_image
+from small_images import SIZE, write_rgb_hub
 from torchvision.datasets import ImageFolder
 
+from hubrl import cli
+from vision_tasks.classification import command
 from vision_tasks.data import load_classification
 
 
@@ -79,6 +82,21 @@ def test_wrong_layouts_are_named(tmp_path: Path) -> None:
     write_image(tmp_path / "one" / "cat" / "a.png")
     with pytest.raises(ValueError, match="one has 1 class folders"):
         load_classification("folder", tmp_path / "one", 16, None, 0)
+
+
+def test_an_unreadable_image_ends_the_command_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(tmp_path / "data", {"cat": 5, "dog": 5})
+    (tmp_path / "data" / "dog" / "003.png").write_bytes(b"damaged")
+    hub = write_rgb_hub(tmp_path / "rgb")
+    args = f"--data folder --root {tmp_path / 'data'} --hub {hub} --method single:a --epochs 1"
+    args += f" --image-size {SIZE} --device cpu --run-dir {tmp_path / 'run'}"
+    with pytest.raises(SystemExit) as stop:
+        cli.run(command, "classification", args.split())
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "003.png can't be read as an image" in line
 
 
 def test_an_unknown_name_gives_the_closest() -> None:

@@ -11,7 +11,15 @@ from image_files import write_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vision_tasks.data.images import ImageArray, ImageDataset, ImageFiles, Part, read_image, resize
+from vision_tasks.data.images import (
+    ImageArray,
+    ImageDataset,
+    ImageFiles,
+    Part,
+    UnreadableImageError,
+    read_image,
+    resize,
+)
 
 
 def test_images_in_memory_are_resized_when_read() -> None:
@@ -72,11 +80,22 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
     write_image(tmp_path / "whole.png", size=(200, 200))
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:5000])
     for name in ("text.jpg", "half.png", "missing.png"):
-        with pytest.raises(ValueError, match=rf"{name} can't be read as an image .* remove it"):
+        with pytest.raises(
+            UnreadableImageError, match=rf"{name} can't be read as an image .* remove it"
+        ):
             read_image(tmp_path / name)
+
+
+def test_a_worker_process_names_it_in_one_line(tmp_path: Path) -> None:
+    part = Part(ImageFiles([tmp_path / "missing.png"]), torch.zeros(1))
+    loader = DataLoader(ImageDataset(part, np.array([0]), 8), num_workers=1)
+    with pytest.raises(
+        UnreadableImageError, match=r"^[^ ]*missing.png can't be read .* remove it$"
+    ):
+        next(iter(loader))
 
 
 def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep.png has more than 8 bits a colour"):
+    with pytest.raises(UnreadableImageError, match=r"deep.png has more than 8 bits a colour"):
         read_image(tmp_path / "deep.png")
