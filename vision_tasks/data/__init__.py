@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+from torch.utils.data import Dataset
 
 from hubrl.specs import closest
 from vision_tasks.data import (
@@ -68,9 +69,9 @@ class ImageData(NamedTuple):
     :param names: of the classes
     """
 
-    train: ImageDataset
-    validation: ImageDataset
-    test: ImageDataset
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
     n_outputs: int
     names: tuple[str, ...]
 
@@ -87,9 +88,9 @@ class LandmarkData(NamedTuple):
     :param eyes: two lists of points, whose means are the ends of the inter-ocular distance
     """
 
-    train: ImageDataset
-    validation: ImageDataset
-    test: ImageDataset
+    train: Dataset[Any]
+    validation: Dataset[Any]
+    test: Dataset[Any]
     n_outputs: int
     names: tuple[str, ...]
     eyes: tuple[tuple[int, ...], tuple[int, ...]]
