@@ -283,7 +283,7 @@ def _import_timm(architecture: str) -> Any:
 
 def _patch(trunk: nn.Module) -> int:
     embedding = getattr(trunk, "patch_embed", None)
-    if not hasattr(embedding, "grid_size"):  # none, or of patches that overlap
+    if embedding is None or not hasattr(embedding, "grid_size"):  # or of patches that overlap
         return 1
     size: tuple[int, int] = embedding.patch_size
     return max(size)
