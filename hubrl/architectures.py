@@ -132,9 +132,10 @@ def with_resampled_positions(trunk: nn.Module, weights: Mapping[str, Tensor]) ->
     """
     weights = dict(weights)
     own, found = getattr(trunk, "pos_embed", None), weights.get("pos_embed")
-    if not isinstance(own, Tensor) or found is None or own.shape == found.shape:
+    grid = getattr(getattr(trunk, "patch_embed", None), "grid_size", None)
+    if own is None or found is None or grid is None or own.shape == found.shape:
         return weights
-    height, width = trunk.patch_embed.grid_size  # type: ignore[union-attr, misc]
+    height, width = grid
     n_tokens = own.shape[1] - height * width
     side = math.isqrt(found.shape[1] - n_tokens)
     if found.shape[1] == n_tokens + side * side:
@@ -281,8 +282,11 @@ def _import_timm(architecture: str) -> Any:
 
 
 def _patch(trunk: nn.Module) -> int:
-    size: int | tuple[int, ...] = getattr(getattr(trunk, "patch_embed", None), "patch_size", 1)
-    return size if isinstance(size, int) else max(size)
+    embedding = getattr(trunk, "patch_embed", None)
+    if embedding is None or not hasattr(embedding, "grid_size"):  # or of patches that overlap
+        return 1
+    size: tuple[int, int] = embedding.patch_size
+    return max(size)
 
 
 def _check_patches(spec: EncoderSpec, patch: int) -> None:

@@ -49,7 +49,9 @@ def load_run(folder: Path) -> LoadedRun:
     if config.hub.swap is not None:
         raise ValueError(f"{folder} was trained with hub.swap, whose weights lie in other files")
     data, task = load_data(config)
-    hub = load_vision_hub(config.hub.name, config.data.image_size)
+    hub = load_vision_hub(
+        config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
+    )
     method = build(config, hub, task, folder)
     load_parts({"method": method}, folder / "checkpoints" / "last")
     return LoadedRun(config, data, method)

@@ -1,0 +1,46 @@
+"""Hubs of image tasks: fetched on first use, each encoder at the size of the images."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from small_hubs import nature_spec
+
+from hubrl.architectures import NatureConv
+from hubrl.fetching.recipes import PROVIDERS
+from hubrl.specs import HubSpec, save_hub
+from vision_tasks.hubs import load_vision_hub
+
+
+def test_cards_are_enough_without_weights() -> None:
+    hub = load_vision_hub("resnet50x5", 64, pretrained=False)
+    assert [spec.image_size for spec in hub.encoders] == [(64, 64)] * 5
+    assert [spec.features_dim for spec in hub.encoders] == [2048] * 5
+    hub = load_vision_hub("packaged5", 96, pretrained=False)
+    assert [spec.image_size[0] for spec in hub.encoders] == [96, 96, 96, 98, 96]
+    with pytest.raises(ValueError, match="hub 'packaged5': image size is 28 px, allowed: 32 px"):
+        load_vision_hub("packaged5", 28, pretrained=False)
+
+
+def test_a_hub_is_fetched_on_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HUBRL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hubrl.specs.BUILT_IN_HUBS", tmp_path)
+    monkeypatch.setitem(PROVIDERS, "file", lambda address, spec: NatureConv(4).state_dict())
+    (tmp_path / "one").mkdir()
+    card = dataclasses.replace(nature_spec("net"), provider="file:x")
+    save_hub(HubSpec(name="one", encoders=(card,)), tmp_path / "one")
+    hub = load_vision_hub("one", 44)
+    assert capsys.readouterr().out == "fetching net (MIT) from file:x\n"
+    assert load_vision_hub("one", 44) == hub
+    assert capsys.readouterr().out == ""
+    (spec,) = hub.encoders
+    assert spec.image_size == (44, 44)
+    path = hub.weights_path(spec)
+    assert path is not None
+    assert path.is_file()
+    assert torch.get_default_device().type == "cpu"
