@@ -83,4 +83,4 @@ def test_a_damaged_checkpoint(finished_run: Path, capsys: pytest.CaptureFixture[
     file = finished_run / "checkpoints" / "best" / "policy.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
     assert run(finished_run) == 2
-    assert "policy.safetensors can't be loaded" in capsys.readouterr().err
+    assert "is damaged (policy.safetensors has another sha256)" in capsys.readouterr().err
