@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 def test_memory_is_read_in_megabytes() -> None:
     before = read_memory(os.getpid())
     # Fresh pages: a tensor could lie in memory that other tests have freed.
-    held = mmap.mmap(-1, 100 * 2**20)
+    held = mmap.mmap(-1, 100 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     held.write(bytes([1]) * len(held))
     after = read_memory()
     assert after["RssAnon"] - before["RssAnon"] == pytest.approx(100, abs=10)
