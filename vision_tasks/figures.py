@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Classes of a routing figure: more would be too small to read.
 MAX_CLASSES = 40
+#: Of lines, where there are more than colours.
+DASHES = ("-", "--", ":")
 
 
 def draw_scores(rows: Sequence[Row], file: Path) -> None:
@@ -55,7 +57,9 @@ def draw_curves(
             steps = [step for step, _ in seeds[0][:n]]
             scores = np.array([[score for _, score in seed[:n]] for seed in seeds])
             colour = COLOURS[i % len(COLOURS)]
-            panel.plot(steps, scores.mean(axis=0), "o-", ms=3, color=colour, label=method)
+            dash = DASHES[i // len(COLOURS) % len(DASHES)]
+            look = {"color": colour, "linestyle": dash, "marker": "o", "ms": 3}
+            panel.plot(steps, scores.mean(axis=0), label=method, **look)
             panel.fill_between(
                 steps, scores.min(axis=0), scores.max(axis=0), color=colour, alpha=0.15, lw=0
             )
