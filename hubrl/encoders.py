@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from hubrl.architectures import (
     patch_size,
     with_resampled_positions,
 )
+from hubrl.files import file_sha256
 from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
@@ -195,12 +195,6 @@ def read_weights(path: Path, spec: EncoderSpec) -> dict[str, Tensor]:
         return {key: tensor.float() for key, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise ValueError(f"encoder {spec.name!r}: {path} is not safetensors ({error})") from None
-
-
-def file_sha256(path: Path) -> str:
-    """The file's sha256, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def golden_features(encoder: Encoder) -> tuple[float, ...]:

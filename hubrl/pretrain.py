@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from hubrl import cli
+from hubrl.files import with_prefix
 from hubrl.plots import import_matplotlib
 from hubrl.pretraining import trainer
-from hubrl.pretraining.files import with_prefix
 from hubrl.pretraining.frames import Player, Policy
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS

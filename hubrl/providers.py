@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hubrl.architectures import find_architecture, nature_features
 from hubrl.encoders import read_weights, with_features_dim
-from hubrl.pretraining.files import with_prefix
+from hubrl.files import with_prefix
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -7,7 +7,6 @@ its place if a file is missing or damaged.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from hubrl.files import file_sha256
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -82,38 +83,23 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def has_state(folder: Path) -> bool:
-    """
-    Whether there is a checkpoint.
-
-    One that was being replaced by a killed process comes back, and one that is damaged gives way to
-    the one before it, which is said on the screen.
-    """
+    """Whether there is a checkpoint; one that was being replaced by a killed process comes back."""
     old = _old(folder)
-    if not old.exists():
-        return folder.exists()
-    damage = _damage(folder) if folder.exists() else None
-    if damage is not None and _damage(old) is None:
-        aside = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.replace(folder, aside)
-        print(
-            f"checkpoint {folder} is damaged ({damage}): the one before takes its place, and the "
-            f"damaged one is kept as {aside.name}",
-            file=sys.stderr,
-        )
-    if not folder.exists():
+    if old.exists() and not folder.exists():
         os.replace(old, folder)
-    return True
+    return folder.exists()
 
 
 def read_state(folder: Path) -> dict[str, Any]:
     """
-    The numbers of a checkpoint.
+    The numbers of a checkpoint, whose files are all compared with its manifest before.
+
+    A damaged one gives way to the one before it, which is said on the screen.
 
     :raises ValueError: if there is no checkpoint, or only a damaged one
     """
     damage = _damage(folder) if has_state(folder) else None
-    if damage is not None:
+    if damage is not None and not _take_back(folder, damage):
         raise ValueError(
             f"checkpoint {folder} is damaged ({damage}), and there is none before it; put the file "
             "back, or train anew"
@@ -137,10 +123,27 @@ def _write(
     for file in files:
         link_file(file, temporary / file.name)
     (temporary / STATE_FILE).write_text(json.dumps({**state, "scalars": scalars}, indent=1))
-    manifest = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+    manifest = {file.name: file_sha256(file) for file in sorted(temporary.iterdir())}
     (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
+
+
+def _take_back(folder: Path, damage: str) -> bool:
+    """Whether the checkpoint before is whole and has taken the place of the damaged one."""
+    old = _old(folder)
+    if not old.exists() or _damage(old) is not None:
+        return False
+    aside = folder.with_name(f"{folder.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    os.replace(old, folder)
+    print(
+        f"checkpoint {folder} is damaged ({damage}): the one before takes its place, and the "
+        f"damaged one is kept as {aside.name}",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _damage(folder: Path) -> str | None:
@@ -155,14 +158,9 @@ def _damage(folder: Path) -> str | None:
         file = folder / name
         if not file.is_file():
             return f"{name} is missing"
-        if _sha256(file) != sha256:
+        if file_sha256(file) != sha256:
             return f"{name} has another sha256"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

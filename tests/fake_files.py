@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from torch import Tensor, nn
 
 from hubrl.architectures import find_architecture
-from hubrl.encoders import file_sha256
+from hubrl.files import file_sha256
 from hubrl.specs import EncoderSpec
 
 

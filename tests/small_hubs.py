@@ -14,7 +14,8 @@ from torch import nn
 
 from hubrl import cli
 from hubrl.architectures import find_architecture
-from hubrl.encoders import build_encoder, file_sha256, golden_features
+from hubrl.encoders import build_encoder, golden_features
+from hubrl.files import file_sha256
 from hubrl.hubs import command
 from hubrl.specs import EncoderSpec, HubSpec, load_hub, save_hub
 

@@ -10,6 +10,7 @@ from small_hubs import nature_spec, write_hub
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from hubrl.signals import StopSignal
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, load_config
 from vision_tasks.data import ImageData, LandmarkData
 
@@ -51,6 +52,18 @@ def write_rgb_hub(folder: Path, n: int = 3) -> Path:
     """A hub folder with ``n`` small encoders of RGB images."""
     specs = [dataclasses.replace(nature_spec(name), channels=3) for name in "abcdefgh"[:n]]
     return write_hub(folder, specs)
+
+
+class StopsAfter(StopSignal):
+    """A signal that comes in a given step."""
+
+    def __init__(self, steps: int) -> None:
+        self._left = steps
+
+    @property
+    def number(self) -> int | None:
+        self._left -= 1
+        return None if self._left > 0 else 15
 
 
 def small_vision_config(

@@ -12,7 +12,8 @@ OURS = {"hubrl", "agents", "envs", "vision_tasks"}
 CORE = {
     "specs": set(),
     "architectures": {"hubrl.specs"},
-    "encoders": {"hubrl.architectures", "hubrl.specs"},
+    "encoders": {"hubrl.architectures", "hubrl.files", "hubrl.specs"},
+    "files": set(),
     "generators": {"hubrl.encoders"},
     "losses": set(),
     "precision": set(),
@@ -20,7 +21,7 @@ CORE = {
     "replay": set(),
     "run_folder": set(),
     "signals": set(),
-    "state_folder": set(),
+    "state_folder": {"hubrl.files"},
     "aggregation": {"hubrl.encoders", "hubrl.specs"},
     "pathway": {
         "hubrl.aggregation",

@@ -140,13 +140,13 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
     stop = StopSignal()
     try:
         with stop.caught(), cli.failures(DivergedError, NotSavedError, UnreadableImageError):
-            Trainer(method, data, config, folder).run(stop)
+            number = Trainer(method, data, config, folder).run(stop)
     finally:
         swapped = swapped_encoders(method)
         if swapped is not None:
             swapped.remove()
-    if stop.number is not None:
-        return 128 + stop.number
+    if number is not None:
+        return 128 + number
     if distributed.rank() == 0:
         print((folder / RESULTS_FILE).read_text())
     return 0

@@ -71,12 +71,10 @@ def draw_curves(
 
 def draw_exploration(scores: Mapping[str, Mapping[float, Sequence[float]]], file: Path) -> None:
     """
-    Test score over the weight of the exploration loss; no figure without several weights.
+    Test score over the weight of the exploration loss.
 
     :param scores: by data set and coefficient, for each seed
     """
-    if not scores:
-        return
     figure, panels = _panels(len(scores), height=3.5)
     for panel, (data, by_coef) in zip(panels, scores.items(), strict=True):
         coefs = sorted(by_coef)

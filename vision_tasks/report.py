@@ -17,11 +17,15 @@ from hubrl.sections import read_mapping
 from vision_tasks.figures import draw_curves, draw_exploration, draw_routing, draw_scores
 from vision_tasks.metrics import Interval, mean_over_seeds, paired_difference
 from vision_tasks.routing import routing
+from vision_tasks.tasks import Classification, Landmarks
 from vision_tasks.training import EPOCHS_FILE, RESULTS_FILE
 
 OURS = "hub-pathway"
-#: Of these higher is better; of ``nme`` lower.
-MORE_IS_BETTER = {"accuracy": True, "nme": False}
+TASKS: dict[str, type[Classification] | type[Landmarks]] = {
+    "classification": Classification,
+    "landmarks": Landmarks,
+}
+MORE_IS_BETTER = {task.metric: task.is_more_better for task in TASKS.values()}
 #: Settings in which runs of one method may differ and still be the same method.
 IGNORED = (
     "method",
@@ -82,15 +86,8 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
     rows = summarise(found)
     _write_csv(out / "runs.csv", [_run_cells(run) for run in found])
     _write_csv(out / "summary.csv", [_row_cells(row) for row in rows])
-    (out / "report.md").write_text(_markdown(rows, found))
-    draw_scores(rows, out / "scores.png")
-    draw_curves(_curves(found), out / "curves.png")
-    draw_exploration(_by_coefficient(found), out / "exploration.png")
-    for data, run in {run.data: run for run in reversed(found) if run.method == OURS}.items():
-        try:
-            draw_routing(*routing(run.folder), out / f"routing-{data}.png")
-        except ValueError as error:  # data or hub are not on this machine
-            print(f"no figure of the routing on {data}: {error}")
+    pictures = "".join(f"\n![{what}]({name})\n" for name, what in _draw(rows, found, out))
+    (out / "report.md").write_text(_markdown(rows, found) + pictures)
     print(f"report in {out}")
 
 
@@ -129,7 +126,7 @@ def best_single(rows: Iterable[Row], data: str) -> Row | None:
 def _runs_of(
     folder: Path, results: Mapping[str, Any], config: Mapping[str, Any], label: str
 ) -> list[Run]:
-    metric = "accuracy" if results["task"] == "classification" else "nme"
+    metric = TASKS[results["task"]].metric
     runs = []
     for name, scores in results["test"].items():
         method = label if not name else f"single:{name}"
@@ -212,6 +209,26 @@ def _by_coefficient(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
     return {data: by_coef for data, by_coef in scores.items() if len(by_coef) > 1}
 
 
+def _draw(rows: Sequence[Row], runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
+    """Draw what there is to draw; names of the files, and what each shows."""
+    drawn = [("scores.png", "Test scores"), ("curves.png", "Validation while training")]
+    draw_scores(rows, out / "scores.png")
+    draw_curves(_curves(runs), out / "curves.png")
+    by_coefficient = _by_coefficient(runs)
+    if by_coefficient:
+        draw_exploration(by_coefficient, out / "exploration.png")
+        drawn.append(("exploration.png", "Test score over the exploration coefficient"))
+    for data, run in {run.data: run for run in reversed(runs) if run.method == OURS}.items():
+        name = f"routing-{data}.png"
+        try:
+            draw_routing(*routing(run.folder), out / name)
+        except ValueError as error:  # data or hub are not on this machine
+            print(f"no figure of the routing on {data}: {error}")
+        else:
+            drawn.append((name, f"Encoders that the images of each class of {data} activate"))
+    return drawn
+
+
 def _markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     lines = ["# Image tasks", ""]
     for data in dict.fromkeys(row.data for row in rows):
@@ -233,10 +250,6 @@ def _markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
 FOOTER = """Means over seeds with Student's t intervals of 95 %; a single seed has none. Differences
 are taken seed by seed, and above 0 hub-pathway is better. Single models that come out of a run of
 ensemble-i were trained in it side by side, so its time is that of all of them.
-
-![Scores](scores.png)
-
-![Validation while training](curves.png)
 """
 
 

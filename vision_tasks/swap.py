@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hubrl.encoders import Encoder
+from hubrl.files import save_tensors
 from hubrl.pathway import EncoderList
 from hubrl.specs import HubSpec
 from hubrl.state_folder import link_file
@@ -212,10 +212,10 @@ class SwappedEncoder(Encoder):
         """Write what has changed."""
         if not self._is_changed:
             return
-        _write(dict(self._named()), self._weights_file)
+        save_tensors(dict(self._named()), self._weights_file)
         moments = self._moments()
         if moments:
-            _write(moments, self._optimizer_file)
+            save_tensors(moments, self._optimizer_file)
         self._is_changed = False
 
     def restore(self, folder: Path) -> None:
@@ -281,10 +281,3 @@ class _Recomputed(torch.autograd.Function):
         (images_BCHW,) = ctx.saved_tensors
         ctx.encoder.step(images_BCHW, ctx.dtype, grad_outputs[0])
         return None, None, None, None
-
-
-def _write(tensors: dict[str, Tensor], file: Path) -> None:
-    """Replace the file; who has the old one mapped or linked keeps it."""
-    temporary = file.with_name(f".{file.name}.new")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, file)

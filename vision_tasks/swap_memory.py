@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from hubrl import cli
-from hubrl.encoders import file_sha256
+from hubrl.files import file_sha256
 from hubrl.signals import StopSignal
 from hubrl.specs import EncoderSpec, HubSpec
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, load_config

@@ -87,7 +87,7 @@ class Trainer:
         phases = self._method.phases
         for phase in phases[self._position.phase :]:
             optimizer = self._begin(phase)
-            if has_state(self._last) and self._position != (self._position.phase, 0, 0):
+            if self._position != Position(self._position.phase):  # it was resumed
                 # Running means that were saved in the middle of an epoch are not taken up yet.
                 self._method.train(self._position.step > 0)
                 self._load(self._parts(optimizer), self._last)

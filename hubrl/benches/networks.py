@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hubrl.benches.measuring import Result, compare, interleave, timed
-from hubrl.encoders import Casts, build_encoder, file_sha256
+from hubrl.encoders import Casts, build_encoder
+from hubrl.files import file_sha256
 from hubrl.pathway import HubPathway, rows_of_encoders
 from hubrl.precision import resolve_precision
 from hubrl.replay import FeatureCache, RoutingReplay

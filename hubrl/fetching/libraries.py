@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hubrl.encoders import file_sha256, with_features_dim
+from hubrl.encoders import with_features_dim
 from hubrl.fetching import conversions
+from hubrl.files import file_sha256
 from hubrl.specs import TIMM_PREFIX, EncoderSpec, cache_folder, closest
 
 

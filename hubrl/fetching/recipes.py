@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hubrl.encoders import build_encoder, file_sha256, golden_features
+from hubrl.encoders import build_encoder, golden_features
 from hubrl.fetching import libraries, wheels
-from hubrl.pretraining.files import locked, save_tensors
+from hubrl.files import file_sha256, locked, save_tensors
 from hubrl.specs import (
     TIMM_PREFIX,
     EncoderSpec,

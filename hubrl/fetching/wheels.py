@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from hubrl.encoders import file_sha256
 from hubrl.fetching import conversions
+from hubrl.files import file_sha256
 from hubrl.specs import EncoderSpec, cache_folder
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hubrl.encoders import encoder_of, file_sha256, golden_features
-from hubrl.pretraining.files import locked, save_tensors
+from hubrl.encoders import encoder_of, golden_features
+from hubrl.files import file_sha256, locked, save_tensors
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, list_hubs, load_hub, save_hub
 
 WORK_FOLDER = ".pretrain"

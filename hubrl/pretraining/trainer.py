@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from hubrl.files import save_tensors, with_prefix
 from hubrl.precision import resolve_precision
-from hubrl.pretraining.files import save_tensors, with_prefix
 from hubrl.pretraining.frames import Player
 from hubrl.pretraining.objectives import discounted_returns, random_shift
 from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, PRETEXTS, Batch

@@ -17,7 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from agents.algorithms import ALGORITHMS, build_model
 from agents.checkpoints import load_checkpoint, save_checkpoint
 from hubrl import state_folder
-from hubrl.encoders import file_sha256
+from hubrl.files import file_sha256
 from hubrl.specs import load_hub, save_hub
 from hubrl.state_folder import has_state, read_state
 

@@ -23,12 +23,12 @@ from hubrl.encoders import (
     at_image_size,
     build_encoder,
     check_image_shape,
-    file_sha256,
     golden_features,
     orthogonal_init,
     probe_images,
     with_features_dim,
 )
+from hubrl.files import file_sha256
 from hubrl.specs import EncoderSpec, HubSpec, load_hub
 
 

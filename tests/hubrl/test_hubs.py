@@ -17,8 +17,8 @@ from small_hubs import Outcome, add_golden, call_hubs, nature_spec, write_hub
 from torch import Tensor, nn
 
 from hubrl.architectures import ARCHITECTURES, Architecture
-from hubrl.encoders import file_sha256
 from hubrl.fetching.recipes import PROVIDERS
+from hubrl.files import file_sha256
 from hubrl.specs import BUILT_IN_HUBS, HubSpec, load_hub, save_hub
 
 CHECKS = [

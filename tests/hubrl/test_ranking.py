@@ -15,7 +15,7 @@ from small_hubs import nature_spec, write_hub
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from hubrl import cli, hubs, ranking
-from hubrl.encoders import file_sha256
+from hubrl.files import file_sha256
 from hubrl.ranking import Play, discounted, explained, held_out, play, rank
 from hubrl.specs import load_hub, save_hub
 

@@ -9,7 +9,7 @@ import yaml
 from hugging_face import Service
 from small_hubs import add_golden, call_hubs, nature_spec, write_hub
 
-from hubrl.encoders import file_sha256
+from hubrl.files import file_sha256
 from hubrl.sharing import pull, push
 from hubrl.specs import load_hub
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from small_images import (
     SIZE,
+    StopsAfter,
     quadrant_data,
     quadrant_images,
     small_vision_config,
@@ -40,18 +41,6 @@ def trainer(config: VisionConfig, folder: Path) -> Trainer:
 
 def last_weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "checkpoints" / "last" / "method.safetensors")
-
-
-class StopsAfter(StopSignal):
-    """A signal that comes in a given step."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    @property
-    def number(self) -> int | None:
-        self._left -= 1
-        return None if self._left > 0 else 15
 
 
 @pytest.mark.parametrize("save_freq", [0, 2])

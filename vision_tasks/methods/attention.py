@@ -8,11 +8,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.aggregation import Concat, Part
+from hubrl.aggregation import Part
 from hubrl.pathway import EncoderList
 from hubrl.precision import resolve_precision
 from hubrl.specs import HubSpec
-from vision_tasks.methods.method import Losses, Method, Settings, build_head, seeded
+from vision_tasks.methods.method import (
+    Losses,
+    Method,
+    Settings,
+    build_aggregator,
+    build_head,
+    seeded,
+)
 from vision_tasks.tasks import Task
 
 # Shape letters: B batch, E encoders, O outputs, D features of one encoder, A attention's width,
@@ -43,11 +50,7 @@ class Attention(Method):
         for key in self.keys.parameters():
             nn.init.zeros_(key)
         self.heads = nn.ModuleList(build_head(spec, task, settings.seed) for spec in hub.encoders)
-        n_encoders = len(hub.encoders)
-        self.aggregator = Concat([task.n_outputs] * n_encoders, task.n_outputs, relu=False)
-        for block in self.aggregator.blocks:
-            assert isinstance(block, nn.Linear)
-            nn.init.eye_(block.weight)
+        self.aggregator = build_aggregator(hub, task)
 
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """The task's loss."""

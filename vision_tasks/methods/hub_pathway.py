@@ -7,12 +7,20 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from hubrl.aggregation import Concat, Part
+from hubrl.aggregation import Part
+from hubrl.generators import RunningMean
 from hubrl.losses import pathway_exploration_loss
 from hubrl.pathway import HubPathway, PathwayOutput
 from hubrl.specs import HubSpec
 from vision_tasks.distributed import mean_over_processes
-from vision_tasks.methods.method import Batches, Losses, Method, Settings, build_head
+from vision_tasks.methods.method import (
+    Batches,
+    Losses,
+    Method,
+    Settings,
+    build_aggregator,
+    build_head,
+)
 from vision_tasks.swap import SwappedEncoders
 from vision_tasks.tasks import Task
 
@@ -74,10 +82,6 @@ class HubPathwayModel(nn.Module):
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__()
-        aggregator = Concat([task.n_outputs] * len(hub.encoders), task.n_outputs, relu=False)
-        for block in aggregator.blocks:
-            assert isinstance(block, nn.Linear)
-            nn.init.eye_(block.weight)
         swap = settings.swap
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -86,7 +90,7 @@ class HubPathwayModel(nn.Module):
                 settings.top_k,
                 generator=settings.generator,
                 image_shape=(3, settings.image_size, settings.image_size),
-                aggregation=aggregator,
+                aggregation=build_aggregator(hub, task),
                 pretrained=settings.pretrained,
                 precision=settings.precision,
                 build_encoders=functools.partial(SwappedEncoders, swap=swap) if swap else None,
@@ -119,9 +123,11 @@ def settle_generator(pathway: HubPathway, batches: Batches) -> None:
     """
     Show a generator the images before the first step.
 
-    Its running statistics count from when training mode is left; those of features can be taken
-    once the mean image is known, so it sees them twice.
+    Its running means count from when training mode is left; those of features can be taken once the
+    mean image is known, so it sees them twice. One without running means needs no look.
     """
+    if not any(isinstance(module, RunningMean) for module in pathway.generator.modules()):
+        return
     for _ in range(2):
         pathway.train()
         for images_BCHW, _ in batches():

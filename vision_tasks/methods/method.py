@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hubrl.aggregation import Concat
 from hubrl.encoders import Encoder, build_encoder
 from hubrl.precision import resolve_precision
 from hubrl.specs import EncoderSpec, HubSpec
@@ -151,6 +152,20 @@ def build_head(spec: EncoderSpec, task: Task, seed: int) -> nn.Linear:
         head = nn.Linear(spec.features_dim, task.n_outputs)
     nn.init.constant_(head.bias, task.output_start)
     return head
+
+
+def build_aggregator(hub: HubSpec, task: Task) -> Concat:
+    """
+    The layer over the weighted outputs of the encoders' heads; it starts as their sum.
+
+    :param hub: the encoders' cards
+    :param task: gives the number of outputs
+    """
+    aggregator = Concat([task.n_outputs] * len(hub.encoders), task.n_outputs, relu=False)
+    for block in aggregator.blocks:
+        assert isinstance(block, nn.Linear)
+        nn.init.eye_(block.weight)
+    return aggregator
 
 
 @contextlib.contextmanager

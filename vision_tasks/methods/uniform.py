@@ -6,7 +6,7 @@ import dataclasses
 
 from hubrl.specs import HubSpec
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
-from vision_tasks.methods.method import Batches, Settings
+from vision_tasks.methods.method import Settings
 from vision_tasks.tasks import Task
 
 
@@ -24,6 +24,3 @@ class Uniform(HubPathwayMethod):
         )
         # Always active encoders would weigh more than the others.
         super().__init__(dataclasses.replace(hub, always_active=()), task, settings)
-
-    def begin(self, phase: str, batches: Batches) -> None:
-        """Nothing: there is no generator to settle."""

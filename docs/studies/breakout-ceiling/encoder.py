@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from torch import Tensor, nn
 
-from hubrl.encoders import Encoder, build_encoder, file_sha256
+from hubrl.encoders import Encoder, build_encoder
+from hubrl.files import file_sha256
 from hubrl.specs import EncoderSpec, HubSpec, save_hub
 
 N_OBSERVATIONS = 24_000

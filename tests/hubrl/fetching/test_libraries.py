@@ -14,9 +14,9 @@ from fake_files import random_trunk
 from safetensors.torch import save_file
 from small_hubs import nature_spec
 
-from hubrl.encoders import file_sha256
 from hubrl.fetching import libraries
 from hubrl.fetching.recipes import fetch_hub, load_cards
+from hubrl.files import file_sha256
 from hubrl.specs import EncoderSpec, load_hub, load_recipe
 
 DEEPLAB = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"

@@ -12,9 +12,10 @@ from small_hubs import nature_spec
 from torch import Tensor
 
 from hubrl.architectures import NatureConv
-from hubrl.encoders import build_encoder, file_sha256
+from hubrl.encoders import build_encoder
 from hubrl.fetching import recipes
 from hubrl.fetching.recipes import fetch_hub, load_cards
+from hubrl.files import file_sha256
 from hubrl.specs import EncoderSpec, HubSpec, list_hubs, load_hub, load_recipe, save_hub
 
 

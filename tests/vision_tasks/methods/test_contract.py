@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_images import SIZE, landmark_data, quadrant_data, small_vision_config, write_rgb_hub
+from small_images import (
+    SIZE,
+    StopsAfter,
+    landmark_data,
+    quadrant_data,
+    small_vision_config,
+    write_rgb_hub,
+)
 
 from hubrl.encoders import build_encoder, is_encoder_weight
 from hubrl.pathway import EncoderList
@@ -26,18 +33,6 @@ TASKS: dict[str, Task] = {
     "landmarks": Landmarks(3, ((1,), (2,))),
 }
 DATA = {"classification": quadrant_data(16), "landmarks": landmark_data(16)}
-
-
-class StopsAfter(StopSignal):
-    """A signal that comes in a given step."""
-
-    def __init__(self, steps: int) -> None:
-        self._left = steps
-
-    @property
-    def number(self) -> int | None:
-        self._left -= 1
-        return None if self._left > 0 else 15
 
 
 @pytest.fixture(scope="module")

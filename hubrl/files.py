@@ -1,15 +1,22 @@
-"""Files that are replaced as a whole and locked, tensors that are found by prefix."""
+"""Files that are hashed, locked, replaced as a whole; tensors that are found by prefix."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+
+def file_sha256(path: Path) -> str:
+    """The file's sha256, 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def save_tensors(
