@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -148,7 +149,7 @@ def with_resampled_positions(trunk: nn.Module, weights: Mapping[str, Tensor]) ->
 
 def _timm(model: str) -> Architecture:
     """A timm model without its classifier."""
-    timm = _import_timm(f"timm:{model}")
+    timm = _import("timm", f"timm:{model}")
     if not timm.is_model(model):
         raise ValueError(f"timm has no model {model!r}{closest(model, timm.list_models())}")
     try:
@@ -180,7 +181,7 @@ def _packaged(model: str) -> Architecture:
             f"architecture 'packaged:{model}' is unknown{closest(model, PACKAGED)}; "
             f"packaged: {', '.join(PACKAGED)}"
         )
-    _import_timm(f"packaged:{model}")
+    _import("timm", f"packaged:{model}")
     return Architecture(PACKAGED[model])
 
 
@@ -221,12 +222,7 @@ PACKAGED: dict[str, Callable[[EncoderSpec], nn.Module]] = {
 
 def _torchvision(model: str) -> Architecture:
     """A torchvision classification model without the last linear layer, which tells its classes."""
-    try:
-        from torchvision import models
-    except ImportError:
-        raise ValueError(
-            f"architecture 'torchvision:{model}' needs torchvision: pip install \"hubrl[vision]\""
-        ) from None
+    models = _import("torchvision", f"torchvision:{model}").models
     names = models.list_models(module=models)
     if model not in names:
         raise ValueError(
@@ -271,14 +267,13 @@ FAMILIES: dict[str, Callable[[str], Architecture]] = {
 }
 
 
-def _import_timm(architecture: str) -> Any:
+def _import(library: str, architecture: str) -> Any:
     try:
-        import timm
+        return importlib.import_module(library)
     except ImportError:
         raise ValueError(
-            f'architecture {architecture!r} needs timm: pip install "hubrl[vision]"'
+            f'architecture {architecture!r} needs {library}: pip install "hubrl[vision]"'
         ) from None
-    return timm
 
 
 def _patch(trunk: nn.Module) -> int:
