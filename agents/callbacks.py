@@ -13,6 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents.checkpoints import save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
+from agents.replay_files import ReplayFiles
+from agents.run_state import run_state
 from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
@@ -215,26 +217,33 @@ class CheckpointCallback(BaseCallback):
     """
     Saves the last checkpoint now and then, at the end, and when a signal stops the run.
 
-    All of it happens between rollouts: a rollout that a signal cuts short is not counted, for the
-    model did not learn from it.
+    A checkpoint is where a rollout starts: one that a signal cuts short is not counted, and is
+    collected again when the run is resumed.
 
     :param folder: of the run
-    :param freq: agent steps between checkpoints; 0: only at the end
+    :param train: steps between checkpoints, and how many stay
     :param stop: stops the run
     """
 
-    def __init__(self, folder: Path, freq: int, stop: StopSignal) -> None:
+    def __init__(self, folder: Path, train: TrainSection, stop: StopSignal) -> None:
         super().__init__()
-        self._checkpoint = checkpoint_dir(folder, "last")
-        self._freq = freq
+        self._folder = folder
+        self._train = train
         self._stop = stop
+        self._replay: ReplayFiles | None = None
 
     def _on_training_start(self) -> None:
-        self._due = EveryN(self._freq, self.num_timesteps)
-        self._learned = self.num_timesteps
+        self._due = EveryN(self._train.save_freq, self.num_timesteps)
+        buffer = getattr(self.model, "replay_buffer", None)
+        if buffer is not None:
+            self._replay = ReplayFiles(buffer, self._folder / "replay")
+            if self.num_timesteps > 0:
+                self._replay.restore(checkpoint_dir(self._folder, "last"), self._n_rows())
 
     def _on_rollout_start(self) -> None:
-        self._learned = self.num_timesteps
+        self._run = run_state(self.model)
+        if self._replay is not None:
+            self._replay.update(self._n_rows(), partly=False)
         if self._due.is_due(self.num_timesteps):
             self._save()
 
@@ -243,11 +252,17 @@ class CheckpointCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         if self._stop.number is None:
-            self._learned = self.num_timesteps
+            self._run = run_state(self.model)
         self._save()
 
+    def _n_rows(self) -> int:
+        return self.num_timesteps // self.model.n_envs
+
     def _save(self) -> None:
-        save_checkpoint(self.model, self._checkpoint, {"num_timesteps": self._learned})
+        n_rows = self._run.numbers["num_timesteps"] // self.model.n_envs
+        files = [] if self._replay is None else self._replay.update(n_rows, partly=True)
+        folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints
+        save_checkpoint(self.model, folder, {}, run=self._run, files=files, keep=keep)
 
 
 def _print(text: str) -> None:

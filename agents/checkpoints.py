@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from collections import deque
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import Tensor
 
+from agents.run_state import RunState, model_numbers, restore_run_state, set_model_numbers
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.state_folder import load_parts, read_state, save_state
 
-#: Plain numbers of SB3's models; each model has those that it needs.
-NUMBERS = ("num_timesteps", "_episode_num", "_n_updates", "_n_calls", "exploration_rate")
+#: The tensors of ``RunState``; a checkpoint without them is for playing.
+RUN = "run"
 
 
-def save_checkpoint(model: BaseAlgorithm, folder: Path, extra: dict[str, Any]) -> None:
+def save_checkpoint(
+    model: BaseAlgorithm,
+    folder: Path,
+    extra: dict[str, Any],
+    *,
+    run: RunState | None = None,
+    files: Iterable[Path] = (),
+    keep: int = 2,
+) -> None:
     """
     Write weights, optimizers and numbers; the folder is replaced as a whole or not at all.
 
-    :param extra: plain data that ``load_checkpoint`` gives back; it wins over the model's numbers
+    :param extra: plain data that ``load_checkpoint`` gives back
+    :param run: where the run stands, if the checkpoint shall continue it
+    :param files: those of a replay buffer
+    :param keep: checkpoints that stay, this one included
+    :raises NotSavedError: if the disk doesn't take it
     """
-    state = {name: getattr(model, name) for name in NUMBERS if hasattr(model, name)}
-    episodes = [[float(e["r"]), int(e["l"]), float(e["t"])] for e in model.ep_info_buffer or ()]
-    state |= {"episodes": episodes, "encoders": _encoders(model)} | extra
-    save_state(_parts(model), state, folder)
+    numbers = model_numbers(model) if run is None else run.numbers
+    parts = _parts(model)
+    if run is not None:
+        parts[RUN] = run.tensors()
+    state = numbers | {"encoders": _encoders(model)} | extra
+    save_state(parts, state, folder, files, keep=keep)
 
 
 def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     """
-    Put a checkpoint into a model that was built from the same configuration.
+    Put a checkpoint's weights, optimizers and numbers into a model of the same configuration.
 
     :return: what ``state.json`` holds
     :raises ValueError: if a file is missing, damaged or of another model, or if the hub's encoders
@@ -37,13 +54,34 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     """
     state = read_state(folder)
     _check_encoders(state["encoders"], _encoders(model), folder)
+    # Leaving training mode later would begin a new rollout, with routing of its own.
+    model.policy.set_training_mode(False)
     load_parts(_parts(model), folder)
-    for name in NUMBERS:
-        if name in state:
-            setattr(model, name, state[name])
-    episodes = [dict(zip("rlt", episode, strict=True)) for episode in state["episodes"]]
-    model.ep_info_buffer = deque(episodes, maxlen=model._stats_window_size)
-    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+    set_model_numbers(model, state)
+    return state
+
+
+def continue_run(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
+    """
+    Put a run's checkpoint into its model, so that it goes on as if it had not been stopped.
+
+    Environments that don't replay show where they are instead, which is said on the screen.
+
+    :param model: with environments as those of the run
+    :param folder: what ``save_checkpoint`` wrote with ``run``
+    :return: what ``state.json`` holds
+    :raises ValueError: as ``load_checkpoint``
+    """
+    state = load_checkpoint(model, folder)
+    tensors: dict[str, Tensor] = {}
+    load_parts({RUN: tensors}, folder)
+    differing = restore_run_state(model, state, tensors)
+    if differing:
+        print(
+            f"environments {', '.join(map(str, differing))} do not come back to where they were by "
+            "their seeds and actions: the run goes on, but not exactly as without the stop",
+            file=sys.stderr,
+        )
     return state
 
 

@@ -30,12 +30,16 @@ BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"
 Precision = Literal["auto", "float32", "bfloat16"]
 
 
-#: Keys of the hub's section that came later, and what runs did before.
-LATER_KEYS: Mapping[str, Any] = {
-    "always_active": [],
-    "aggregation": "concat",
-    "generator": "small",
-    "encoder_lr_scale": 1.0,
+#: Keys that came later, by section, and what runs did before.
+LATER_KEYS: Mapping[str, Mapping[str, Any]] = {
+    "env": {"timeout": 60.0},
+    "hub": {
+        "always_active": [],
+        "aggregation": "concat",
+        "generator": "small",
+        "encoder_lr_scale": 1.0,
+    },
+    "train": {"n_checkpoints": 2, "n_rollbacks": 0},
 }
 
 
@@ -82,11 +86,14 @@ class EnvSection(Section):
     :param id: a Gymnasium id, such as ``ALE/Breakout-v5``
     :param n_envs: environments that are stepped side by side
     :param sticky: probability that an Atari emulator repeats the last action
+    :param timeout: seconds that a step or a reset may take; none for Atari, whose emulators don't
+        hang
     """
 
     id: str
     n_envs: Count
     sticky: Fraction
+    timeout: Positive | None
 
 
 def _listed(value: Any) -> Any:
@@ -298,6 +305,9 @@ class TrainSection(Section):
     :param deterministic_eval: take the best action, or sample as in training (rl-zoo's choice for
         Atari, where a deterministic agent can be stuck for a whole game)
     :param save_freq: agent steps between two checkpoints; 0: only at the end
+    :param n_checkpoints: the last ones that are kept, beside the best
+    :param n_rollbacks: how often a run whose loss is no number any more goes back to its last
+        checkpoint with half the learning rate, before it stops
     :param device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
     """
 
@@ -307,6 +317,8 @@ class TrainSection(Section):
     n_eval_episodes: Count
     deterministic_eval: bool
     save_freq: Annotated[Integer, Field(ge=0)]
+    n_checkpoints: Annotated[Integer, Field(ge=2)]
+    n_rollbacks: Annotated[Integer, Field(ge=0)]
     device: str
 
 
@@ -356,8 +368,12 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
 
 def with_later_keys(data: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration, completed by the keys that are newer than the run."""
-    hub = data.get("hub")
-    return {**data, "hub": {**LATER_KEYS, **hub}} if isinstance(hub, dict) else data
+    later = {
+        name: {**keys, **data[name]}
+        for name, keys in LATER_KEYS.items()
+        if isinstance(data.get(name), dict)
+    }
+    return data | later
 
 
 def parse_config(data: Mapping[str, Any]) -> RunConfig:

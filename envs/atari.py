@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ NOOP = 0
 FIRE_PRESSES = (1, 2)  # what SB3's FireResetEnv presses: FIRE and the action after it
 FULL_STRENGTH = np.ones(1, dtype=np.float32)
 NO_SEED = -1
+NEW_GAME = -1  # among what an emulator was sent, a reset without a seed
 FRAME_SKIP = 4
 # Loading the ROM, which seeding the emulator does, costs as much as 200 agent steps; so it happens
 # once per block of episodes, and inside a block the emulator's own generator draws the no-ops.
@@ -168,6 +169,9 @@ class AtariVecEnv(VecEnv):
         self._lives = [0] * n_envs
         self._returns = [0.0] * n_envs
         self._over = [False] * n_envs  # the game itself, not only a life
+        self._screens = [image[: self._channels] for image in self._images]  # newest frames
+        self._seeded = [0] * n_envs  # the episode that the last seed began
+        self._sent: list[list[int]] = [[] for _ in range(n_envs)]  # since then
         self.seed(seed)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -238,17 +242,77 @@ class AtariVecEnv(VecEnv):
         dones |= ["episode" in info for info in infos]
         return self._images, rewards, dones, infos
 
+    def state(self) -> Callable[[], dict[str, np.ndarray]]:
+        """
+        Where the games stand now: what ``restore`` takes, made when it is asked for.
+
+        Emulators in an ALE vector can't be cloned, but follow from their seed and actions.
+        """
+        now = {
+            "images": self._images,
+            "screens": np.stack(self._screens),
+            "lives": np.array(self._lives),
+            "returns": np.array(self._returns),
+            "over": np.array(self._over),
+            "seed": np.array(self._seed),
+            "episodes": np.array(self._episodes),
+            "seeded": np.array(self._seeded),
+        }
+        sent = [(actions, len(actions)) for actions in self._sent]
+        return lambda: (
+            now
+            | {
+                f"{i}.sent": np.array(actions[:n], dtype=np.int16)
+                for i, (actions, n) in enumerate(sent)
+            }
+        )
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> np.ndarray:
+        """
+        Lead the emulators to where others stood, by all that those were sent since their last seed.
+
+        :param state: what ``state`` gave
+        :return: observations; other ones than before if the emulators don't replay
+        """
+        self._seed = int(state["seed"])
+        self._seeded = state["seeded"].tolist()
+        self._sent = [state[f"{i}.sent"].tolist() for i in range(self.num_envs)]
+        with ThreadPoolExecutor(max_workers=self.num_envs) as threads:
+            self._screens = list(threads.map(self._replay, range(self.num_envs)))
+        self._episodes, self._lives = state["episodes"].tolist(), state["lives"].tolist()
+        self._returns, self._over = state["returns"].tolist(), state["over"].tolist()
+        self._images = state["images"].copy()
+        for i, (screen, expected) in enumerate(zip(self._screens, state["screens"], strict=True)):
+            if not np.array_equal(screen, expected):
+                self._images[i, -self._channels :] = screen
+        return self._images
+
+    def _replay(self, i: int) -> np.ndarray:
+        """The last screen of an emulator that is sent everything again."""
+        emulator = self._emulators[i]
+        seed = episode_seed(self._seed, i, self._seeded[i])
+        image, _ = emulator.reset(np.array([0]), np.array([seed]))
+        for action in self._sent[i]:
+            if action == NEW_GAME:
+                image, _ = emulator.reset(np.array([0]), np.array([NO_SEED]))
+            else:
+                emulator.send(np.array([action]), FULL_STRENGTH)
+                image, *_ = emulator.recv()
+        return _channels_first(image)
+
     def close(self) -> None:
         """Release the emulators and their threads."""
         self._emulators.clear()
 
     def _send(self, i: int, action: int) -> None:
+        self._sent[i].append(action)
         self._emulators[i].send(np.array([action]), FULL_STRENGTH)
 
     def _receive(self, i: int) -> Frame:
         image, rewards, terminated, truncated, info = self._emulators[i].recv()
         frame = _frame(image, rewards[0], terminated[0], truncated[0], info)
         self._returns[i] += frame.reward
+        self._screens[i] = frame.image
         return frame
 
     def _notice_end(self, i: int, frame: Frame) -> bool:
@@ -324,11 +388,21 @@ class AtariVecEnv(VecEnv):
             # After a game's end the emulator answers any action by a new game.
             frame: Frame = yield NOOP
         else:
-            seed = episode_seed(self._seed, i, self._episodes[i]) if load_rom else NO_SEED
-            image, info = self._emulators[i].reset(np.array([0]), np.array([seed]))
-            frame = _frame(image, 0.0, False, False, info)
+            frame = self._reset_emulator(i, load_rom)
         self._over[i] = False
         self.reset_infos[i] = {"episode": self._episodes[i], "frames": frame.emulator_frames}
+        return frame
+
+    def _reset_emulator(self, i: int, load_rom: bool) -> Frame:
+        seed = NO_SEED
+        if load_rom:
+            seed = episode_seed(self._seed, i, self._episodes[i])
+            self._seeded[i], self._sent[i] = self._episodes[i], []
+        else:
+            self._sent[i].append(NEW_GAME)
+        image, info = self._emulators[i].reset(np.array([0]), np.array([seed]))
+        frame = _frame(image, 0.0, False, False, info)
+        self._screens[i] = frame.image
         return frame
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
@@ -378,9 +452,15 @@ def _emulator(
 def _frame(
     image: np.ndarray, reward: float, terminated: bool, truncated: bool, info: dict[str, np.ndarray]
 ) -> Frame:
-    channels_first = image[0] if image.ndim == 4 else image[0, 0].transpose(2, 0, 1)
     lives, frames = int(info["lives"][0]), int(info["episode_frame_number"][0])
-    return Frame(channels_first, float(reward), bool(terminated), bool(truncated), lives, frames)
+    return Frame(
+        _channels_first(image), float(reward), bool(terminated), bool(truncated), lives, frames
+    )
+
+
+def _channels_first(image: np.ndarray) -> np.ndarray:
+    channels_first: np.ndarray = image[0] if image.ndim == 4 else image[0, 0].transpose(2, 0, 1)
+    return channels_first
 
 
 def _check_at_least_1(**numbers: int) -> None:

@@ -22,7 +22,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from envs.atari import AtariVecEnv, is_atari
-from envs.seeds import EpisodeSeeds, check_seed
+from envs.episodes import RecordedEpisodes
+from envs.seeds import check_seed
 
 MINIGRID_PREFIXES = ("MiniGrid-", "BabyAI-")
 MINIGRID_TILE = 8  # pixels of a cell, as its wrapper has it; more where images would be too small
@@ -146,7 +147,7 @@ def _make_env(env_id: str, seed: int, index: int, image: ImageFormat) -> gym.Env
         tile = max(MINIGRID_TILE, math.ceil(image.min_size / cells))
         env = ImgObsWrapper(RGBImgObsWrapper(env, tile))  # type: ignore[no-untyped-call]
     _check_image(env_id, env.observation_space, image)
-    env = EpisodeSeeds(Monitor(env), seed, index)
+    env = RecordedEpisodes(Monitor(env), seed, index)
     return _to_format(env, image)
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import gymnasium as gym
 import numpy as np
 
 
@@ -28,35 +25,3 @@ def check_seed(seed: int) -> None:
     """
     if seed < 0:
         raise ValueError(f"seed is {seed}, but a seed is 0 or more")
-
-
-class EpisodeSeeds(gym.Wrapper[Any, Any, Any, Any]):
-    """
-    Starts every episode from ``episode_seed``, so that any of them can be played again.
-
-    :param env: the environment
-    :param seed: seed of the run
-    :param env_index: the environment's place in its VecEnv
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], seed: int, env_index: int) -> None:
-        super().__init__(env)
-        self._seed = seed
-        self._env_index = env_index
-        self._episode = -1
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        """
-        Start the next episode.
-
-        :param seed: a run's seed plus ``env_index``, as DummyVecEnv hands it down after its own
-            ``seed``; episodes then count from 0 again
-        """
-        if seed is not None:
-            self._seed = seed - self._env_index
-            self._episode = -1
-        self._episode += 1
-        start = episode_seed(self._seed, self._env_index, self._episode)
-        return self.env.reset(seed=start, options=options)

@@ -1,8 +1,8 @@
 """
 A checkpoint: a folder of safetensors files and ``state.json``, replaced as a whole, never pickled.
 
-``manifest.json`` has the sha256 of each file. The checkpoint before is kept beside it, and takes
-its place if a file is missing or damaged.
+``manifest.json`` has the sha256 of each file. The checkpoints before are kept beside it as
+``NAME.1``, ``NAME.2`` ..., and the newest whole one takes the place of one that is damaged.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from hubrl.files import file_sha256
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 
-#: A module, an optimizer or a tensor.
-Part = nn.Module | torch.optim.Optimizer | Tensor
+#: A module, an optimizer, a tensor, or tensors by name, which are whatever was saved.
+Part = nn.Module | torch.optim.Optimizer | Tensor | dict[str, Tensor]
 
 
 class NotSavedError(OSError):
@@ -34,7 +34,12 @@ class NotSavedError(OSError):
 
 
 def save_state(
-    parts: Mapping[str, Part], state: Mapping[str, Any], folder: Path, files: Iterable[Path] = ()
+    parts: Mapping[str, Part],
+    state: Mapping[str, Any],
+    folder: Path,
+    files: Iterable[Path] = (),
+    *,
+    keep: int = 2,
 ) -> None:
     """
     Write parts and numbers; the folder is replaced as a whole or not at all.
@@ -42,12 +47,13 @@ def save_state(
     :param parts: by the names of their files
     :param state: plain data for ``state.json``
     :param files: others that it shall hold; see ``link_file``
+    :param keep: checkpoints that stay, this one included, at least 2
     :raises NotSavedError: if the disk doesn't take it
     """
     temporary = folder.with_name(f".{folder.name}.new")
     try:
         _write(parts, state, temporary, files)
-        _replace(temporary, folder)
+        _replace(temporary, folder, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise NotSavedError(
@@ -84,9 +90,9 @@ def link_file(source: Path, target: Path) -> None:
 
 def has_state(folder: Path) -> bool:
     """Whether there is a checkpoint; one that was being replaced by a killed process comes back."""
-    old = _old(folder)
-    if old.exists() and not folder.exists():
-        os.replace(old, folder)
+    if not folder.exists():
+        for older in _older(folder)[:1]:
+            os.replace(older, folder)
     return folder.exists()
 
 
@@ -101,8 +107,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     damage = _damage(folder) if has_state(folder) else None
     if damage is not None and not _take_back(folder, damage):
         raise ValueError(
-            f"checkpoint {folder} is damaged ({damage}), and there is none before it; put the file "
-            "back, or train anew"
+            f"checkpoint {folder} is damaged ({damage}), and no whole one is before it; put the "
+            "file back, or train anew"
         )
     try:
         state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
@@ -130,17 +136,17 @@ def _write(
 
 
 def _take_back(folder: Path, damage: str) -> bool:
-    """Whether the checkpoint before is whole and has taken the place of the damaged one."""
-    old = _old(folder)
-    if not old.exists() or _damage(old) is not None:
+    """Whether one of those before is whole and has taken the place of the damaged checkpoint."""
+    whole = [older for older in _older(folder) if _damage(older) is None]
+    if not whole:
         return False
     aside = folder.with_name(f"{folder.name}.damaged")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
-    os.replace(old, folder)
+    os.replace(whole[0], folder)
     print(
-        f"checkpoint {folder} is damaged ({damage}): the one before takes its place, and the "
-        f"damaged one is kept as {aside.name}",
+        f"checkpoint {folder} is damaged ({damage}): the one before, {whole[0].name}, takes its "
+        f"place, and the damaged one is kept as {aside.name}",
         file=sys.stderr,
     )
     return True
@@ -180,8 +186,10 @@ def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for index, state in part.state_dict()["state"].items()
             for key, value in state.items()
         }
+    elif isinstance(part, nn.Module):
+        values = part.state_dict()
     else:
-        values = part.state_dict() if isinstance(part, nn.Module) else {"value": part.detach()}
+        values = part if isinstance(part, dict) else {"value": part.detach()}
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     scalars = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
     # PPO names the shared features extractor three times; safetensors takes no aliases.
@@ -204,6 +212,9 @@ def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> 
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
     elif isinstance(part, nn.Module):
         _load_module(part, tensors)
+    elif isinstance(part, dict):
+        part.clear()
+        part.update(tensors)
     else:
         part.data.copy_(tensors["value"])
 
@@ -225,14 +236,22 @@ def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
         raise KeyError(f"unknown tensor {result.unexpected_keys[0]}")
 
 
-def _replace(new: Path, folder: Path) -> None:
-    """Rename can't replace a folder that has files, so the old one steps aside first."""
+def _replace(new: Path, folder: Path, keep: int) -> None:
+    """Rename can't replace a folder that has files, so those before step back by one first."""
+    older = _older(folder)
+    for path in older[keep - 2 :]:
+        shutil.rmtree(path)
+    for number, path in reversed(list(enumerate(older[: keep - 2], start=2))):
+        os.replace(path, folder.with_name(f"{folder.name}.{number}"))
     if folder.exists():
-        shutil.rmtree(_old(folder), ignore_errors=True)
-        os.replace(folder, _old(folder))
+        os.replace(folder, folder.with_name(f"{folder.name}.1"))
     os.replace(new, folder)
     _sync(folder.parent)
 
 
-def _old(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
+def _older(folder: Path) -> list[Path]:
+    """The checkpoints before, newest first."""
+    names = folder.parent.glob(f"{folder.name}.*")
+    numbers = (path.suffix.removeprefix(".") for path in names)
+    found = sorted(int(number) for number in numbers if number.isdecimal())
+    return [folder.with_name(f"{folder.name}.{number}") for number in found]

@@ -30,7 +30,7 @@ from agents.callbacks import (  # noqa: E402
     EvaluationCallback,
     ProgressCallback,
 )
-from agents.checkpoints import load_checkpoint  # noqa: E402
+from agents.checkpoints import continue_run  # noqa: E402
 from agents.config import (  # noqa: E402
     MaskablePPOSection,
     RunConfig,
@@ -43,7 +43,6 @@ from agents.runs import (  # noqa: E402
     checkpoint_dir,
     create_run,
     default_run_dir,
-    derive_seed,
     make_logger,
     open_run,
 )
@@ -141,10 +140,8 @@ def _resume(given: dict[str, Any]) -> int:
             print(f"{folder} is complete: {timesteps:,} steps")
             return 0
         model = build_model(config, make_env(config, config.env.n_envs, training=True))
-        load_checkpoint(model, checkpoint)
+        continue_run(model, checkpoint)
     model._update_current_progress_remaining(timesteps, config.train.n_timesteps)
-    # The games and the generators are not saved: go on with fresh ones.
-    model.set_random_seed(derive_seed(config.train.seed, "resume", timesteps))
     return _learn(model, config, folder)
 
 
@@ -218,7 +215,7 @@ def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:
     model.set_logger(logger)
     callbacks: list[BaseCallback] = [
         EpisodesCallback(folder),
-        CheckpointCallback(folder, train.save_freq, stop),
+        CheckpointCallback(folder, train, stop),
         EvaluationCallback(folder, partial(make_env, config, n_eval_envs), train, stop),
         ProgressCallback(),
     ]

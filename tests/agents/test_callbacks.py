@@ -53,7 +53,7 @@ def learn(folder: Path, more: list[BaseCallback] | None = None, **overrides: Any
     folder.mkdir(exist_ok=True)
     model.set_logger(make_logger(folder, model.num_timesteps))
     own = [
-        CheckpointCallback(folder, config.train.save_freq, stop),
+        CheckpointCallback(folder, config.train, stop),
         EvaluationCallback(folder, partial(small_env, training=False), config.train, stop),
         ProgressCallback(),
     ]
@@ -82,9 +82,9 @@ def test_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyP
     saved: list[tuple[str, int]] = []
     save = callbacks.save_checkpoint
 
-    def remember(model: BaseAlgorithm, folder: Path, extra: dict[str, Any]) -> None:
+    def remember(model: BaseAlgorithm, folder: Path, *args: Any, **kwargs: Any) -> None:
         saved.append((folder.name, model.num_timesteps))
-        save(model, folder, extra)
+        save(model, folder, *args, **kwargs)
 
     monkeypatch.setattr(callbacks, "save_checkpoint", remember)
     learn(tmp_path, train__eval_freq=60, train__save_freq=40, train__n_timesteps=160)

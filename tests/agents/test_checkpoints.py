@@ -104,7 +104,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     model, folder = build("a2c"), tmp_path / "last"
     save_checkpoint(model, folder, {"number": 1})
-    folder.rename(tmp_path / ".last.old")
+    folder.rename(tmp_path / "last.1")
     assert not has_state(tmp_path / "best")
     assert has_state(folder)
     assert load_checkpoint(model, folder)["number"] == 1

@@ -74,7 +74,9 @@ def test_the_only_checkpoint_is_damaged(
 ) -> None:
     save(tmp_path / "last", 1)
     damage(tmp_path / "last" / name)
-    message = rf"last is damaged \({name} (is missing|has another sha256)\), and there is none bef"
+    message = (
+        rf"last is damaged \({name} (is missing|has another sha256)\), and no whole one is bef"
+    )
     with pytest.raises(ValueError, match=message):
         read_state(tmp_path / "last")
 

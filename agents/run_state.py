@@ -1,0 +1,149 @@
+"""Where a run stands between two rollouts: numbers, random states, observations, environments."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
+
+from envs.states import env_state, restore_env
+
+#: Plain numbers of SB3's models; each model has those that it needs.
+NUMBERS = ("num_timesteps", "_episode_num", "_n_updates", "_n_calls", "exploration_rate")
+LSTM_STATES = ("lstm_pi_h", "lstm_pi_c", "lstm_vf_h", "lstm_vf_c")
+
+
+class RunState(NamedTuple):
+    """What a run needs beside weights, optimizers and replay buffer to go on exactly."""
+
+    numbers: dict[str, Any]
+    """Plain data."""
+    tensors: Callable[[], dict[str, Tensor]]
+    """Makes the rest, also when the run has gone on by less than a rollout."""
+
+
+def model_numbers(model: BaseAlgorithm) -> dict[str, Any]:
+    """A model's counters and its last games."""
+    numbers = {name: getattr(model, name) for name in NUMBERS if hasattr(model, name)}
+    games = model.ep_info_buffer or ()
+    episodes = [[float(game["r"]), int(game["l"]), float(game["t"])] for game in games]
+    return numbers | {"episodes": episodes}
+
+
+def set_model_numbers(model: BaseAlgorithm, numbers: Mapping[str, Any]) -> None:
+    """The inverse of ``model_numbers``."""
+    for name in NUMBERS:
+        if name in numbers:
+            setattr(model, name, numbers[name])
+    episodes = [dict(zip("rlt", episode, strict=True)) for episode in numbers["episodes"]]
+    model.ep_info_buffer = deque(episodes, maxlen=model._stats_window_size)
+    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+
+
+def run_state(model: BaseAlgorithm) -> RunState:
+    """
+    Where a run stands as a rollout starts; quick enough for each of them.
+
+    :param model: on environments of ``make_vec_env``
+    """
+    tensors = _observed(model) | _random_tensors(model)
+    environments = env_state(_env(model))
+
+    def all_tensors() -> dict[str, Tensor]:
+        arrays = environments().items()
+        return tensors | {f"env.{key}": torch.from_numpy(array) for key, array in arrays}
+
+    return RunState(model_numbers(model) | _random_numbers(model), all_tensors)
+
+
+def restore_run_state(
+    model: BaseAlgorithm, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> list[int]:
+    """
+    Lead a model and its environments to where others stood.
+
+    :param numbers: of ``RunState``
+    :param tensors: of ``RunState``
+    :return: places of the environments that show something else than before: they don't replay
+    """
+    set_model_numbers(model, numbers)
+    arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
+    environments = {
+        key.removeprefix("env."): array for key, array in arrays.items() if key.startswith("env.")
+    }
+    observations = restore_env(_env(model), environments)
+    model._last_obs = observations
+    if "episode_starts" in arrays:
+        model._last_episode_starts = arrays["episode_starts"]
+    if isinstance(model, RecurrentPPO):
+        pi_h, pi_c, vf_h, vf_c = (tensors[name].to(model.device) for name in LSTM_STATES)
+        model._last_lstm_states = RNNStates((pi_h, pi_c), (vf_h, vf_c))  # type: ignore[assignment]
+    _restore_random(model, numbers, tensors)
+    pairs = zip(observations, arrays["last_obs"], strict=True)
+    return [i for i, (found, before) in enumerate(pairs) if not np.array_equal(found, before)]
+
+
+def _env(model: BaseAlgorithm) -> VecEnv:
+    env = model.get_env()
+    assert env is not None
+    return env
+
+
+def _observed(model: BaseAlgorithm) -> dict[str, Tensor]:
+    """What the model saw last."""
+    observations = model._last_obs
+    assert isinstance(observations, np.ndarray)
+    tensors = {"last_obs": torch.from_numpy(observations)}
+    if isinstance(model, OnPolicyAlgorithm):
+        tensors["episode_starts"] = torch.from_numpy(np.asarray(model._last_episode_starts))
+    if isinstance(model, RecurrentPPO):
+        last: Any = model._last_lstm_states
+        states = (*last.pi, *last.vf)
+        tensors |= dict(zip(LSTM_STATES, states, strict=True))
+    return tensors
+
+
+def _random_tensors(model: BaseAlgorithm) -> dict[str, Tensor]:
+    _, numpy_keys, *_ = np.random.get_state(legacy=True)
+    _, python_keys, _ = random.getstate()
+    tensors = {
+        "torch_random": torch.get_rng_state(),
+        "numpy_random": torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)),
+        "python_random": torch.tensor(python_keys),
+    }
+    if model.device.type == "cuda":
+        tensors["cuda_random"] = torch.cuda.get_rng_state(model.device)
+    return tensors
+
+
+def _random_numbers(model: BaseAlgorithm) -> dict[str, Any]:
+    _, _, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, _, python_gauss = random.getstate()
+    return {
+        "numpy_random": [position, has_gauss, gauss],
+        "python_random": [version, python_gauss],
+        "action_random": model.action_space.np_random.bit_generator.state,
+    }
+
+
+def _restore_random(
+    model: BaseAlgorithm, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    keys = tensors["numpy_random"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, *numbers["numpy_random"]))
+    version, gauss = numbers["python_random"]
+    random.setstate((version, tuple(tensors["python_random"].tolist()), gauss))
+    model.action_space.np_random.bit_generator.state = numbers["action_random"]
+    torch.set_rng_state(tensors["torch_random"])
+    if "cuda_random" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda_random"], model.device)
