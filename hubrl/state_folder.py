@@ -189,7 +189,8 @@ def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
     elif isinstance(part, nn.Module):
         values = part.state_dict()
     else:
-        values = part if isinstance(part, dict) else {"value": part.detach()}
+        named = part if isinstance(part, dict) else {"value": part.detach()}
+        values = {key: value.clone() for key, value in named.items()}  # none is an alias
     tensors = {key: value for key, value in values.items() if isinstance(value, Tensor)}
     scalars = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
     # PPO names the shared features extractor three times; safetensors takes no aliases.

@@ -18,7 +18,7 @@ from hubrl.callback import PathwayCallback
 from hubrl.run_folder import check_new_run, note_command, read_rows
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
-from hubrl.state_folder import NotSavedError, read_state
+from hubrl.state_folder import NotSavedError, has_state, read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
@@ -135,12 +135,14 @@ def _resume(given: dict[str, Any]) -> int:
             raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
         config = open_run(folder)
         checkpoint = checkpoint_dir(folder, "last")
-        timesteps = read_state(checkpoint)["num_timesteps"]
+        is_begun = has_state(checkpoint)  # else it ended before its first checkpoint
+        timesteps = read_state(checkpoint)["num_timesteps"] if is_begun else 0
         if timesteps >= config.train.n_timesteps and _is_evaluated(folder, config, timesteps):
             print(f"{folder} is complete: {timesteps:,} steps")
             return 0
         model = build_model(config, make_env(config, config.env.n_envs, training=True))
-        continue_run(model, checkpoint)
+        if is_begun:
+            continue_run(model, checkpoint)
     model._update_current_progress_remaining(timesteps, config.train.n_timesteps)
     return _learn(model, config, folder)
 
