@@ -138,6 +138,16 @@ def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
     return model
 
 
+def scale_learning_rate(model: BaseAlgorithm, scale: float) -> None:
+    """
+    Multiply the learning rate from now on.
+
+    :param scale: 1: as it is
+    """
+    schedule = model.lr_schedule
+    model.lr_schedule = lambda progress_remaining: scale * schedule(progress_remaining)
+
+
 def sb3_arguments(
     section: AnySection, actions: spaces.Space[Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:

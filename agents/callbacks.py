@@ -14,7 +14,7 @@ from agents.checkpoints import save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
 from agents.replay_files import ReplayFiles
-from agents.run_state import run_state
+from agents.run_state import RunState, run_state
 from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
@@ -223,20 +223,25 @@ class CheckpointCallback(BaseCallback):
     :param folder: of the run
     :param train: steps between checkpoints, and how many stay
     :param stop: stops the run
+    :param n_rollbacks: how often it was rolled back, which its checkpoints tell
     """
 
-    def __init__(self, folder: Path, train: TrainSection, stop: StopSignal) -> None:
+    def __init__(
+        self, folder: Path, train: TrainSection, stop: StopSignal, n_rollbacks: int = 0
+    ) -> None:
         super().__init__()
         self._folder = folder
         self._train = train
         self._stop = stop
+        self._extra = {"n_rollbacks": n_rollbacks}
+        self._run: RunState | None = None
         self._replay: ReplayFiles | None = None
 
     def _on_training_start(self) -> None:
         self._due = EveryN(self._train.save_freq, self.num_timesteps)
         buffer = getattr(self.model, "replay_buffer", None)
         if buffer is not None:
-            self._replay = ReplayFiles(buffer, self._folder / "replay")
+            self._replay = ReplayFiles(buffer, checkpoint_dir(self._folder, "replay"))
             if self.num_timesteps > 0:
                 self._replay.restore(checkpoint_dir(self._folder, "last"), self._n_rows())
 
@@ -245,7 +250,7 @@ class CheckpointCallback(BaseCallback):
         if self._replay is not None:
             self._replay.update(self._n_rows(), partly=False)
         if self._due.is_due(self.num_timesteps):
-            self._save()
+            self.save()
 
     def _on_step(self) -> bool:
         return self._stop.number is None
@@ -253,16 +258,19 @@ class CheckpointCallback(BaseCallback):
     def _on_training_end(self) -> None:
         if self._stop.number is None:
             self._run = run_state(self.model)
-        self._save()
+        self.save()
 
-    def _n_rows(self) -> int:
-        return self.num_timesteps // self.model.n_envs
-
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Save where the last rollout started; nothing if there was none."""
+        if self._run is None:
+            return
         n_rows = self._run.numbers["num_timesteps"] // self.model.n_envs
         files = [] if self._replay is None else self._replay.update(n_rows, partly=True)
         folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints
-        save_checkpoint(self.model, folder, {}, run=self._run, files=files, keep=keep)
+        save_checkpoint(self.model, folder, self._extra, run=self._run, files=files, keep=keep)
+
+    def _n_rows(self) -> int:
+        return self.num_timesteps // self.model.n_envs
 
 
 def _print(text: str) -> None:

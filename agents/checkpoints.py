@@ -54,8 +54,6 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     """
     state = read_state(folder)
     _check_encoders(state["encoders"], _encoders(model), folder)
-    # Leaving training mode later would begin a new rollout, with routing of its own.
-    model.policy.set_training_mode(False)
     load_parts(_parts(model), folder)
     set_model_numbers(model, state)
     return state
@@ -72,6 +70,8 @@ def continue_run(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     :return: what ``state.json`` holds
     :raises ValueError: as ``load_checkpoint``
     """
+    # Leaving training mode later would begin another rollout, with routing of its own.
+    model.policy.set_training_mode(False)
     state = load_checkpoint(model, folder)
     tensors: dict[str, Tensor] = {}
     load_parts({RUN: tensors}, folder)

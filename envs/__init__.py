@@ -9,11 +9,19 @@ best 8): ``"hubrl/TinyImage-v0"`` (4 discrete actions, with ``action_masks``) an
 import gymnasium as gym
 
 from envs.atari import AtariVecEnv
+from envs.episodes import EnvironmentFaultError
 from envs.images import ImageFormat, make_vec_env
 from envs.masks import with_action_masks
 from envs.seeds import episode_seed
 
-__all__ = ["AtariVecEnv", "ImageFormat", "episode_seed", "make_vec_env", "with_action_masks"]
+__all__ = [
+    "AtariVecEnv",
+    "EnvironmentFaultError",
+    "ImageFormat",
+    "episode_seed",
+    "make_vec_env",
+    "with_action_masks",
+]
 
 gym.register("hubrl/TinyImage-v0", "envs.tiny:TinyImage")
 gym.register("hubrl/TinyImageContinuous-v0", "envs.tiny:TinyImage", kwargs={"continuous": True})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import math
 from dataclasses import dataclass
@@ -62,6 +63,7 @@ def make_vec_env(
     sticky: float = 0.0,
     training: bool = True,
     image: ImageFormat = ImageFormat(),
+    timeout: float | None = None,
 ) -> VecEnv:
     """
     Make the environments of a run; true returns are in ``infos[i]["episode"]`` of finished ones.
@@ -74,6 +76,8 @@ def make_vec_env(
     :param sticky: probability that an Atari emulator repeats the last action, per frame
     :param training: in Atari, report a lost life as an end and the reward's sign as the reward
     :param image: format of the observations
+    :param timeout: seconds that a step or a reset may take, see ``RecordedEpisodes``; Atari's
+        emulators don't hang, and have none
     :raises ValueError: if the id is unknown or an argument does not fit the environment
     """
     check_seed(seed)
@@ -94,7 +98,12 @@ def make_vec_env(
     if sticky > 0.0:
         raise ValueError(f"sticky is {sticky}, but {env_id} is no Atari game: only 0 is allowed")
     check_registered(env_id)
-    return DummyVecEnv([lambda i=i: _make_env(env_id, seed, i, image) for i in range(n_envs)])  # type: ignore[misc]
+
+    def make(i: int) -> gym.Env[Any, Any]:
+        env = _make_images(env_id, image)
+        return _to_format(RecordedEpisodes(Monitor(env), seed, i, timeout), image)
+
+    return DummyVecEnv([functools.partial(make, i) for i in range(n_envs)])
 
 
 def check_registered(env_id: str) -> None:
@@ -135,7 +144,7 @@ def _is_old_atari(name: str, spec: gym.envs.registration.EnvSpec) -> bool:
     return spec.entry_point == "ale_py.env:AtariEnv" and not is_atari(name)
 
 
-def _make_env(env_id: str, seed: int, index: int, image: ImageFormat) -> gym.Env[Any, Any]:
+def _make_images(env_id: str, image: ImageFormat) -> gym.Env[Any, Any]:
     try:
         env: gym.Env[Any, Any] = gym.make(env_id, disable_env_checker=True)
     except gym.error.Error as error:  # such as a package that is missing
@@ -147,8 +156,7 @@ def _make_env(env_id: str, seed: int, index: int, image: ImageFormat) -> gym.Env
         tile = max(MINIGRID_TILE, math.ceil(image.min_size / cells))
         env = ImgObsWrapper(RGBImgObsWrapper(env, tile))  # type: ignore[no-untyped-call]
     _check_image(env_id, env.observation_space, image)
-    env = RecordedEpisodes(Monitor(env), seed, index)
-    return _to_format(env, image)
+    return env
 
 
 def _check_image(env_id: str, space: gym.Space[Any], image: ImageFormat) -> None:

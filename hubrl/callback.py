@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import nn
 
@@ -13,15 +16,26 @@ class PathwayCallback(BaseCallback):
     """
     Logs ``pathway/...`` of a model with ``HubFeaturesExtractor`` and moves its schedule along.
 
-    For each rollout it logs ``pathway/usage_<encoder>``, ``pathway/entropy``,
-    ``pathway/exploration_loss`` and ``pathway/exploration_coef``, each a mean over the updates
-    since the last rollout. With an ``exploration_coef`` that is a schedule, it is required.
+    For each rollout it logs ``pathway/usage_<encoder>``, ``pathway/probability_<encoder>``,
+    ``pathway/entropy``, ``pathway/exploration_loss`` and ``pathway/exploration_coef``, each a mean
+    over the updates since the last rollout. With an ``exploration_coef`` that is a schedule, it is
+    required. It warns, once, of a collapse: for ``collapse_steps`` agent steps nearly all of the
+    pathway probability belonged to one encoder, so that the hub is not used.
 
     Where several extractors learn, these are means over them, and each one's own are logged beside
     them: ``pathway/<place>/usage_<encoder>``, the place being ``pi`` and ``vf``, or ``actor`` and
     ``critic``, of networks that don't share, and the key of an image in a Dict. They are left out
     of the console's table, where SB3 cuts names at 36 characters.
+
+    :param collapse_steps: agent steps after which a collapse is warned of
     """
+
+    COLLAPSE = 0.95  # of the pathway probability
+
+    def __init__(self, collapse_steps: int = 50_000) -> None:
+        super().__init__()
+        self._collapse_steps = collapse_steps
+        self._spread_at: dict[str, float] = {}
 
     def _on_training_start(self) -> None:
         """
@@ -43,6 +57,7 @@ class PathwayCallback(BaseCallback):
             statistics = extractor.statistics()
             if statistics:
                 statistics["exploration_coef"] = extractor.exploration_coef
+                self._notice_collapse(place, extractor, statistics)
             for name, value in statistics.items():
                 self.logger.record_mean(f"pathway/{name}", value)
                 if len(self._places) > 1:
@@ -56,6 +71,28 @@ class PathwayCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()
+
+    def _notice_collapse(
+        self, place: str, extractor: HubFeaturesExtractor, statistics: dict[str, float]
+    ) -> None:
+        hub = extractor.pathway.hub
+        shares = {name: statistics[f"probability_{name}"] for name in hub.encoder_names}
+        top = max(shares, key=shares.__getitem__)
+        n_choices = len(hub.encoders) - len(extractor.pathway.always_active)
+        if shares[top] <= self.COLLAPSE or n_choices == 1:
+            self._spread_at[place] = self.num_timesteps
+            return
+        since = self._spread_at.setdefault(place, self.num_timesteps)
+        if self.num_timesteps - since < self._collapse_steps:
+            return
+        self._spread_at[place] = math.inf  # one warning is enough
+        coef = extractor.exploration_coef
+        warnings.warn(
+            f"pathway collapse: encoder {top!r} has {shares[top]:.0%} of the pathway probability "
+            f"since step {since:,.0f}; raise exploration_coef (now {coef:g}), "
+            f"or take the encoder alone, which is cheaper: hub {hub.name}:{top}",
+            stacklevel=2,
+        )
 
     def _tell_progress(self) -> None:
         for extractor in self._extractors:

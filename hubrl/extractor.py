@@ -167,18 +167,17 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         """
         Means over the updates since the last call; empty if there were none.
 
-        ``usage_<encoder>`` is the encoder's share of all activations, ``entropy`` that of a single
+        ``usage_<encoder>`` is the encoder's share of all activations, ``probability_<encoder>`` its
+        mean pathway probability, 0 for one that is always active, ``entropy`` that of a single
         observation's pathway probabilities in nats, ``exploration_loss`` is unweighted.
         """
         if not self._statistics:
             return {}
-        *usage_E, entropy, loss = torch.stack(list(self._statistics)).mean(dim=0).tolist()
+        means = torch.stack(list(self._statistics)).mean(dim=0).tolist()
         self._statistics.clear()
-        names = [f"usage_{name}" for name in self.pathway.hub.encoder_names]
-        return dict(zip(names, usage_E, strict=True)) | {
-            "entropy": entropy,
-            "exploration_loss": loss,
-        }
+        encoders = self.pathway.hub.encoder_names
+        names = [f"{what}_{name}" for what in ("usage", "probability") for name in encoders]
+        return dict(zip([*names, "entropy", "exploration_loss"], means, strict=True))
 
     def _collect(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
@@ -228,7 +227,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         probabilities_BE = output.probabilities.detach()
         entropy = torch.special.entr(probabilities_BE).sum(dim=1).mean()
         scalars = torch.stack([entropy, output.exploration_loss.detach()])
-        self._statistics.append(torch.cat([usage_E, scalars]))
+        self._statistics.append(torch.cat([usage_E, probabilities_BE.mean(dim=0), scalars]))
 
 
 def _is_collecting() -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.txt"
+LOCK_FILE = ".lock"
 
 
 def check_new_run(folder: Path) -> None:
@@ -35,6 +38,47 @@ def create_folder(folder: Path, config: str) -> None:
             file.write(config)
     except FileExistsError:
         raise ValueError(f"run-dir {folder} was made by another command; give another") from None
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """
+    Inside, no other process is inside with this run.
+
+    :raises ValueError: if one is
+    """
+    with (folder / LOCK_FILE).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} is in use by another process: wait for its end, or give another run-dir"
+            ) from None
+        yield
+
+
+def unfinished_runs(
+    folders: Iterable[Path], config: str, is_complete: Callable[[Path], bool]
+) -> list[Path]:
+    """
+    Those that could go on, the newest first: of this configuration, not complete and not in use.
+
+    :param folders: where runs may be
+    :param config: YAML of the resolved configuration
+    :param is_complete: asked of a run's folder
+    """
+    files = [folder / CONFIG_FILE for folder in folders]
+    same = [file.parent for file in files if file.is_file() and file.read_text() == config]
+    left = [folder for folder in same if not _is_held(folder) and not is_complete(folder)]
+    return sorted(left, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def _is_held(folder: Path) -> bool:
+    try:
+        with held(folder):
+            return False
+    except ValueError:
+        return True
 
 
 def note_command(folder: Path) -> None:

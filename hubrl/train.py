@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,14 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
 from hubrl.callback import PathwayCallback
-from hubrl.run_folder import check_new_run, note_command, read_rows
+from hubrl.run_folder import check_new_run, held, note_command, read_rows, unfinished_runs
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import NotSavedError, has_state, read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
-from agents.algorithms import build_model, resolve  # noqa: E402
+from agents.algorithms import build_model, resolve, scale_learning_rate  # noqa: E402
 from agents.callbacks import (  # noqa: E402
     CheckpointCallback,
     EncodersCallback,
@@ -36,7 +39,15 @@ from agents.config import (  # noqa: E402
     RunConfig,
     algorithm_names,
     built_in_config,
+    dump_config,
     load_config,
+)
+from agents.faults import (  # noqa: E402
+    NotFiniteError,
+    OutOfMemoryError,
+    check_memory,
+    memory_errors,
+    watch_gradients,
 )
 from agents.runs import (  # noqa: E402
     EVALUATIONS_FILE,
@@ -46,7 +57,7 @@ from agents.runs import (  # noqa: E402
     make_logger,
     open_run,
 )
-from envs import ImageFormat, make_vec_env, with_action_masks  # noqa: E402
+from envs import EnvironmentFaultError, ImageFormat, make_vec_env, with_action_masks  # noqa: E402
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -74,6 +85,11 @@ HUB_OPTIONS = (
     "freeze",
     "random_init",
 )
+#: The place of a fault's record in a run folder.
+FAULT_FILE = "environment-fault.json"
+#: Of the learning rate, each time that a run is rolled back.
+ROLLBACK_SCALE = 0.5
+AUTO = Path("auto")
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -101,7 +117,12 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--device", help="auto, cpu, cuda ...  [default: auto]")
 @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
 @click.option("--run-dir", type=FILE, help="A new folder.  [default: runs/...]")
-@click.option("--resume", type=FILE, metavar="RUN", help="Continue the run in this folder.")
+@click.option(
+    "--resume",
+    type=FILE,
+    metavar="RUN",
+    help="Continue the run in this folder; auto: the unfinished one of the same command, if any.",
+)
 def command(**options: Any) -> int:
     """
     Train an agent; options win over the configuration file.
@@ -112,45 +133,104 @@ def command(**options: Any) -> int:
     # has seen: 1024 of them take more memory than the networks.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     given = {name: value for name, value in options.items() if value not in (None, ())}
-    if "resume" in given:
-        return _resume(given)
-    return _start(given)
-
-
-def _start(given: dict[str, Any]) -> int:
+    resume = given.pop("resume", None)
+    if resume not in (None, AUTO):
+        return _resume(resume, given)
     with cli.user_errors():
         config = resolve(_configure(given))
-        folder = given.get("run_dir") or default_run_dir(config)
+        folder = _to_continue(config, given.get("run_dir"), is_auto=resume == AUTO)
+    return _start(config, given.get("run_dir")) if folder is None else _continue(folder)
+
+
+def _start(config: RunConfig, run_dir: Path | None) -> int:
+    with cli.user_errors():
+        folder = run_dir or default_run_dir(config)
         check_new_run(folder)
-        model = build_model(config, make_env(config, config.env.n_envs, training=True))
+        model = _build(config)
         create_run(folder, config)
-    return _learn(model, config, folder)
+    with _held(folder):
+        return _train(model, config, folder)
 
 
-def _resume(given: dict[str, Any]) -> int:
-    folder = given.pop("resume")
+def _resume(folder: Path, given: dict[str, Any]) -> int:
     with cli.user_errors():
         if given:
             option = next(iter(given)).replace("_", "-")
             raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
+    return _continue(folder)
+
+
+def _continue(folder: Path) -> int:
+    with cli.user_errors():
         config = open_run(folder)
-        checkpoint = checkpoint_dir(folder, "last")
-        is_begun = has_state(checkpoint)  # else it ended before its first checkpoint
-        timesteps = read_state(checkpoint)["num_timesteps"] if is_begun else 0
-        if timesteps >= config.train.n_timesteps and _is_evaluated(folder, config, timesteps):
-            print(f"{folder} is complete: {timesteps:,} steps")
-            return 0
-        model = build_model(config, make_env(config, config.env.n_envs, training=True))
-        if is_begun:
-            continue_run(model, checkpoint)
-    model._update_current_progress_remaining(timesteps, config.train.n_timesteps)
-    return _learn(model, config, folder)
+    with _held(folder):
+        with cli.user_errors():
+            if _is_complete(folder):
+                timesteps = read_state(checkpoint_dir(folder, "last"))["num_timesteps"]
+                print(f"{folder} is complete: {timesteps:,} steps")
+                return 0
+            model, n_rollbacks = _restored(config, folder)
+        return _train(model, config, folder, n_rollbacks)
 
 
-def _is_evaluated(folder: Path, config: RunConfig, timesteps: int) -> bool:
-    """A signal may have cut the last evaluation short."""
-    steps = [int(row["timesteps"]) for row in read_rows(folder / EVALUATIONS_FILE)]
-    return config.train.eval_freq == 0 or max(steps, default=0) >= timesteps
+def _to_continue(config: RunConfig, run_dir: Path | None, *, is_auto: bool) -> Path | None:
+    """The run that the same command began and that is to go on, if there is one."""
+    folders = Path("runs").glob("*") if run_dir is None else [run_dir]
+    # Of a given folder that is complete a script's repeated command says so.
+    is_done = _is_complete if run_dir is None or not is_auto else lambda folder: False
+    found = unfinished_runs(folders, dump_config(config), is_done)
+    if not found or is_auto:
+        return found[0] if found else None
+    if sys.stdin.isatty():
+        is_wanted = click.confirm(f"{found[0]} is unfinished: continue it?", default=True)
+        return found[0] if is_wanted else None
+    print(f"{found[0]} is an unfinished run like this; --resume auto would continue it")
+    return None
+
+
+def _is_complete(folder: Path) -> bool:
+    """All steps are done, and no signal cut the last evaluation short."""
+    checkpoint = checkpoint_dir(folder, "last")
+    if not has_state(checkpoint):
+        return False
+    train, timesteps = open_run(folder).train, read_state(checkpoint)["num_timesteps"]
+    evaluated = [int(row["timesteps"]) for row in read_rows(folder / EVALUATIONS_FILE)]
+    is_evaluated = train.eval_freq == 0 or max(evaluated, default=0) >= timesteps
+    return timesteps >= train.n_timesteps and is_evaluated
+
+
+def _build(config: RunConfig) -> BaseAlgorithm:
+    env = make_env(config, config.env.n_envs, training=True)
+    with memory_errors(config):
+        check_memory(config, env.observation_space)
+        return build_model(config, env)
+
+
+def _restored(
+    config: RunConfig, folder: Path, n_rollbacks: int | None = None
+) -> tuple[BaseAlgorithm, int]:
+    """
+    The model at the run's last checkpoint, untrained if there is none yet.
+
+    :param n_rollbacks: how often the run was rolled back; None: as the checkpoint says
+    """
+    model, state = _build(config), {}
+    checkpoint = checkpoint_dir(folder, "last")
+    if has_state(checkpoint):
+        state = continue_run(model, checkpoint)
+    if n_rollbacks is None:
+        n_rollbacks = state.get("n_rollbacks", 0)
+    scale_learning_rate(model, ROLLBACK_SCALE**n_rollbacks)
+    model._update_current_progress_remaining(model.num_timesteps, config.train.n_timesteps)
+    return model, n_rollbacks
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        with cli.user_errors():
+            stack.enter_context(held(folder))
+        yield
 
 
 def _configure(given: dict[str, Any]) -> RunConfig:
@@ -186,6 +266,7 @@ def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEn
         sticky=config.env.sticky,
         training=training,
         image=image_format(config.hub.name),
+        timeout=config.env.timeout,
     )
     return (
         with_action_masks(vec_env) if isinstance(config.algorithm, MaskablePPOSection) else vec_env
@@ -207,33 +288,74 @@ def image_format(hub: str) -> ImageFormat:
     return ImageFormat(size=size, grey=False, stack=n_frames, min_size=min_size)
 
 
-def _learn(model: BaseAlgorithm, config: RunConfig, folder: Path) -> int:
+def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: int = 0) -> int:
     """Train to the end or to a signal; returns the exit code."""
     note_command(folder)
     print(f"run folder: {folder}", flush=True)
-    train, stop = config.train, StopSignal()
+    stop = StopSignal()
+    with stop.caught(), cli.failures(NotSavedError, OutOfMemoryError, OSError):
+        while True:
+            try:
+                _learn(model, config, folder, stop, n_rollbacks)
+            except NotFiniteError as error:
+                n_rollbacks += 1
+                _check_rollbacks(error, n_rollbacks, config)
+                env = model.get_env()
+                assert env is not None
+                env.close()
+                model, _ = _restored(config, folder, n_rollbacks)
+                print(f"{error}: back to step {model.num_timesteps:,} at half the learning rate")
+            else:
+                return 0 if stop.number is None else 128 + stop.number
+
+
+def _learn(
+    model: BaseAlgorithm, config: RunConfig, folder: Path, stop: StopSignal, n_rollbacks: int
+) -> None:
+    train = config.train
     n_eval_envs = min(config.env.n_envs, train.n_eval_episodes)
     logger = make_logger(folder, model.num_timesteps)
     model.set_logger(logger)
+    watch_gradients(model)
+    checkpoints = CheckpointCallback(folder, train, stop, n_rollbacks)
     callbacks: list[BaseCallback] = [
         EpisodesCallback(folder),
-        CheckpointCallback(folder, train, stop),
+        checkpoints,
         EvaluationCallback(folder, partial(make_env, config, n_eval_envs), train, stop),
         ProgressCallback(),
     ]
     if config.hub.name != "none":
         callbacks.insert(0, PathwayCallback())
         callbacks.append(EncodersCallback())
-    with stop.caught(), cli.failures(NotSavedError):
-        model.learn(
-            train.n_timesteps - model.num_timesteps,
-            callback=callbacks,
-            log_interval=None,  # type: ignore[arg-type]
-            reset_num_timesteps=False,
-            progress_bar=sys.stdout.isatty(),
-        )
-    logger.close()
-    return 0 if stop.number is None else 128 + stop.number
+    try:
+        with memory_errors(config):
+            model.learn(
+                train.n_timesteps - model.num_timesteps,
+                callback=callbacks,
+                log_interval=None,  # type: ignore[arg-type]
+                reset_num_timesteps=False,
+                progress_bar=sys.stdout.isatty(),
+            )
+    except EnvironmentFaultError as error:
+        checkpoints.save()
+        file = folder / FAULT_FILE
+        file.write_text(json.dumps({"env": config.env.id, **error.record}, indent=1))
+        raise click.ClickException(
+            f"{error}; {file} has the actions; once it is mended, --resume {folder} goes on"
+        ) from error
+    finally:
+        logger.close()
+
+
+def _check_rollbacks(error: NotFiniteError, n_rollbacks: int, config: RunConfig) -> None:
+    """
+    :raises click.ClickException: if the run was rolled back often enough
+    """
+    if n_rollbacks > config.train.n_rollbacks:
+        raise click.ClickException(
+            f"{error}; the last checkpoint is whole: train anew with a lower "
+            "algorithm.learning_rate, or set train.n_rollbacks"
+        ) from error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from small_runs import small_env
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -67,6 +68,29 @@ def test_off_policy_agents_log_what_their_online_network_learns(hub5: Path) -> N
     )
     last = log(model, 100)[-1]
     assert sum(last[f"pathway/usage_{name}"] for name in "abcde") == pytest.approx(1.0)
+
+
+def test_a_collapse_is_warned_of_once(hub5: Path) -> None:
+    model = PPO(
+        "CnnPolicy", small_env(), n_steps=16, batch_size=16, policy_kwargs=policy_kwargs(hub5)
+    )
+    scores = model.policy.features_extractor.pathway.generator.scores
+    with torch.no_grad():
+        scores.bias[2] = 50.0
+    message = (
+        r"pathway collapse: encoder 'c' has 100% of the pathway probability since step 32; raise "
+        r"exploration_coef \(now 0.01\), or take the encoder alone, .*: hub hub5:c"
+    )
+    with pytest.warns(UserWarning, match=message) as caught:
+        model.learn(256, callback=PathwayCallback(collapse_steps=64))
+    assert len(caught) == 1
+
+
+def test_no_collapse_where_probabilities_are_spread_or_nothing_is_chosen(hub5: Path) -> None:
+    kwargs = policy_kwargs(hub5, top_k=5, always_active=list("abcd"))
+    for each in (policy_kwargs(hub5), kwargs):
+        model = PPO("CnnPolicy", small_env(), n_steps=16, batch_size=16, policy_kwargs=each)
+        model.learn(128, callback=PathwayCallback(collapse_steps=0))
 
 
 def test_a_model_without_a_hub() -> None:

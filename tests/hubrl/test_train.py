@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.config import load_config
 from hubrl import cli, train
+from hubrl.run_folder import held
 from hubrl.specs import load_hub, save_hub
 from hubrl.state_folder import read_state
 
-FILES = {"config.yaml", "command.txt", "checkpoints"} | {
+FILES = {".lock", "config.yaml", "command.txt", "checkpoints"} | {
     f"{name}.csv" for name in ("progress", "evaluations", "episodes")
 }
 
@@ -165,6 +168,76 @@ def test_resuming_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run("--config", write_small_config(tmp_path / "c.yaml"), "--run-dir", "r") == 0
     assert run("--resume", "r") == 0
     assert capsys.readouterr().out.endswith("r is complete: 128 steps\n")
+
+
+class TestTheSameCommandAgain:
+    """It finds its own unfinished run."""
+
+    @pytest.fixture
+    def command(self, tmp_path: Path) -> list[object]:
+        """It was stopped by a signal, and its run is the newest of three."""
+        config = write_small_config(tmp_path / "c.yaml", train__save_freq=32)
+        command = ["--config", config, "-n", 96]
+        assert run("--config", config, "-n", 64, "--run-dir", "runs/shorter") == 0
+        assert run(*command, "--run-dir", "runs/whole") == 0
+        assert run(*command, "--run-dir", "runs/cut") == 0
+        last = Path("runs/cut/checkpoints/last")
+        shutil.rmtree(last)
+        last.with_name("last.1").rename(last)
+        return command
+
+    def steps(self) -> dict[str, int]:
+        folders = sorted(Path("runs").iterdir())
+        names = [re.sub("^ppo-.*", "new", folder.name) for folder in folders]
+        states = [read_state(folder / "checkpoints" / "last") for folder in folders]
+        return dict(zip(names, (state["num_timesteps"] for state in states), strict=True))
+
+    def test_auto(self, command: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.steps() == {"cut": 64, "shorter": 64, "whole": 96}
+        assert run(*command, "--resume", "auto") == 0
+        assert self.steps() == {"cut": 96, "shorter": 64, "whole": 96}
+        assert last(Path("runs/cut"))["action_net.bias"].equal(
+            last(Path("runs/whole"))["action_net.bias"]
+        )
+        assert run(*command, "--resume", "auto", "--run-dir", "runs/cut") == 0
+        assert capsys.readouterr().out.endswith("runs/cut is complete: 96 steps\n")
+        assert run(*command, "--resume", "auto") == 0
+        assert self.steps() == {"cut": 96, "new": 96, "shorter": 64, "whole": 96}
+
+    def test_scripts_are_told(
+        self, command: list[object], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(*command) == 0
+        assert "runs/cut is an unfinished run like this; --resume auto" in capsys.readouterr().out
+        assert self.steps()["new"] == 96
+
+    @pytest.mark.parametrize(("answer", "cut"), [("y", 96), ("", 96), ("n", 64)])
+    def test_people_are_asked(
+        self, answer: str, cut: int, command: list[object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+        asked: list[str] = []
+
+        def confirm(text: str, default: bool) -> bool:
+            asked.append(text)
+            return {"y": True, "n": False}.get(answer, default)
+
+        monkeypatch.setattr("click.confirm", confirm)
+        assert run(*command) == 0
+        assert asked == ["runs/cut is unfinished: continue it?"]
+        assert self.steps()["cut"] == cut
+        assert ("new" in self.steps()) == (answer == "n")
+
+    def test_not_of_another_configuration(
+        self, command: list[object], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert run(*command, "--seed", 1, "--resume", "auto", "--run-dir", "runs/cut") == 2
+        assert "run-dir runs/cut exists; give another" in capsys.readouterr().err
+
+    def test_not_of_a_run_that_is_going_on(self, command: list[object]) -> None:
+        with held(Path("runs/cut")):
+            assert run(*command, "--resume", "auto") == 0
+        assert self.steps() == {"cut": 64, "new": 96, "shorter": 64, "whole": 96}
 
 
 def test_a_full_disk_is_said_in_one_line(

@@ -1,0 +1,136 @@
+"""What goes wrong in a run, found where it begins and told with its remedy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from torch import Tensor, nn
+
+from agents.config import RunConfig
+
+ROLLOUT_ARRAYS = ("observations", "rewards", "values", "log_probs", "advantages", "returns")
+#: What torch says on a CPU that has no memory left; on a GPU it has an exception of its own.
+NO_MEMORY = ("can't allocate memory", "not enough memory")
+MEMORY_FILE = Path("/proc/meminfo")
+
+
+class NotFiniteError(Exception):
+    """An update would have made the weights NaN or infinite; they are as before."""
+
+
+class OutOfMemoryError(ValueError):
+    """Neither model nor buffers fit; says which setting to lower."""
+
+
+def watch_gradients(model: BaseAlgorithm) -> None:
+    """
+    From now on a gradient that is not finite raises ``NotFiniteError`` before any weight changes.
+
+    :param model: its optimizers are watched
+    """
+    names, variables = model._get_torch_save_params()
+    weights = {id(weight): name for name, weight in model.policy.named_parameters()}
+    weights |= {id(getattr(model, name)): name for name in variables}
+
+    def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = {
+            weights.get(id(weight), "a weight"): weight.grad
+            for group in optimizer.param_groups
+            for weight in group["params"]
+            if weight.grad is not None
+        }
+        if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+            origin = _origin(model, gradients)
+            raise NotFiniteError(f"step {model.num_timesteps:,}: {origin}; the update is left out")
+
+    for name in names:
+        part: Any = model
+        for attribute in name.split("."):
+            part = getattr(part, attribute)
+        if isinstance(part, torch.optim.Optimizer):
+            part.register_step_pre_hook(check)
+
+
+@contextlib.contextmanager
+def memory_errors(config: RunConfig) -> Iterator[None]:
+    """
+    Inside, a lack of memory is an ``OutOfMemoryError`` that names the settings.
+
+    :param config: of the run
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutOfMemoryError(_what_to_lower(config)) from error
+    except RuntimeError as error:
+        if not any(text in str(error) for text in NO_MEMORY):
+            raise
+        raise OutOfMemoryError(_what_to_lower(config)) from error
+
+
+def check_memory(config: RunConfig, observations: spaces.Space[Any]) -> None:
+    """
+    Refuse a replay buffer that is larger than what is free: it would fail hours later, as it fills.
+
+    :param config: of the run
+    :param observations: the environments' space
+    :raises OutOfMemoryError: if it is
+    """
+    assert isinstance(observations, spaces.Box)
+    n_steps = getattr(config.algorithm, "buffer_size", 0)
+    needed, free = 2 * n_steps * observations.low.nbytes, _free_bytes()
+    if needed > free:
+        raise OutOfMemoryError(
+            f"algorithm.buffer_size {n_steps:,} takes {needed / 1e9:,.1f} GB, but "
+            f"{free / 1e9:,.1f} GB are free: lower algorithm.buffer_size"
+        )
+
+
+def _origin(model: BaseAlgorithm, gradients: dict[str, Tensor]) -> str:
+    """The first thing that is not finite, in the order in which one follows from the other."""
+    for name, array in _data(model).items():
+        if not np.isfinite(array).all():
+            return f"{name} of the rollout hold {_bad(array)}"
+    for name, weight in model.policy.named_parameters():
+        if not torch.isfinite(weight).all():
+            return f"weight {name} holds {_bad(weight.detach().cpu().float().numpy())}"
+    # Clipping spreads it over all gradients that it scales.
+    first = next(name for name, grad in gradients.items() if not torch.isfinite(grad).all())
+    return f"the gradient of {first} holds {_bad(gradients[first].cpu().float().numpy())}"
+
+
+def _data(model: BaseAlgorithm) -> dict[str, np.ndarray]:
+    if isinstance(model, OnPolicyAlgorithm):
+        return {name: getattr(model.rollout_buffer, name) for name in ROLLOUT_ARRAYS}
+    buffer: Any = model.replay_buffer  # type: ignore[attr-defined]
+    return {"rewards": buffer.rewards[: buffer.size()]}
+
+
+def _bad(array: np.ndarray) -> str:
+    return "NaN" if np.isnan(array).any() else "infinity"
+
+
+def _what_to_lower(config: RunConfig) -> str:
+    algorithm = config.algorithm
+    keys = [key for key in ("buffer_size", "n_steps", "batch_size") if hasattr(algorithm, key)]
+    settings = [f"algorithm.{key} ({getattr(algorithm, key):,})" for key in keys]
+    settings.append(f"env.n_envs ({config.env.n_envs})")
+    if config.hub.name != "none":
+        settings.append(f"hub.top_k ({config.hub.top_k})")
+    return f"out of memory: lower {' or '.join(settings)}"
+
+
+def _free_bytes() -> float:
+    """Memory that new arrays can have, without swapping; unknown where there is no /proc."""
+    if not MEMORY_FILE.exists():
+        return float("inf")
+    lines = dict(line.split(":") for line in MEMORY_FILE.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024

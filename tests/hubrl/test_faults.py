@@ -1,0 +1,311 @@
+"""What goes wrong while ``hubrl train`` runs: one line with the remedy, and nothing is lost."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from small_runs import write_small_config
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+from agents import faults
+from envs import episode_seed
+from envs.tiny import TinyImage
+from hubrl import cli, train
+from hubrl.state_folder import read_state
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: object) -> object:
+    with pytest.raises(SystemExit) as exit:
+        cli.run(train.command, "hubrl train", [str(arg) for arg in args])
+    return exit.value.code
+
+
+def last() -> dict[str, Any]:
+    return read_state(Path("r/checkpoints/last"))
+
+
+class Faulty(TinyImage):
+    """Environment 1 of the tests does something wrong in its sixth episode."""
+
+    n_resets = 0
+
+    def fault(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        return answer
+
+    def reset(self, **kwargs: Any) -> Any:
+        self.n_resets += 1
+        self.is_second = kwargs["seed"] == episode_seed(0, 1, self.n_resets - 1)
+        return super().reset(**kwargs)
+
+    def step(self, action: Any) -> Any:
+        answer = super().step(action)
+        is_due = self.is_second and self.n_resets == 6 and self._steps == 3
+        return self.fault(answer) if is_due else answer
+
+
+class Raising(Faulty):
+    def fault(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        raise ZeroDivisionError("no physics\nhere")
+
+
+class Hanging(Faulty):
+    def fault(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        while True:  # not even a sleep, nor will it be stopped by its own handlers
+            try:
+                time.sleep(0.01)
+            except Exception:
+                continue
+
+
+class OfAnotherShape(Faulty):
+    def fault(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (answer[0][:, :30], *answer[1:])
+
+
+class OfAnotherType(Faulty):
+    def fault(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (answer[0].astype(np.float32), *answer[1:])
+
+
+class WithoutReward(Faulty):
+    def fault(self, answer: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (answer[0], float("nan"), *answer[2:])
+
+
+FAULTS = [
+    (Raising, "raised ZeroDivisionError: no physics here"),
+    (Hanging, "did not answer within 0.5 s (env.timeout)"),
+    (OfAnotherShape, "gave an observation of (36, 30, 3) uint8 instead of (36, 36, 3) uint8"),
+    (OfAnotherType, "gave an observation of (36, 36, 3) float32 instead of (36, 36, 3) uint8"),
+    (WithoutReward, "gave the reward nan"),
+]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "kind", "fault"), [*(("ppo", *each) for each in FAULTS), ("dqn", *FAULTS[0])]
+)
+def test_an_environments_fault_can_be_repeated(
+    algorithm: str,
+    kind: type[Faulty],
+    fault: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gym.registry.pop("Faulty-v0", None)
+    gym.register("Faulty-v0", kind)
+    config = write_small_config(
+        tmp_path / "c.yaml", algorithm, env__id="Faulty-v0", env__timeout=0.5
+    )
+    assert run("--config", config, "--run-dir", "r") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    seed = episode_seed(0, 1, 5)
+    assert f"environment 1 {fault}, 3 actions after reset(seed={seed}), in its episode 5" in error
+    assert "r/environment-fault.json has the actions" in error
+    assert "--resume r goes on" in error
+    assert last()["num_timesteps"] in (64, 80), "from the start of the last rollout"
+
+    record = json.loads(Path("r/environment-fault.json").read_text())
+    assert record["env"] == "Faulty-v0"
+    env = gym.make("hubrl/TinyImage-v0")
+    env.reset(seed=record["episode_seed"])
+    assert [env.step(action)[2] for action in record["actions"]] == [False] * 3
+
+    gym.registry.pop("Faulty-v0")  # it was mended
+    gym.register("Faulty-v0", TinyImage)
+    assert run("--resume", "r") == 0
+    assert last()["num_timesteps"] >= 100
+
+
+def spoil(times: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Make the value function infinite in some update; gives the learning rates then."""
+    rates: list[float] = []
+
+    class Spoiler(train.ProgressCallback):
+        def _on_rollout_end(self) -> None:
+            if len(rates) < times and self.num_timesteps >= 64:
+                rates.append(self.model.lr_schedule(1.0))
+                self.model.policy.value_net.weight.data[0, 5] = float("inf")
+
+    monkeypatch.setattr(train, "ProgressCallback", Spoiler)
+    return rates
+
+
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_small_config(tmp_path / "c.yaml", train__save_freq=32, hub__precision="float32")
+    with monkeypatch.context() as patch:
+        spoil(1, patch)
+        assert run("--config", config, "--run-dir", "r") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "step 64: weight value_net.weight holds infinity; the update is left out" in error
+    assert "a lower algorithm.learning_rate, or set train.n_rollbacks" in error
+    assert last()["num_timesteps"] == 32
+    assert run("--resume", "r") == 0
+
+
+@pytest.mark.parametrize("save_freq", [0, 32])
+def test_rolled_back_with_half_the_learning_rate(
+    save_freq: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = write_small_config(
+        tmp_path / "c.yaml", train__save_freq=save_freq, train__n_rollbacks=2
+    )
+    rates = spoil(2, monkeypatch)
+    assert run("--config", config, "--run-dir", "r") == 0
+    assert rates == [2.5e-4, 1.25e-4]
+    back = "back to step 32 at half" if save_freq else "back to step 0 at half"
+    assert capsys.readouterr().out.count(back) == 2
+    assert (last()["n_rollbacks"], last()["num_timesteps"]) == (2, 128)
+
+
+def test_not_more_often_than_wished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_small_config(tmp_path / "c.yaml", train__n_rollbacks=1)
+    rates = spoil(5, monkeypatch)
+    assert run("--config", config, "--run-dir", "r") == 1
+    assert len(rates) == 2
+    assert "value_net.weight holds infinity" in capsys.readouterr().err
+
+
+def bad_rewards(model: BaseAlgorithm) -> None:
+    model.rollout_buffer.rewards[0, 0] = float("nan")  # type: ignore[attr-defined]
+    model.rollout_buffer.advantages[0, 0] = float("nan")  # type: ignore[attr-defined]
+
+
+def bad_gradient(model: BaseAlgorithm) -> None:
+    weight = model.policy.action_net.bias  # type: ignore[union-attr,attr-defined]
+    weight.register_hook(lambda gradient: gradient * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "origin"),
+    [
+        (bad_rewards, "rewards of the rollout hold NaN"),
+        # Clipping spreads it to all: the first of them stands for them.
+        (bad_gradient, r"the gradient of features_extractor\S+ holds NaN"),
+    ],
+)
+def test_the_first_bad_tensor_is_named(
+    break_it: Callable[[BaseAlgorithm], None],
+    origin: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Breaker(train.ProgressCallback):
+        def _on_rollout_end(self) -> None:
+            break_it(self.model)
+
+    monkeypatch.setattr(train, "ProgressCallback", Breaker)
+    config = write_small_config(tmp_path / "c.yaml")
+    assert run("--config", config, "--run-dir", "r") == 1
+    assert re.search(origin, capsys.readouterr().err)
+
+
+def test_two_commands_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_small_config(tmp_path / "c.yaml")
+    assert run("--config", config, "--run-dir", "r", "-n", 32) == 0
+    with Path("r/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run("--resume", "r") == 2
+    assert "r is in use by another process: wait for its end, or" in capsys.readouterr().err
+    assert run("--resume", "r") == 0
+
+
+def limit_file_size() -> None:
+    """As on a disk that is full, but for the kind of error."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path: Path) -> None:
+    """The process can't write large files, from its first checkpoint on."""
+    config = write_small_config(tmp_path / "c.yaml", train__save_freq=32)
+    command = [sys.executable, "-m", "hubrl.train", "--config", config, "--run-dir", "r"]
+    done = subprocess.run(
+        command, preexec_fn=limit_file_size, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "checkpoint r/checkpoints/last can't be written" in done.stderr
+    assert run("--resume", "r") == 0
+
+
+def test_a_table_that_cant_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = write_small_config(tmp_path / "c.yaml", train__save_freq=32)
+    with monkeypatch.context() as patch:
+        patch.setattr("csv.DictWriter.writerow", full)
+        assert run("--config", config, "--run-dir", "r") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left on device" in error
+    assert run("--resume", "r") == 0
+
+
+def test_a_buffer_that_is_larger_than_the_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_small_config(tmp_path / "c.yaml", "dqn", algorithm__buffer_size=10**10)
+    assert run("--config", config, "--run-dir", "r") == 2
+    error = capsys.readouterr().err
+    assert "algorithm.buffer_size 10,000,000,000 takes 564,480.0 GB, but " in error
+    assert "GB are free: lower algorithm.buffer_size" in error
+    assert not Path("r").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_no_memory_for_the_first_update(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(self: object) -> None:
+        raise error
+
+    monkeypatch.setattr("stable_baselines3.PPO.train", fail)
+    assert run("--config", write_small_config(tmp_path / "c.yaml"), "--run-dir", "r") == 1
+    message = "out of memory: lower algorithm.n_steps (16) or algorithm.batch_size (16) or"
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_file_of_free_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(faults, "MEMORY_FILE", tmp_path / "missing")
+    assert faults._free_bytes() == float("inf")
