@@ -14,7 +14,7 @@ from agents.checkpoints import save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
 from agents.replay_files import ReplayFiles
-from agents.run_state import RunState, run_state
+from agents.run_state import EnvState, RunState, run_state
 from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
@@ -223,16 +223,23 @@ class CheckpointCallback(BaseCallback):
     :param folder: of the run
     :param train: steps between checkpoints, and how many stay
     :param stop: stops the run
+    :param env_state: as in ``run_state``
     :param n_rollbacks: how often it was rolled back, which its checkpoints tell
     """
 
     def __init__(
-        self, folder: Path, train: TrainSection, stop: StopSignal, n_rollbacks: int = 0
+        self,
+        folder: Path,
+        train: TrainSection,
+        stop: StopSignal,
+        env_state: EnvState,
+        n_rollbacks: int = 0,
     ) -> None:
         super().__init__()
         self._folder = folder
         self._train = train
         self._stop = stop
+        self._env_state = env_state
         self._extra = {"n_rollbacks": n_rollbacks}
         self._run: RunState | None = None
         self._replay: ReplayFiles | None = None
@@ -246,7 +253,7 @@ class CheckpointCallback(BaseCallback):
                 self._replay.restore(checkpoint_dir(self._folder, "last"), self._n_rows())
 
     def _on_rollout_start(self) -> None:
-        self._run = run_state(self.model)
+        self._run = run_state(self.model, self._env_state)
         if self._replay is not None:
             self._replay.update(self._n_rows(), partly=False)
         if self._due.is_due(self.num_timesteps):
@@ -257,7 +264,7 @@ class CheckpointCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         if self._stop.number is None:
-            self._run = run_state(self.model)
+            self._run = run_state(self.model, self._env_state)
         self.save()
 
     def save(self) -> None:

@@ -10,7 +10,13 @@ from typing import Any
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 
-from agents.run_state import RunState, model_numbers, restore_run_state, set_model_numbers
+from agents.run_state import (
+    RestoreEnv,
+    RunState,
+    model_numbers,
+    restore_run_state,
+    set_model_numbers,
+)
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.state_folder import load_parts, read_state, save_state
 
@@ -59,7 +65,7 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     return state
 
 
-def continue_run(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
+def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) -> dict[str, Any]:
     """
     Put a run's checkpoint into its model, so that it goes on as if it had not been stopped.
 
@@ -67,6 +73,7 @@ def continue_run(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
 
     :param model: with environments as those of the run
     :param folder: what ``save_checkpoint`` wrote with ``run``
+    :param restore_env: as in ``restore_run_state``
     :return: what ``state.json`` holds
     :raises ValueError: as ``load_checkpoint``
     """
@@ -75,7 +82,7 @@ def continue_run(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     state = load_checkpoint(model, folder)
     tensors: dict[str, Tensor] = {}
     load_parts({RUN: tensors}, folder)
-    differing = restore_run_state(model, state, tensors)
+    differing = restore_run_state(model, state, tensors, restore_env)
     if differing:
         print(
             f"environments {', '.join(map(str, differing))} do not come back to where they were by "

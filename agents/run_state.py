@@ -16,7 +16,9 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from envs.states import env_state, restore_env
+#: What ``envs.env_state`` and ``envs.restore_env`` are: this room knows no environments.
+EnvState = Callable[[VecEnv], Callable[[], dict[str, np.ndarray]]]
+RestoreEnv = Callable[[VecEnv, Mapping[str, np.ndarray]], np.ndarray]
 
 #: Plain numbers of SB3's models; each model has those that it needs.
 NUMBERS = ("num_timesteps", "_episode_num", "_n_updates", "_n_calls", "exploration_rate")
@@ -50,11 +52,12 @@ def set_model_numbers(model: BaseAlgorithm, numbers: Mapping[str, Any]) -> None:
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
 
 
-def run_state(model: BaseAlgorithm) -> RunState:
+def run_state(model: BaseAlgorithm, env_state: EnvState) -> RunState:
     """
     Where a run stands as a rollout starts; quick enough for each of them.
 
-    :param model: on environments of ``make_vec_env``
+    :param model: on environments that ``env_state`` knows
+    :param env_state: gives a function that makes the arrays of where environments stand
     """
     tensors = _observed(model) | _random_tensors(model)
     environments = env_state(_env(model))
@@ -67,13 +70,17 @@ def run_state(model: BaseAlgorithm) -> RunState:
 
 
 def restore_run_state(
-    model: BaseAlgorithm, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: BaseAlgorithm,
+    numbers: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    restore_env: RestoreEnv,
 ) -> list[int]:
     """
     Lead a model and its environments to where others stood.
 
     :param numbers: of ``RunState``
     :param tensors: of ``RunState``
+    :param restore_env: leads environments to where arrays say, and gives their observations
     :return: places of the environments that show something else than before: they don't replay
     """
     set_model_numbers(model, numbers)

@@ -13,13 +13,16 @@ from envs.episodes import EnvironmentFaultError
 from envs.images import ImageFormat, make_vec_env
 from envs.masks import with_action_masks
 from envs.seeds import episode_seed
+from envs.states import env_state, restore_env
 
 __all__ = [
     "AtariVecEnv",
     "EnvironmentFaultError",
     "ImageFormat",
+    "env_state",
     "episode_seed",
     "make_vec_env",
+    "restore_env",
     "with_action_masks",
 ]
 

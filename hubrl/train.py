@@ -57,7 +57,14 @@ from agents.runs import (  # noqa: E402
     make_logger,
     open_run,
 )
-from envs import EnvironmentFaultError, ImageFormat, make_vec_env, with_action_masks  # noqa: E402
+from envs import (
+    EnvironmentFaultError,
+    ImageFormat,
+    env_state,
+    make_vec_env,
+    restore_env,
+    with_action_masks,
+)
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -217,7 +224,7 @@ def _restored(
     model, state = _build(config), {}
     checkpoint = checkpoint_dir(folder, "last")
     if has_state(checkpoint):
-        state = continue_run(model, checkpoint)
+        state = continue_run(model, checkpoint, restore_env)
     if n_rollbacks is None:
         n_rollbacks = state.get("n_rollbacks", 0)
     scale_learning_rate(model, ROLLBACK_SCALE**n_rollbacks)
@@ -317,7 +324,7 @@ def _learn(
     logger = make_logger(folder, model.num_timesteps)
     model.set_logger(logger)
     watch_gradients(model)
-    checkpoints = CheckpointCallback(folder, train, stop, n_rollbacks)
+    checkpoints = CheckpointCallback(folder, train, stop, env_state, n_rollbacks)
     callbacks: list[BaseCallback] = [
         EpisodesCallback(folder),
         checkpoints,

@@ -26,6 +26,7 @@ from agents.callbacks import (
 )
 from agents.checkpoints import load_checkpoint
 from agents.runs import make_logger
+from envs import env_state
 from hubrl.signals import StopSignal
 from hubrl.state_folder import read_state
 
@@ -53,7 +54,7 @@ def learn(folder: Path, more: list[BaseCallback] | None = None, **overrides: Any
     folder.mkdir(exist_ok=True)
     model.set_logger(make_logger(folder, model.num_timesteps))
     own = [
-        CheckpointCallback(folder, config.train, stop),
+        CheckpointCallback(folder, config.train, stop, env_state),
         EvaluationCallback(folder, partial(small_env, training=False), config.train, stop),
         ProgressCallback(),
     ]

@@ -9,9 +9,8 @@ import time
 import numpy as np
 import pytest
 
-from envs import make_vec_env
+from envs import env_state, make_vec_env, restore_env
 from envs.episodes import TimeLimitError, time_limit
-from envs.states import env_state, restore_env
 
 
 @pytest.mark.parametrize(
