@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
 import click
+
+from hubrl.run_folder import CONFIG_FILE, is_held
+
+#: The place of a run in ``--resume auto``.
+AUTO = Path("auto")
+RESUME_HELP = "Continue the run in this folder; auto: the same command's unfinished one, if any."
 
 
 def run(command: click.Command, name: str, args: list[str] | None = None) -> NoReturn:
@@ -50,6 +56,35 @@ def failures(*kinds: type[Exception]) -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def run_to_continue(
+    run_dir: Path | None, config: str, is_complete: Callable[[Path], bool], *, is_auto: bool
+) -> Path | None:
+    """
+    The unfinished run that the same command began and that shall go on, the newest if several.
+
+    People are asked, scripts are told of it.
+
+    :param run_dir: the only folder to look at; None: all below ``runs``
+    :param config: YAML of the resolved configuration, which must be the run's
+    :param is_complete: asked of a run's folder
+    :param is_auto: don't ask; a given folder that is complete counts, so that a script's command
+        may be repeated
+    """
+    folders = Path("runs").glob("*") if run_dir is None else [run_dir]
+    found = _of_config(folders, config)
+    if run_dir is None:
+        found = [folder for folder in found if not is_held(folder)]
+    if run_dir is None or not is_auto:
+        found = [folder for folder in found if not is_complete(folder)]
+    if not found or is_auto:
+        return found[0] if found else None
+    if sys.stdin.isatty():
+        is_wanted = click.confirm(f"{found[0]} is unfinished: continue it?", default=True)
+        return found[0] if is_wanted else None
+    print(f"{found[0]} is an unfinished run like this; --resume auto would continue it")
+    return None
+
+
 def refuse_foreign_modules(*names: str) -> None:
     """
     Exit 2 if another module has the name of one of ours.
@@ -68,6 +103,13 @@ def refuse_foreign_modules(*names: str) -> None:
                 file=sys.stderr,
             )
             sys.exit(2)
+
+
+def _of_config(folders: Iterable[Path], config: str) -> list[Path]:
+    """Runs of a configuration, the newest first."""
+    files = [folder / CONFIG_FILE for folder in folders]
+    same = [file.parent for file in files if file.is_file() and file.read_text() == config]
+    return sorted(same, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 
 def _one_line(text: str) -> str:

@@ -8,7 +8,7 @@ import fcntl
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +57,8 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def unfinished_runs(
-    folders: Iterable[Path], config: str, is_complete: Callable[[Path], bool]
-) -> list[Path]:
-    """
-    Those that could go on, the newest first: of this configuration, not complete and not in use.
-
-    :param folders: where runs may be
-    :param config: YAML of the resolved configuration
-    :param is_complete: asked of a run's folder
-    """
-    files = [folder / CONFIG_FILE for folder in folders]
-    same = [file.parent for file in files if file.is_file() and file.read_text() == config]
-    left = [folder for folder in same if not _is_held(folder) and not is_complete(folder)]
-    return sorted(left, key=lambda folder: folder.stat().st_mtime, reverse=True)
-
-
-def _is_held(folder: Path) -> bool:
+def is_held(folder: Path) -> bool:
+    """Whether a process is inside ``held``."""
     try:
         with held(folder):
             return False

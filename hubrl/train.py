@@ -18,7 +18,12 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
 from hubrl.callback import PathwayCallback
-from hubrl.run_folder import check_new_run, held, note_command, read_rows, unfinished_runs
+from hubrl.run_folder import (
+    check_new_run,
+    held,
+    note_command,
+    read_rows,
+)
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import NotSavedError, has_state, read_state
@@ -57,7 +62,7 @@ from agents.runs import (  # noqa: E402
     make_logger,
     open_run,
 )
-from envs import (
+from envs import (  # noqa: E402
     EnvironmentFaultError,
     ImageFormat,
     env_state,
@@ -96,7 +101,6 @@ HUB_OPTIONS = (
 FAULT_FILE = "environment-fault.json"
 #: Of the learning rate, each time that a run is rolled back.
 ROLLBACK_SCALE = 0.5
-AUTO = Path("auto")
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -128,7 +132,7 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
     "--resume",
     type=FILE,
     metavar="RUN",
-    help="Continue the run in this folder; auto: the unfinished one of the same command, if any.",
+    help=cli.RESUME_HELP,
 )
 def command(**options: Any) -> int:
     """
@@ -141,11 +145,13 @@ def command(**options: Any) -> int:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     given = {name: value for name, value in options.items() if value not in (None, ())}
     resume = given.pop("resume", None)
-    if resume not in (None, AUTO):
+    if resume not in (None, cli.AUTO):
         return _resume(resume, given)
     with cli.user_errors():
         config = resolve(_configure(given))
-        folder = _to_continue(config, given.get("run_dir"), is_auto=resume == AUTO)
+        folder = cli.run_to_continue(
+            given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
+        )
     return _start(config, given.get("run_dir")) if folder is None else _continue(folder)
 
 
@@ -178,21 +184,6 @@ def _continue(folder: Path) -> int:
                 return 0
             model, n_rollbacks = _restored(config, folder)
         return _train(model, config, folder, n_rollbacks)
-
-
-def _to_continue(config: RunConfig, run_dir: Path | None, *, is_auto: bool) -> Path | None:
-    """The run that the same command began and that is to go on, if there is one."""
-    folders = Path("runs").glob("*") if run_dir is None else [run_dir]
-    # Of a given folder that is complete a script's repeated command says so.
-    is_done = _is_complete if run_dir is None or not is_auto else lambda folder: False
-    found = unfinished_runs(folders, dump_config(config), is_done)
-    if not found or is_auto:
-        return found[0] if found else None
-    if sys.stdin.isatty():
-        is_wanted = click.confirm(f"{found[0]} is unfinished: continue it?", default=True)
-        return found[0] if is_wanted else None
-    print(f"{found[0]} is an unfinished run like this; --resume auto would continue it")
-    return None
 
 
 def _is_complete(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +12,7 @@ import click
 import torch
 
 from hubrl import cli
-from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, note_command
+from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
 from hubrl.signals import StopSignal
 from hubrl.state_folder import NotSavedError
 from vision_tasks import distributed
@@ -76,26 +77,25 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     @click.option("--device", help="auto, cpu, cuda ...")
     @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
     @click.option("--run-dir", type=FOLDER, help="A new folder.  [default: runs/...]")
-    @click.option("--resume", type=FOLDER, metavar="RUN", help="Continue the run in this folder.")
+    @click.option("--resume", type=FOLDER, metavar="RUN", help=cli.RESUME_HELP)
     def command(**options: Any) -> int:
         given = {name: value for name, value in options.items() if value is not None}
         distributed.join()
-        with cli.user_errors():
-            config, folder = _resumed(given) if "resume" in given else _new(task, given)
-            if (folder / RESULTS_FILE).exists():
-                print(f"{folder} is complete")
-                return 0
-            if config.task != task:
-                raise ValueError(f"{folder / CONFIG_FILE} is of {config.task}, not of {task}")
-            data, what = load_data(config)
-            hub = load_vision_hub(
-                config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
-            )
-            device = check_device(config.train.device)
-            method = build(config, hub, what, folder / SWAP_FOLDER).to(device)
-            if "resume" not in given and distributed.rank() == 0:
-                create_folder(folder, dump_config(config))
-        return _train(method, data, config, folder)
+        with contextlib.ExitStack() as stack:
+            with cli.user_errors():
+                config, folder = _run(task, given)
+                is_leader = distributed.rank() == 0
+                is_new = not (folder / CONFIG_FILE).exists()
+                if not is_new and is_leader:
+                    stack.enter_context(held(folder))
+                if _is_complete(folder):
+                    print(f"{folder} is complete")
+                    return 0
+                method, data = _build(config, folder)
+                if is_new and is_leader:
+                    create_folder(folder, dump_config(config))
+                    stack.enter_context(held(folder))
+            return _train(method, data, config, folder)
 
     return command
 
@@ -115,22 +115,45 @@ def check_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _new(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
+def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
+    """The configuration and the folder of a run that begins or goes on."""
+    resume = given.pop("resume", None)
+    if resume not in (None, cli.AUTO):
+        if given:
+            option = next(iter(given)).replace("_", "-")
+            raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
+        config = open_run(resume)
+        _check_task(config, task, resume)
+        return config, resume
     file = given.get("config") or BUILT_IN_CONFIGS / f"{task}.yaml"
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
     config = load_config(file, overrides)
-    folder = given.get("run_dir") or _default_run_dir(config)
-    check_new_run(folder)
+    _check_task(config, task, file)
+    folder = cli.run_to_continue(
+        given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
+    )
+    if folder is None:
+        folder = given.get("run_dir") or _default_run_dir(config)
+        check_new_run(folder)
     return config, folder
 
 
-def _resumed(given: dict[str, Any]) -> tuple[VisionConfig, Path]:
-    folder = given["resume"]
-    others = [name for name in given if name != "resume"]
-    if others:
-        option = others[0].replace("_", "-")
-        raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
-    return open_run(folder), folder
+def _check_task(config: VisionConfig, task: str, place: Path) -> None:
+    if config.task != task:
+        raise ValueError(f"{place} is of {config.task}, not of {task}")
+
+
+def _is_complete(folder: Path) -> bool:
+    return (folder / RESULTS_FILE).exists()
+
+
+def _build(config: VisionConfig, folder: Path) -> tuple[Method, Data]:
+    data, what = load_data(config)
+    hub = load_vision_hub(
+        config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
+    )
+    device = check_device(config.train.device)
+    return build(config, hub, what, folder / SWAP_FOLDER).to(device), data
 
 
 def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> int:

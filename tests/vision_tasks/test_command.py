@@ -12,6 +12,7 @@ import yaml
 from small_images import SIZE, quadrant_data, write_rgb_hub
 
 from hubrl import cli
+from hubrl.run_folder import held
 from vision_tasks import classification, landmarks, runs
 from vision_tasks.config import BUILT_IN_CONFIGS, load_config
 
@@ -45,7 +46,7 @@ def test_a_run_leaves_its_files(
     results = json.loads((folder / "results.json").read_text())
     assert results["method"] == method
     assert 0 <= results["test"][""]["accuracy"] <= 1
-    names = {file.name.split(".")[0] for file in folder.iterdir()}
+    names = {file.name.split(".")[0] for file in folder.iterdir() if file.name != ".lock"}
     assert names == {"checkpoints", "command", "config", "epochs", "events", "results"}
     config = load_config(folder / "config.yaml")
     assert (config.method, config.train.epochs) == (method, 1)
@@ -111,3 +112,24 @@ def test_landmarks_do_not_move(
     (tmp_path / "moved.yaml").write_text(yaml.safe_dump(data))
     assert run("--config", tmp_path / "moved.yaml", "--hub", hub, task=landmarks) == 2
     assert "data.flip and data.shift would leave the landmarks" in capsys.readouterr().err
+
+
+def test_the_same_command_again(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = small(hub, "--method", "uniform", "--run-dir", "runs/r")
+    assert run(*command) == 0
+    Path("runs/r/results.json").unlink()
+    assert run(*command) == 2
+    captured = capsys.readouterr()
+    assert "runs/r is an unfinished run like this; --resume auto would" in captured.out
+    assert "exists; give another, or continue it by --resume" in captured.err
+    assert run(*command[:-2], "--resume", "auto") == 0
+    assert Path("runs/r/results.json").exists()
+    assert run(*command, "--resume", "auto") == 0
+    assert "runs/r is complete" in capsys.readouterr().out
+    Path("runs/r/results.json").unlink()
+    with held(Path("runs/r")):
+        assert run(*command, "--resume", "auto") == 2
+    assert "runs/r is in use by another process" in capsys.readouterr().err
