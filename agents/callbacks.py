@@ -271,7 +271,7 @@ class CheckpointCallback(BaseCallback):
         """Save where the last rollout started; nothing if there was none."""
         if self._run is None:
             return
-        n_rows = self._run.numbers["num_timesteps"] // self.model.n_envs
+        n_rows = self._run.num_timesteps // self.model.n_envs
         files = [] if self._replay is None else self._replay.update(n_rows, partly=True)
         folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints
         save_checkpoint(self.model, folder, self._extra, run=self._run, files=files, keep=keep)

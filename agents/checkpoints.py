@@ -42,7 +42,7 @@ def save_checkpoint(
     :param keep: checkpoints that stay, this one included
     :raises NotSavedError: if the disk doesn't take it
     """
-    numbers = model_numbers(model) if run is None else run.numbers
+    numbers = model_numbers(model) if run is None else run.numbers()
     parts = _parts(model)
     if run is not None:
         parts[RUN] = run.tensors()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,18 +28,27 @@ LSTM_STATES = ("lstm_pi_h", "lstm_pi_c", "lstm_vf_h", "lstm_vf_c")
 class RunState(NamedTuple):
     """What a run needs beside weights, optimizers and replay buffer to go on exactly."""
 
-    numbers: dict[str, Any]
-    """Plain data."""
+    num_timesteps: int
+    """Agent steps until then."""
+    numbers: Callable[[], dict[str, Any]]
+    """Makes plain data, also when the run has gone on by less than a rollout."""
     tensors: Callable[[], dict[str, Tensor]]
-    """Makes the rest, also when the run has gone on by less than a rollout."""
+    """Makes the rest."""
+
+
+class _Random(NamedTuple):
+    """States of the generators that actions, minibatches and noise follow from."""
+
+    python: Any
+    numpy: Any
+    actions: Any
+    torch: Tensor
+    cuda: Tensor | None
 
 
 def model_numbers(model: BaseAlgorithm) -> dict[str, Any]:
     """A model's counters and its last games."""
-    numbers = {name: getattr(model, name) for name in NUMBERS if hasattr(model, name)}
-    games = model.ep_info_buffer or ()
-    episodes = [[float(game["r"]), int(game["l"]), float(game["t"])] for game in games]
-    return numbers | {"episodes": episodes}
+    return _counters(model) | _games(model.ep_info_buffer or ())
 
 
 def set_model_numbers(model: BaseAlgorithm, numbers: Mapping[str, Any]) -> None:
@@ -59,14 +68,25 @@ def run_state(model: BaseAlgorithm, env_state: EnvState) -> RunState:
     :param model: on environments that ``env_state`` knows
     :param env_state: gives a function that makes the arrays of where environments stand
     """
-    tensors = _observed(model) | _random_tensors(model)
-    environments = env_state(_env(model))
+    counters, games, generators = (
+        _counters(model),
+        tuple(model.ep_info_buffer or ()),
+        _random(model),
+    )
+    observed, environments = _observed(model), env_state(_env(model))
 
-    def all_tensors() -> dict[str, Tensor]:
+    def tensors() -> dict[str, Tensor]:
         arrays = environments().items()
-        return tensors | {f"env.{key}": torch.from_numpy(array) for key, array in arrays}
+        return (
+            observed
+            | _random_tensors(generators)
+            | {f"env.{key}": torch.from_numpy(array) for key, array in arrays}
+        )
 
-    return RunState(model_numbers(model) | _random_numbers(model), all_tensors)
+    def numbers() -> dict[str, Any]:
+        return counters | _games(games) | _random_numbers(generators)
+
+    return RunState(model.num_timesteps, numbers, tensors)
 
 
 def restore_run_state(
@@ -120,26 +140,40 @@ def _observed(model: BaseAlgorithm) -> dict[str, Tensor]:
     return tensors
 
 
-def _random_tensors(model: BaseAlgorithm) -> dict[str, Tensor]:
-    _, numpy_keys, *_ = np.random.get_state(legacy=True)
-    _, python_keys, _ = random.getstate()
+def _counters(model: BaseAlgorithm) -> dict[str, Any]:
+    return {name: getattr(model, name) for name in NUMBERS if hasattr(model, name)}
+
+
+def _games(games: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    return {"episodes": [[float(game["r"]), int(game["l"]), float(game["t"])] for game in games]}
+
+
+def _random(model: BaseAlgorithm) -> _Random:
+    is_cuda = model.device.type == "cuda"
+    return _Random(
+        random.getstate(),
+        np.random.get_state(legacy=True),
+        model.action_space.np_random.bit_generator.state,
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state(model.device) if is_cuda else None,
+    )
+
+
+def _random_tensors(generators: _Random) -> dict[str, Tensor]:
     tensors = {
-        "torch_random": torch.get_rng_state(),
-        "numpy_random": torch.from_numpy(np.asarray(numpy_keys).astype(np.int64)),
-        "python_random": torch.tensor(python_keys),
+        "torch_random": generators.torch,
+        "numpy_random": torch.from_numpy(np.asarray(generators.numpy[1]).astype(np.int64)),
+        "python_random": torch.tensor(generators.python[1]),
     }
-    if model.device.type == "cuda":
-        tensors["cuda_random"] = torch.cuda.get_rng_state(model.device)
-    return tensors
+    return tensors if generators.cuda is None else {**tensors, "cuda_random": generators.cuda}
 
 
-def _random_numbers(model: BaseAlgorithm) -> dict[str, Any]:
-    _, _, position, has_gauss, gauss = np.random.get_state(legacy=True)
-    version, _, python_gauss = random.getstate()
+def _random_numbers(generators: _Random) -> dict[str, Any]:
+    version, _, python_gauss = generators.python
     return {
-        "numpy_random": [position, has_gauss, gauss],
+        "numpy_random": list(generators.numpy[2:]),
         "python_random": [version, python_gauss],
-        "action_random": model.action_space.np_random.bit_generator.state,
+        "action_random": generators.actions,
     }
 
 
