@@ -67,7 +67,7 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     @click.option("--limit", help="Training images at most.")
     @click.option("--image-size", help="Side of the images, in pixels.")
     @click.option("--top-k", help="Encoders that an image activates.")
-    @click.option("--generator", help="small, resnet10 or uniform.")
+    @click.option("--generator", help="even, small, resnet10 or uniform.")
     @click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
     @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
     @click.option("--swap", metavar="N", help="Encoders in memory at most; others wait in files.")

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torchvision.models.resnet import BasicBlock, ResNet
 
-from hubrl.generators import PathwayGenerator, ResNet10, ResNet10Generator, RunningMean
+from hubrl.generators import (
+    EvenGenerator,
+    PathwayGenerator,
+    ResNet10,
+    ResNet10Generator,
+    RunningMean,
+)
 
 
 def images_of(n_rows: int, seed: int = 0) -> torch.Tensor:
@@ -32,6 +38,19 @@ def test_routing_starts_with_the_image_and_little_noise() -> None:
     noise = generator(images, torch.ones(200, 5)) - scores
     # softplus(-2) = ln(1 + e^-2) = 0.126928
     torch.testing.assert_close(noise, torch.full((200, 5), 0.126928), atol=1e-5, rtol=0)
+
+
+def test_even_routing_starts_with_all_encoders_for_each_image() -> None:
+    torch.manual_seed(0)
+    generator, n_draws = EvenGenerator(4, (36, 36), 5), 3000
+    image = images_of(1)
+    scores, noise = generator(image, None), generator(image, torch.ones(1, 5))
+    assert scores.abs().max() < 0.2
+    # softplus(2) = ln(1 + e^2) = 2.126928
+    torch.testing.assert_close(noise - scores, torch.full((1, 5), 2.126928), atol=1e-5, rtol=0)
+    draws = generator(image.expand(n_draws, 4, 36, 36), torch.randn(n_draws, 5))
+    shares = draws.topk(2).indices.flatten().bincount(minlength=5) / n_draws
+    torch.testing.assert_close(shares, torch.full((5,), 0.4), atol=0.08, rtol=0)
 
 
 def images_with_a_ball(n_images: int) -> tuple[torch.Tensor, torch.Tensor]:

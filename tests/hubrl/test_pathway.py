@@ -144,7 +144,7 @@ def test_uniform_weights(hub: Path) -> None:
     [
         (
             {"generator": "unifrom"},
-            r"'unifrom' \(closest: 'uniform'\), allowed: small, resnet10",
+            r"'unifrom' \(closest: 'uniform'\), allowed: small, even, resnet10",
         ),
         ({"generator": "uniform"}, "top_k must be 5 and always_active empty"),
         ({"generator": "uniform", "top_k": 5, "always_active": "a"}, "always_active empty"),

@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     seed: int
     image_size: int
     top_k: int = 2
-    generator: str = "small"
+    generator: str = "even"
     exploration_coef: float = 0.3
     exploitation_coef: float = 1.0
     pretrained: bool = True
