@@ -1,5 +1,5 @@
 # The targets that CI and people call; the same commands everywhere.
-.PHONY: format lint type test slow bench docs commit-checks
+.PHONY: format lint type test slow bench docs soak commit-checks
 
 format:
 	ruff check --fix-only .
@@ -20,6 +20,9 @@ slow:
 
 bench:
 	python -m hubrl.bench all
+
+soak:
+	python tests/soak.py
 
 docs:
 	PYTHONPATH=.:tests python -P tests/can_i_use.py

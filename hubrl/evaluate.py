@@ -20,7 +20,7 @@ from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import Episodes, bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import checkpoint_dir, derive_seed, open_run  # noqa: E402
 from agents.zips import hub_of, rebuild  # noqa: E402
-from envs import make_vec_env, with_action_masks  # noqa: E402
+from envs import EnvironmentFaultError, make_vec_env, with_action_masks  # noqa: E402
 from hubrl.train import image_format, make_env  # noqa: E402
 
 N_ENVS = 8
@@ -105,7 +105,8 @@ def _play_zip(file: Path, algo: str, env: str | None, episodes: int, seed: int) 
 def _play(
     model: BaseAlgorithm, games: VecEnv, episodes: int, deterministic: bool, seed: int
 ) -> Episodes:
-    played = evaluate(model, games, episodes, deterministic=deterministic, seed=seed)
+    with cli.failures(EnvironmentFaultError):
+        played = evaluate(model, games, episodes, deterministic=deterministic, seed=seed)
     assert played is not None  # nothing stops it
     return played
 
