@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from agents.checkpoints import save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
+from agents.faults import check_weights
 from agents.replay_files import ReplayFiles
 from agents.run_state import EnvState, RunState, run_state
 from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
@@ -271,6 +272,7 @@ class CheckpointCallback(BaseCallback):
         """Save where the last rollout started; nothing if there was none."""
         if self._run is None:
             return
+        check_weights(self.model)
         n_rows = self._run.num_timesteps // self.model.n_envs
         files = [] if self._replay is None else self._replay.update(n_rows, partly=True)
         folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints

@@ -23,7 +23,7 @@ MEMORY_FILE = Path("/proc/meminfo")
 
 
 class NotFiniteError(Exception):
-    """An update would have made the weights NaN or infinite; they are as before."""
+    """Weights are NaN or infinite, or an update would have made them so."""
 
 
 class OutOfMemoryError(ValueError):
@@ -57,6 +57,15 @@ def watch_gradients(model: BaseAlgorithm) -> None:
             part = getattr(part, attribute)
         if isinstance(part, torch.optim.Optimizer):
             part.register_step_pre_hook(check)
+
+
+def check_weights(model: BaseAlgorithm) -> None:
+    """
+    :raises NotFiniteError: if a weight is not finite, so that no checkpoint may have it
+    """
+    bad = _bad_weight(model)
+    if bad is not None:
+        raise NotFiniteError(f"step {model.num_timesteps:,}: {bad}; no checkpoint is made of it")
 
 
 @contextlib.contextmanager
@@ -99,12 +108,19 @@ def _origin(model: BaseAlgorithm, gradients: dict[str, Tensor]) -> str:
     for name, array in _data(model).items():
         if not np.isfinite(array).all():
             return f"{name} of the rollout hold {_bad(array)}"
-    for name, weight in model.policy.named_parameters():
-        if not torch.isfinite(weight).all():
-            return f"weight {name} holds {_bad(weight.detach().cpu().float().numpy())}"
+    bad = _bad_weight(model)
+    if bad is not None:
+        return bad
     # Clipping spreads it over all gradients that it scales.
     first = next(name for name, grad in gradients.items() if not torch.isfinite(grad).all())
     return f"the gradient of {first} holds {_bad(gradients[first].cpu().float().numpy())}"
+
+
+def _bad_weight(model: BaseAlgorithm) -> str | None:
+    for name, weight in model.policy.named_parameters():
+        if not torch.isfinite(weight).all():
+            return f"weight {name} holds {_bad(weight.detach().cpu().float().numpy())}"
+    return None
 
 
 def _data(model: BaseAlgorithm) -> dict[str, np.ndarray]:

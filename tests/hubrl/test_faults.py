@@ -164,6 +164,22 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert run("--resume", "r") == 0
 
 
+def test_no_checkpoint_of_weights_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Spoiler(train.EpisodesCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps == 64:
+                self.model.policy.action_net.bias.data[1] = float("nan")
+
+    monkeypatch.setattr(train, "EpisodesCallback", Spoiler)
+    config = write_small_config(tmp_path / "c.yaml", train__save_freq=32)
+    assert run("--config", config, "--run-dir", "r") == 1
+    message = "step 64: weight action_net.bias holds NaN; no checkpoint is made of it"
+    assert message in capsys.readouterr().err
+    assert last()["num_timesteps"] == 32
+
+
 @pytest.mark.parametrize("save_freq", [0, 32])
 def test_rolled_back_with_half_the_learning_rate(
     save_freq: int,
