@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from killing import command, last_hashes, survive
 from small_runs import SMALL_OF, write_small_config
 
 from agents.config import built_in_config, dump_config, load_config
 from hubrl import train
-from hubrl.files import file_sha256
 
-N_KILLS = 20
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ppo": {"train.n_timesteps": 20 * 1024, "train.save_freq": 1024, "algorithm.n_epochs": 1},
+    "ppo": {"train.n_timesteps": 12 * 1024, "train.save_freq": 1024, "algorithm.n_epochs": 1},
     # With its buffer of 100,000.
     "qrdqn": {
-        "train.n_timesteps": 12_000,
+        "train.n_timesteps": 8_000,
         "train.save_freq": 500,
         "algorithm.learning_starts": 2_000,
         "algorithm.train_freq": 16,
@@ -33,10 +28,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def finals(folder: Path) -> dict[str, str]:
-    """Hashes of all tensors that a run ended with: weights, optimizers, places, random states."""
-    files = sorted((folder / "checkpoints" / "last").glob("*.safetensors"))
-    assert {"policy.safetensors", "run.safetensors"} <= {file.name for file in files}
-    return {file.name: file_sha256(file) for file in files}
+    """Hashes of what a run ended with."""
+    hashes = last_hashes(folder)
+    assert {"policy.safetensors", "run.safetensors"} <= set(hashes)
+    return hashes
 
 
 def run(*args: object) -> int:
@@ -85,43 +80,13 @@ def test_games_of_atari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert finals(Path("cut")) == finals(Path("whole"))
 
 
-def start(folder: Path, *args: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "hubrl.train", *map(str, args)]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-
-
-def kill(process: subprocess.Popen[str], chance: random.Random, run: Path) -> bool:
-    """Wait for a random moment of training or of a checkpoint's write; whether it was in time."""
-    being_written = run / "checkpoints" / ".last.new"
-    is_in_write = chance.random() < 0.5
-    assert process.stdout is not None
-    assert process.stdout.readline().startswith("run folder")
-    end = time.monotonic() + chance.uniform(0.5, 8.0)
-    while process.poll() is None:
-        if time.monotonic() > end and (not is_in_write or being_written.exists()):
-            process.kill()
-            process.wait()
-            return True
-        time.sleep(0.0005)
-    return False
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", SETTINGS)
 def test_killed_at_random_moments(algorithm: str, tmp_path: Path) -> None:
     overrides = {"train.eval_freq": 0, "hub.precision": "float32", "train.device": "cpu"}
     config = load_config(built_in_config(algorithm), overrides | SETTINGS[algorithm])
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    assert start(tmp_path, "--config", "c.yaml", "--run-dir", "whole").wait() == 0
-
-    chance, n_kills, n_in_write = random.Random(0), 0, 0
-    process = start(tmp_path, "--config", "c.yaml", "--run-dir", "cut")
-    while n_kills < N_KILLS and kill(process, chance, tmp_path / "cut"):
-        n_kills += 1
-        n_in_write += (tmp_path / "cut" / "checkpoints" / ".last.new").exists()
-        process = start(tmp_path, "--resume", "cut")
-    assert process.wait() == 0
-    print(f"{algorithm}: killed {n_kills} times, {n_in_write} of them inside a checkpoint's write")
-    assert n_kills == N_KILLS
-    assert n_in_write >= 3
+    whole = command(tmp_path, "hubrl.train", "--config", "c.yaml", "--run-dir", "whole")
+    whole.communicate()
+    assert survive(tmp_path, "hubrl.train", "--config", "c.yaml", longest=8.0) >= 3
     assert finals(tmp_path / "cut") == finals(tmp_path / "whole")

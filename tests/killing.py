@@ -1,0 +1,69 @@
+"""Runs that are killed at random moments and resumed, for the tests of what survives."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hubrl.files import file_sha256
+
+N_KILLS = 20
+
+
+def command(folder: Path, module: str, *args: object) -> subprocess.Popen[str]:
+    """A command of ours as a process of its own."""
+    line = [sys.executable, "-m", module, *map(str, args)]
+    return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
+
+
+def survive(folder: Path, module: str, *args: object, longest: float) -> int:
+    """
+    Start a run in ``cut``, kill it ``N_KILLS`` times and resume it each time, up to its end.
+
+    Every second time on average the kill waits until a checkpoint is being written.
+
+    :param longest: seconds between its start and a kill; the shortest is a tenth of them
+    :return: how many of the kills came while a checkpoint was written
+    """
+    chance, n_in_write, n_kills = random.Random(0), 0, 0
+    process = command(folder, module, *args, "--run-dir", "cut")
+    while n_kills < N_KILLS:
+        seconds = chance.uniform(longest / 10, longest)
+        n_in_write += _kill(process, folder / "cut", seconds, chance.random() < 0.5)
+        n_kills += 1
+        process = command(folder, module, "--resume", "cut")
+    process.communicate()
+    assert process.returncode == 0
+    print(f"{module}: killed {n_kills} times, {n_in_write} of them inside a checkpoint's write")
+    return n_in_write
+
+
+def last_hashes(run: Path) -> dict[str, str]:
+    """Of all tensors that a run ended with: weights, optimizers, places, random states."""
+    files = sorted((run / "checkpoints" / "last").glob("*.safetensors"))
+    return {file.name: file_sha256(file) for file in files}
+
+
+def _kill(process: subprocess.Popen[str], run: Path, seconds: float, in_write: bool) -> bool:
+    """Whether a checkpoint was being written then."""
+    assert process.stdout is not None
+    start = time.time()
+    assert process.stdout.readline().startswith("run folder")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end or (in_write and not _is_in_write(run, start)):
+        assert process.poll() is None, "it ended before it was killed often enough"
+        time.sleep(0.0005)
+    process.kill()
+    process.communicate()
+    return _is_in_write(run, start)
+
+
+def _is_in_write(run: Path, start: float) -> bool:
+    """One that an earlier kill left behind doesn't count."""
+    try:
+        return (run / "checkpoints" / ".last.new").stat().st_mtime > start
+    except FileNotFoundError:
+        return False
