@@ -19,32 +19,38 @@ def command(folder: Path, module: str, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(line, cwd=folder, stdout=subprocess.PIPE, text=True)
 
 
-def survive(folder: Path, module: str, *args: object, longest: float) -> int:
+def survive(folder: Path, module: str, *args: object) -> None:
     """
-    Start a run in ``cut``, kill it ``N_KILLS`` times and resume it each time, up to its end.
+    Run once in ``whole``; then in ``cut``, killed ``N_KILLS`` times and resumed, up to its end.
 
     Every second time on average the kill waits until a checkpoint is being written.
-
-    :param longest: seconds between its start and a kill; the shortest is a tenth of them
-    :return: how many of the kills came while a checkpoint was written
     """
-    chance, n_in_write, n_kills = random.Random(0), 0, 0
+    longest = _seconds(command(folder, module, *args, "--run-dir", "whole")) / 12
+    chance, n_in_write = random.Random(0), 0
     process = command(folder, module, *args, "--run-dir", "cut")
-    while n_kills < N_KILLS:
+    for _ in range(N_KILLS):
         seconds = chance.uniform(longest / 10, longest)
         n_in_write += _kill(process, folder / "cut", seconds, chance.random() < 0.5)
-        n_kills += 1
         process = command(folder, module, "--resume", "cut")
-    process.communicate()
-    assert process.returncode == 0
-    print(f"{module}: killed {n_kills} times, {n_in_write} of them inside a checkpoint's write")
-    return n_in_write
+    _seconds(process)
+    print(f"{module}: killed {N_KILLS} times, {n_in_write} of them inside a checkpoint's write")
+    assert n_in_write >= 3
 
 
 def last_hashes(run: Path) -> dict[str, str]:
     """Of all tensors that a run ended with: weights, optimizers, places, random states."""
     files = sorted((run / "checkpoints" / "last").glob("*.safetensors"))
     return {file.name: file_sha256(file) for file in files}
+
+
+def _seconds(process: subprocess.Popen[str]) -> float:
+    """Of training, up to the end of the command."""
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("run folder")
+    start = time.monotonic()
+    process.communicate()
+    assert process.returncode == 0
+    return time.monotonic() - start
 
 
 def _kill(process: subprocess.Popen[str], run: Path, seconds: float, in_write: bool) -> bool:

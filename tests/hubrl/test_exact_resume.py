@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from killing import command, last_hashes, survive
+from killing import last_hashes, survive
 from small_runs import SMALL_OF, write_small_config
 
 from agents.config import built_in_config, dump_config, load_config
 from hubrl import train
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ppo": {"train.n_timesteps": 12 * 1024, "train.save_freq": 1024, "algorithm.n_epochs": 1},
+    "ppo": {"train.n_timesteps": 20 * 1024, "train.save_freq": 1024, "algorithm.n_epochs": 1},
     # With its buffer of 100,000.
     "qrdqn": {
-        "train.n_timesteps": 8_000,
+        "train.n_timesteps": 12_000,
         "train.save_freq": 500,
         "algorithm.learning_starts": 2_000,
         "algorithm.train_freq": 16,
@@ -86,7 +86,5 @@ def test_killed_at_random_moments(algorithm: str, tmp_path: Path) -> None:
     overrides = {"train.eval_freq": 0, "hub.precision": "float32", "train.device": "cpu"}
     config = load_config(built_in_config(algorithm), overrides | SETTINGS[algorithm])
     (tmp_path / "c.yaml").write_text(dump_config(config))
-    whole = command(tmp_path, "hubrl.train", "--config", "c.yaml", "--run-dir", "whole")
-    whole.communicate()
-    assert survive(tmp_path, "hubrl.train", "--config", "c.yaml", longest=8.0) >= 3
+    survive(tmp_path, "hubrl.train", "--config", "c.yaml")
     assert finals(tmp_path / "cut") == finals(tmp_path / "whole")
