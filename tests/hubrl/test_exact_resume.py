@@ -53,8 +53,14 @@ def stop_at(timesteps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "ProgressCallback", Stopper)
 
 
-@pytest.mark.parametrize("hub", ["none", "hub5"])
-@pytest.mark.parametrize("algorithm", SMALL_OF)
+QUICK = [("ppo", "hub5"), ("qrdqn", "none")]
+REST = [(algorithm, hub) for algorithm in SMALL_OF for hub in ("none", "hub5")]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "hub"),
+    [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in REST if each not in QUICK)],
+)
 def test_every_algorithm(
     algorithm: str, hub: str, hub5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
