@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import atheris
 
-with atheris.instrument_imports(include=["hubrl", "agents", "vision_tasks", "yaml"]):
+with atheris.instrument_imports(include=["hubrl", "agents", "vision_tasks"]):
     from fuzz import inputs, mutations, valid
 
 FOLDER = Path("runs", "fuzz")

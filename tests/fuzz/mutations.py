@@ -81,7 +81,7 @@ def _key(value: Any) -> Any:
 
 
 def _dumped(tree: Any, random: Random) -> bytes:
-    choice = random.randint(0, 9)
+    choice = random.randint(0, 19)
     text = yaml.safe_dump(tree, default_flow_style=choice == 0, allow_unicode=False)
     lines = text.splitlines(keepends=True)
     if choice == 1:  # a doubled key, or a value in two places
@@ -92,7 +92,7 @@ def _dumped(tree: Any, random: Random) -> bytes:
     elif choice == 3:
         return text.encode("utf-16")
     elif choice == 4:
-        return ("k: " * 1 + "[" * random.randint(1, 2000) + "\n").encode() + text.encode()
+        return ("k: " + "[" * random.randint(1, 2000) + "\n" + text).encode()
     elif choice == 5:
         number = random.choice(["0x" + "f" * 6000, "1" * 5000, "1:" * 40 + "1", "2001-13-99"])
         place = random.randrange(len(lines))

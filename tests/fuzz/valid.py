@@ -77,10 +77,9 @@ def hub_cards() -> list[bytes]:
         "pretraining": {"games": ["Pong"], "score": {"mean": 1.0, "interval95": [0.5, 2.0]}},
     }
     library = {
-        "name": "library", "architecture": "timm:test_resnet", "features_dim": 64,
+        "name": "library", "architecture": "timm:test_resnet", "features_dim": 96,
         "image_size": [32, 32], "channels": 3, "mean": [0.5, 0.5, 0.5], "std": 0.2,
         "frames": "each", "n_frames": 1, "license": "MIT", "source": "random numbers",
-        "provider": "timm:test_resnet",
     }  # fmt: skip
     whole = hub | {"always_active": ["a"], "encoders": [card, other, library]}
     return [small, dump_yaml(whole).encode()]
