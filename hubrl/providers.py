@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hubrl.architectures import find_architecture, nature_features
-from hubrl.encoders import read_weights, with_features_dim
+from hubrl.encoders import as_float32, read_weights, with_features_dim
 from hubrl.files import with_prefix
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub
 
@@ -425,9 +425,10 @@ def _timm_config(repository: str) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return {key: tensor.float() for key, tensor in load_file(file).items()}
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} can't be read as safetensors ({_reason(error)})") from None
+    return as_float32(tensors, str(file))
 
 
 def _foreign_card(

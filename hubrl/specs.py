@@ -323,7 +323,7 @@ def read_yaml(file: Path, what: str) -> Any:
         return yaml.load(file.read_text(), _PlainLoader)
     except _RefusedError as error:
         raise ValueError(f"{what} {file}, {error}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as dates of a 13th month
+    except (yaml.YAMLError, ValueError) as error:  # such as dates of a 13th month
         reason = " ".join(str(error).split())
         raise ValueError(f"{what} {file} is not valid YAML: {reason}") from None
 

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from hubrl.state_folder import MANIFEST_FILE, load_parts, read_state
 INTERNAL = re.compile(
     r"^(not enough values|too many values|invalid literal|could not convert string|math domain|"
     r"dictionary update|substring not found|embedded null|cannot convert float|zip\(\) argument)|"
-    r"Exceeds the limit \(\d+ digits\)|object is not (callable|iterable|subscriptable)"
+    r"Exceeds the limit \(\d+ digits\)"
 )
 
 
@@ -180,12 +181,14 @@ def check_agent_zip(data: bytes) -> bool:
 def check_arguments(data: bytes) -> bool:
     """A command line, its words ended by NUL; commands stop where their work would begin."""
     words = [commands.harmless(os.fsdecode(word)) for word in data.split(b"\0")]
-    name, *arguments = words
-    command = commands.COMMANDS.get(name) or commands.COMMANDS["hubrl"]
+    name, arguments = words[0], words[1:]
+    if name not in commands.COMMANDS:
+        name = "hubrl"
     for path, content in commands.files().items():
         _written(path, content)
     with commands.without_work():
         may_connect = commands.asks_for_network(arguments)
+        command = commands.COMMANDS[name]
         return _check_command(command, name, arguments, may_connect=may_connect) == 0
 
 
@@ -247,8 +250,10 @@ def _check_command(
         except commands.WorkBeginsError:
             return 0
     out, err = texts
-    if not all(char.isprintable() or char in "\n\t" for char in out + err):
-        raise BrokenPromiseError(f"not printable: {out + err!r}")
+    # What the user wrote may be shown as it is; what files hold may not.
+    shown = err if any(map(_is_control, "".join(arguments))) else out + err
+    if any(map(_is_control, shown)):
+        raise BrokenPromiseError(f"not printable: {shown!r}")
     if code == 2:
         lines = err.removesuffix("\n").split("\n")
         if len(lines) > 1 and command is not hubs.command:  # `check` has a line for each encoder
@@ -256,6 +261,10 @@ def _check_command(
         for line in lines:
             _check_message(line.partition("error: ")[2])
     return code
+
+
+def _is_control(char: str) -> bool:
+    return unicodedata.category(char) == "Cc" and char not in "\n\t"
 
 
 def _check_message(text: str) -> None:
@@ -267,7 +276,8 @@ def _check_message(text: str) -> None:
 def _captured() -> Iterator[list[str]]:
     """What is printed to a terminal that knows UTF-8 alone; it is there at the end."""
     texts: list[str] = []
-    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+    errors = ("strict", "backslashreplace")  # as Python's own
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", error) for error in errors]
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
         yield texts
     for stream in streams:

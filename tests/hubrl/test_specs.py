@@ -237,7 +237,6 @@ def test_deep_nests_are_refused(hub5: Path) -> None:
         (f"name: {'9' * 5000}", r"line 1, has the number 9{20}\.\.\., allowed: 63 bits at most"),
         ("name: 0x8000000000000000", "line 1, has the number 0x80"),
         (f"name: 1{':59' * 200}.5", "line 1, has the number 1:59"),
-        ("name: 0001-01-01 00:00:00 +23:59", "is not valid YAML: date value out of range"),
         ("#" * 2**20 + "\n", "hub.yaml, 1,048,577 bytes long, allowed: 1,048,576"),
     ],
 )
