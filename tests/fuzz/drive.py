@@ -57,7 +57,9 @@ class Fuzzing:
         self._start = time.perf_counter()
 
     def run(self) -> None:
-        with tempfile.TemporaryDirectory(dir=memory_folder()) as temporary:
+        with tempfile.TemporaryDirectory(
+            dir=memory_folder(), prefix="hubrl-fuzz-"
+        ) as temporary:
             inputs.use_sandbox(Path(temporary, "sandbox"))
             corpus = Path(temporary, "corpus")
             corpus.mkdir()
