@@ -38,7 +38,10 @@ EXTRACTOR: Mapping[str, Any] = {
     "random_init": bool,
     "precision": str,
 }
-MAX_WIDTH, MAX_LAYERS = 8192, 8  # of a stranger's layers, which are built before its tensors are read
+MAX_WIDTH, MAX_LAYERS = (
+    8192,
+    8,
+)  # of a stranger's layers, which are built before its tensors are read
 
 
 def hub_of(file: Path) -> str:

@@ -362,8 +362,8 @@ class _PlainLoader(yaml.SafeLoader):
         if name is not None:  # of an alias, too
             self._refuse(
                 event,
-                f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place what "
-                "it stands for",
+                f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place "
+                "what it stands for",
             )
         if tag is not None:
             self._refuse(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
@@ -380,12 +380,14 @@ class _PlainLoader(yaml.SafeLoader):
         is_int, text = node.tag.endswith(":int"), str(node.value)
         if len(text) <= MAX_DIGITS:
             read = self.construct_yaml_int if is_int else self.construct_yaml_float
-            number: int | float = read(node)  # type: ignore[no-untyped-call]
+            number: int | float = read(node)
             if not is_int or int(number).bit_length() <= MAX_BITS:
                 return number
-        return self._refuse(node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most")
+        return self._refuse(
+            node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most"
+        )
 
-    def _refuse(self, place: yaml.Event | yaml.Node, why: str) -> NoReturn:
+    def _refuse(self, place: Any, why: str) -> NoReturn:
         raise _RefusedError(f"line {place.start_mark.line + 1}, {why}")
 
 

@@ -1,4 +1,4 @@
-"""No line of the product unpickles or evaluates what it reads; torch's reader of tensors alone may."""
+"""No line of the product unpickles what it reads; torch's reader of tensors alone may."""
 
 from __future__ import annotations
 

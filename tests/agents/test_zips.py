@@ -106,7 +106,10 @@ def torch_file(value: Any, *, is_zip: bool = True) -> bytes:
 def evil_zips(folder: Path, entries: dict[str, bytes]) -> Iterator[tuple[Path, bool]]:
     """The known ways to have a zip of SB3 run code or write files, and whether tensors are left."""
     data = json.loads(entries["data"])
-    serialized = {":type:": "<class 'dict'>", ":serialized:": b64encode(pickle.dumps(Evil())).decode()}
+    serialized = {
+        ":type:": "<class 'dict'>",
+        ":serialized:": b64encode(pickle.dumps(Evil())).decode(),
+    }
     for key in ("policy_kwargs", "policy_class", "observation_space", "lr_schedule", "new"):
         text = json.dumps({**data, key: serialized | {"net_arch": [4]}})
         yield rezipped(folder, entries | {"data": text.encode()}), True
@@ -170,7 +173,10 @@ def test_what_would_run_code_does_nothing(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"net_arch": [10**9]}, r"net_arch is \[1000000000\], allowed: 1 to 8192, of at most 8 lay"),
+        (
+            {"net_arch": [10**9]},
+            r"net_arch is \[1000000000\], allowed: 1 to 8192, of at most",
+        ),
         ({"net_arch": [8] * 9}, "net_arch is .* of at most 8 layers"),
         ({"net_arch": {"pi": 8}}, "net_arch is .* of at most 8 layers"),
         ({"net_arch": "x"}, "net_arch is 'x', allowed: list"),
@@ -181,7 +187,9 @@ def test_what_would_run_code_does_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         ({"features_extractor_kwargs": {"x": 5}}, "has the argument 'x', allowed: hub, top_k"),
     ],
 )
-def test_foreign_arguments(kwargs: dict[str, Any], message: str, hub5: Path, tmp_path: Path) -> None:
+def test_foreign_arguments(
+    kwargs: dict[str, Any], message: str, hub5: Path, tmp_path: Path
+) -> None:
     make_agent("ppo", hub5).save(tmp_path / "own.zip")
     with zipfile.ZipFile(tmp_path / "own.zip") as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}

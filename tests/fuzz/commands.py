@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
@@ -34,7 +33,7 @@ COMMANDS: dict[str, click.Command] = {
     "report": vision_tasks.report.command,
     "swap_memory": vision_tasks.swap_memory.command,
 }
-#: Where work begins: games, images, agents, measurements, downloads of what a hub's name stands for.
+#: Where work begins: games, images, agents, measurements, downloads that a hub's name stands for.
 WORK = (
     "hubrl.train.make_env",
     "hubrl.evaluate.make_env",
@@ -63,7 +62,7 @@ class WorkBeginsError(Exception):
 
 
 def harmless(word: str) -> str:
-    """The word without what would name a place outside the working folder: users may write there."""
+    """The word, but naming no place outside the working folder: users may write there."""
     word = word.replace("..", "_").replace("~", "_")
     return re.sub(r"(^|=)/+", r"\1", word)
 

@@ -57,9 +57,7 @@ class Fuzzing:
         self._start = time.perf_counter()
 
     def run(self) -> None:
-        with tempfile.TemporaryDirectory(
-            dir=memory_folder(), prefix="hubrl-fuzz-"
-        ) as temporary:
+        with tempfile.TemporaryDirectory(dir=memory_folder(), prefix="hubrl-fuzz-") as temporary:
             inputs.use_sandbox(Path(temporary, "sandbox"))
             corpus = Path(temporary, "corpus")
             corpus.mkdir()
@@ -89,7 +87,9 @@ class Fuzzing:
     def _note(self, error: Exception, data: bytes) -> None:
         """The first input of each broken promise is kept."""
         frames = traceback.extract_tb(error.__traceback__)
-        ours = [f for f in frames if "/fuzz/" not in f.filename and "site-packages" not in f.filename]
+        ours = [
+            f for f in frames if "/fuzz/" not in f.filename and "site-packages" not in f.filename
+        ]
         line = f"{ours[-1].filename}:{ours[-1].lineno}" if ours else ""
         what = f"{type(error).__name__} {line} {'' if line else str(error)[:40]}"
         if what not in self._failures:
@@ -147,7 +147,9 @@ def main(n_inputs: int, folder: Path, kinds: list[str]) -> int:
         else:
             print(f"{kind}: the process ended early; its input is in {folder}", flush=True)
     _write(folder / FIGURES_FILE, rows)
-    print(f"{sum(int(row.inputs) for row in rows):,} inputs; figures are in {folder / FIGURES_FILE}")
+    print(
+        f"{sum(int(row.inputs) for row in rows):,} inputs; figures are in {folder / FIGURES_FILE}"
+    )
     return 0 if is_whole else 1
 
 

@@ -1,7 +1,7 @@
 """
 One promise for each kind of bad input: it is taken, or refused by an error that becomes one line.
 
-``KINDS`` has the checks by kind; each tries one input in the sandbox, and says whether it was taken.
+``KINDS`` has the checks by kind; each tries one input in the sandbox, and says if it was taken.
 """
 
 from __future__ import annotations
@@ -147,8 +147,9 @@ def check_weight_file(data: bytes) -> bool:
 
 @_kind
 def check_checkpoint(data: bytes) -> bool:
-    """A checkpoint with one foreign file; the first byte says which, and if the manifest knows it."""
-    name, knows = valid.CHECKPOINT_FILES[data[0] % 8 % 5] if data else MANIFEST_FILE, data[:1] > b"\x7f"
+    """A checkpoint with a foreign file; the first byte says which, and if the manifest knows it."""
+    data = data or b"\0"
+    name, knows = valid.CHECKPOINT_FILES[data[0] % 8 % 5], data[0] >= 128
     folder = _inside() / "last"
     for known, content in valid.checkpoint_files().items():
         _written(f"last/{known}", data[1:] if known == name else content)
@@ -190,7 +191,6 @@ def check_arguments(data: bytes) -> bool:
         may_connect = commands.asks_for_network(arguments)
         command = commands.COMMANDS[name]
         return _check_command(command, name, arguments, may_connect=may_connect) == 0
-
 
 
 _sandbox: Sandbox | None = None

@@ -20,7 +20,7 @@ VALUES: tuple[Any, ...] = (
     {"mean": 1, "interval95": 5}, list(range(300)), "F4", "F8_E8M0", "I64", "BOOL", "C64",
 )  # fmt: skip
 WORDS = (
-    "", "-", "--", "-n", "-1", "0", "1e9", "nan", "99999999999999999999", "a", "b", "x" * 3000, "\0",
+    "", "-", "--", "-n", "-1", "0", "1e9", "nan", "99999999999999999999", "a", "b", "x" * 3000,
     "\udcff\udc80", "\x1b[2J", "\u202e", "a\nb", "none", "all", "auto", "my_hub", "my_hub:a",
     "my_hub/hub.yaml", "my_hub/a.safetensors", "run", "agent.zip", "study.yaml", "agent.yaml",
     "atari5", "packaged5", "timm:test_resnet", "timm:,", ":", "a:b:c", "hub.yaml", "no/such/file",
@@ -60,6 +60,8 @@ def _changed(tree: Any, random: Random) -> Any:
 def _with_change(tree: Any, random: Random) -> Any:
     """The tree with another value, without one, or with one more, at some depth."""
     value = random.choice(VALUES)
+    if type(tree) is int and random.randint(0, 3) == 0:  # which may be allowed
+        return random.choice((tree + 1, tree - 1, 2 * tree))
     if not isinstance(tree, (dict, list)) or not tree or random.randint(0, 9) == 0:
         return value
     items = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
@@ -100,7 +102,9 @@ def _dumped(tree: Any, random: Random) -> bytes:
         lines[place] = f"{key}: {number}\n"
     elif choice == 6:
         place = random.randrange(len(lines))
-        tag = random.choice(["!!python/object/apply:os.system [x]", "!!binary x", "!!set {a}", "!!x"])
+        tag = random.choice(
+            ["!!python/object/apply:os.system [x]", "!!binary x", "!!set {a}", "!!x"]
+        )
         lines[place] = lines[place].partition(":")[0] + f": {tag}\n"
     return "".join(lines).encode("utf-8", "surrogatepass")
 

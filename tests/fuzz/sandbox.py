@@ -1,8 +1,8 @@
 """
 A folder and a watch for one bad input at a time: what it may not do is noticed and stopped.
 
-Python reports what touches files, sockets, processes and pickles to an audit hook, so nothing of the
-product is replaced.
+Python reports what touches files, sockets, processes and pickles to an audit hook, so nothing of
+the product is replaced.
 """
 
 from __future__ import annotations
@@ -152,7 +152,10 @@ def _working_folder(folder: Path) -> Iterator[None]:
     before, caches = os.getcwd(), {name: str(folder / "cache") for name in CACHES}
     os.chdir(folder)
     try:
-        with mock.patch.dict(os.environ, caches), mock.patch.object(tempfile, "tempdir", str(folder)):
+        with (
+            mock.patch.dict(os.environ, caches),
+            mock.patch.object(tempfile, "tempdir", str(folder)),
+        ):
             yield
     finally:
         os.chdir(before)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
 import pickle
 import socket
 import subprocess
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from random import Random
 
 import pytest
-import torch
 from fuzz import inputs, mutations, sandbox, valid
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 N_EXAMPLES = 12
-#: Inputs that once broke a promise: kind, and the input.
-FOUND: list[tuple[str, bytes]] = []
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,12 +49,7 @@ def test_it_is_taken_or_refused_in_one_line(kind: str, data: st.DataObject) -> N
 @pytest.mark.parametrize("kind", inputs.KINDS)
 def test_valid_ones_are_taken(kind: str) -> None:
     """Or the fuzzers would try nothing but the first check of each reader."""
-    assert inputs.KINDS[kind](valid.SEEDS[kind]()[-1 if kind == "study" else 0])
-
-
-@pytest.mark.parametrize(("kind", "data"), FOUND)
-def test_what_was_found_stays_mended(kind: str, data: bytes) -> None:
-    inputs.KINDS[kind](data)
+    assert any(inputs.KINDS[kind](data) for data in valid.SEEDS[kind]()[:4])
 
 
 @pytest.mark.parametrize(
@@ -72,28 +62,27 @@ def test_what_was_found_stays_mended(kind: str, data: bytes) -> None:
         (lambda: socket.socket(), "socket.__new__"),
         (lambda: subprocess.run(["true"], check=False), "subprocess.Popen"),
         (lambda: os.system("true"), "os.system"),
-        (lambda: pickle.loads(pickle.dumps(valid.Evil())), "pickle.find_class builtins"),
+        (
+            lambda: pickle.loads(pickle.dumps(valid.Evil())),
+            r"pickle.find_class \('builtins', 'exec'\)",
+        ),
     ],
 )
 def test_the_watch_notices(act: Callable[[], object], what: str, tmp_path: Path) -> None:
     watch = sandbox.Sandbox(tmp_path / "own")
     (watch.inside / "here").touch()
-    with pytest.raises(sandbox.BrokenPromiseError, match=what), watch.watch():
-        try:
-            act()
-        except Exception:  # as a reader might that takes what it can't explain for bad input
-            pass
+    # As a reader might that takes what it can't explain for bad input.
+    hiding = contextlib.suppress(Exception)
+    with pytest.raises(sandbox.BrokenPromiseError, match=what), watch.watch(), hiding:
+        act()
     assert [path.name for path in watch.root.iterdir()] == ["inside"]
 
 
-def test_the_watch_notices_time_and_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_watch_notices_time_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     watch = sandbox.Sandbox(tmp_path / "own")
     monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
     with pytest.raises(sandbox.BrokenPromiseError, match=r"it took over 0\.05 s"), watch.watch():
-        while True:
-            pass
+        all(iter(lambda: True, False))
     monkeypatch.setattr(sandbox, "MAX_ASKED", 2**30)
     with pytest.raises(MemoryError), watch.watch():
         bytearray(2**31)

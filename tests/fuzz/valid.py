@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import save
 from sb3_agents import make_agent
 from small_hubs import nature_spec, write_hub
-from small_runs import small_env, small_study
+from small_runs import small_env
 from stable_baselines3 import PPO
 from torch import nn
 
@@ -68,7 +68,7 @@ def studies() -> list[bytes]:
 
 @functools.cache
 def hub_cards() -> list[bytes]:
-    """A hub with weight files ``a`` and ``b``, and one with every key and an encoder of a library."""
+    """A hub with weight files ``a`` and ``b``, and one with every key and a library's encoder."""
     small = _small_hub()[HUB_FILE]
     hub = yaml.safe_load(small)
     card, other = hub["encoders"]
@@ -141,9 +141,7 @@ def agent_zips() -> list[bytes]:
         "data.pkl": [_entry(entries["policy.pth"], "/data.pkl"), pickle.dumps(Evil())],
         "kwargs": [text.encode() for text in kwargs + own],
     }
-    return [
-        bytes([i]) + content for i, part in enumerate(ZIP_PARTS) for content in contents[part]
-    ]
+    return [bytes([i]) + content for i, part in enumerate(ZIP_PARTS) for content in contents[part]]
 
 
 def checkpoints() -> list[bytes]:
