@@ -152,15 +152,15 @@ class HubSpec:
     """
     A named collection of pretrained encoders.
 
-    :param name: the hub's name
+    :param name: the hub's name, which is part of the names of folders
     :param encoders: one card for each encoder; at least one, names unique
     :param description: one paragraph for people
     :param always_active: names of encoders that every image activates, unless the user of the hub
         decides otherwise or has a ``top_k`` that would leave none to choose; see
         ``hubrl.pathway.HubPathway``
     :param folder: where the weight files lie; None for encoders without weights
-    :raises ValueError: if there is no encoder, two have the same name, or ``always_active`` names
-        another one, one twice, or all
+    :raises ValueError: if the name has slashes, there is no encoder, two have the same name, or
+        ``always_active`` names another one, one twice, or all
     """
 
     name: str
@@ -170,6 +170,8 @@ class HubSpec:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^/\\]+", self.name):
+            raise ValueError(f"hub name {self.name!r} must be a text without slashes")
         if not self.encoders:
             raise ValueError(f"hub {self.name!r} has no encoders, but at least 1 is needed")
         names = self.encoder_names

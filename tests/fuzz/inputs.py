@@ -23,13 +23,14 @@ import click
 import torch
 from fuzz import commands, valid
 from fuzz.sandbox import BrokenPromiseError, Sandbox
-from small_runs import small_env
+from small_runs import small_config, small_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import agents.config
 import agents.study_config
 import agents.zips
 import vision_tasks.config
+from agents.runs import default_run_dir
 from hubrl import cli, hubs
 from hubrl.encoders import build_encoder, golden_features
 from hubrl.files import file_sha256
@@ -106,6 +107,8 @@ def check_hub_card(data: bytes) -> bool:
 
     def read(folder: Path) -> None:
         hub = load_hub(folder)
+        run_dir = default_run_dir(small_config(overrides={"hub.name": str(folder)}))
+        assert run_dir.resolve().parent == Path("runs").resolve()
         for spec in hub.encoders:
             golden_features(build_encoder(hub, spec))
 

@@ -109,6 +109,13 @@ def test_card_out_of_range(changes: dict[str, object], message: str) -> None:
         dataclasses.replace(nature_spec("x"), **changes)
 
 
+@pytest.mark.parametrize("name", ["", "x/../../../outside", "..\\x"])
+def test_the_name_of_a_hub_leads_nowhere(name: str) -> None:
+    """It is part of the name of a run's folder."""
+    with pytest.raises(ValueError, match=r"hub name '.*' must be a text without slashes"):
+        HubSpec(name=name, encoders=(nature_spec("x"),))
+
+
 def test_hub_needs_encoders_with_different_names() -> None:
     with pytest.raises(ValueError, match="hub 'h' has no encoders, but at least 1 is needed"):
         HubSpec(name="h", encoders=())
