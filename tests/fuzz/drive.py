@@ -67,7 +67,7 @@ class Fuzzing:
             options = [
                 str(corpus), f"-artifact_prefix={self._folder}/{self._kind}-", "-rss_limit_mb=0",
                 f"-timeout={HANG_SECONDS}", f"-max_len={MAX_LENGTH}", "-len_control=0", "-seed=1",
-                "-verbosity=0", "-print_final_stats=0",
+                "-verbosity=0", "-mutate_depth=2",
             ]  # fmt: skip
             atheris.Setup([sys.argv[0], *options], self._try, custom_mutator=self._mutate)
             atheris.Fuzz()

@@ -51,8 +51,8 @@ def mutated(kind: str, data: bytes, random: Random) -> bytes:
 
 
 def _changed(tree: Any, random: Random) -> Any:
-    """The tree after one to three changes."""
-    for _ in range(random.randint(1, 3)):
+    """The tree after one to three changes: where all is wrong, the first check refuses it."""
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
         tree = _with_change(tree, random)
     return tree
 
@@ -110,7 +110,7 @@ def _dumped(tree: Any, random: Random) -> bytes:
 
 
 def _changed_words(words: list[bytes], random: Random) -> list[bytes]:
-    for _ in range(random.randint(1, 3)):
+    for _ in range(random.choice((1, 1, 1, 2, 3))):
         word = random.choice(WORDS).encode("utf-8", "surrogateescape").replace(b"\0", b"")
         place = random.randrange(len(words))
         choice = random.randint(0, 3)
