@@ -51,6 +51,7 @@ class Fuzzing:
 
     def __init__(self, kind: str, n_inputs: int, folder: Path) -> None:
         self._kind, self._n_inputs, self._folder = kind, n_inputs, folder
+        self._seeds = valid.SEEDS[kind]()
         self._counts = {True: 0, False: 0}
         self._failures: dict[str, Path] = {}
         self._n_broken, self._slowest = 0, 0.0
@@ -61,7 +62,7 @@ class Fuzzing:
             inputs.use_sandbox(Path(temporary, "sandbox"))
             corpus = Path(temporary, "corpus")
             corpus.mkdir()
-            for i, data in enumerate(valid.SEEDS[self._kind]()):
+            for i, data in enumerate(self._seeds):
                 (corpus / str(i)).write_bytes(data)
             self._temporary = temporary
             options = [
@@ -101,7 +102,10 @@ class Fuzzing:
 
     def _mutate(self, data: bytes, max_size: int, seed: int) -> bytes:
         random = Random(seed)
-        if random.random() < 0.6:
+        # Most of what libFuzzer keeps is refused, and so is all that is made of it.
+        if random.random() < 0.5:
+            data = random.choice(self._seeds)
+        if random.random() < 0.7:
             try:
                 return mutations.mutated(self._kind, data, random)[:max_size]
             except ValueError:
