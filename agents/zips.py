@@ -38,10 +38,8 @@ EXTRACTOR: Mapping[str, Any] = {
     "random_init": bool,
     "precision": str,
 }
-MAX_WIDTH, MAX_LAYERS = (
-    8192,
-    8,
-)  # of a stranger's layers, which are built before its tensors are read
+#: Of a stranger's layers, which are built before its tensors are read.
+MAX_WIDTH, MAX_LAYERS = 8192, 8
 
 
 def hub_of(file: Path) -> str:

@@ -385,9 +385,7 @@ class _PlainLoader(yaml.SafeLoader):
             number: int | float = read(node)
             if not is_int or int(number).bit_length() <= MAX_BITS:
                 return number
-        return self._refuse(
-            node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most"
-        )
+        self._refuse(node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most")
 
     def _refuse(self, place: Any, why: str) -> NoReturn:
         raise _RefusedError(f"line {place.start_mark.line + 1}, {why}")

@@ -15,7 +15,7 @@ from fuzz import inputs, mutations, sandbox, valid
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-N_EXAMPLES = 12
+N_EXAMPLES = 8
 
 
 @pytest.fixture(scope="module", autouse=True)
