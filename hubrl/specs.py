@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -362,17 +362,19 @@ class _PlainLoader(yaml.SafeLoader):
         event = self.peek_event()  # type: ignore[no-untyped-call]
         name, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if name is not None:  # of an alias, too
-            self._refuse(
+            raise self._refusal(
                 event,
                 f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place "
                 "what it stands for",
             )
         if tag is not None:
-            self._refuse(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
+            raise self._refusal(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
         if any(map(_is_control, getattr(event, "value", ""))):
-            self._refuse(event, f"has control characters, allowed: text ({event.value[:20]!r})")
+            raise self._refusal(
+                event, f"has control characters, allowed: text ({event.value[:20]!r})"
+            )
         if self.depth == MAX_DEPTH:
-            self._refuse(event, f"is nested deeper than the {MAX_DEPTH} levels allowed")
+            raise self._refusal(event, f"is nested deeper than the {MAX_DEPTH} levels allowed")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -385,10 +387,12 @@ class _PlainLoader(yaml.SafeLoader):
             number: int | float = read(node)
             if not is_int or int(number).bit_length() <= MAX_BITS:
                 return number
-        self._refuse(node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most")
+        raise self._refusal(
+            node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most"
+        )
 
-    def _refuse(self, place: Any, why: str) -> NoReturn:
-        raise _RefusedError(f"line {place.start_mark.line + 1}, {why}")
+    def _refusal(self, place: Any, why: str) -> _RefusedError:
+        return _RefusedError(f"line {place.start_mark.line + 1}, {why}")
 
 
 for _kind in ("int", "float"):
