@@ -2,7 +2,8 @@
 ``make fuzz``: bad inputs of all kinds by the thousand, guided by the lines of code that they reach.
 
 ``python -m fuzz.drive N [FOLDER]`` tries N inputs in all, each kind in a process of its own, writes
-``figures.csv`` to the folder, and exits with 1 if a promise was broken; the inputs lie there, too.
+``figures.csv`` to the folder, and exits with 1 if a promise was broken. The inputs lie there, too:
+``inputs.use_sandbox(NEW_FOLDER)`` and ``inputs.KINDS[KIND](DATA)`` try one again.
 """
 
 from __future__ import annotations
