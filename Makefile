@@ -1,5 +1,5 @@
 # The targets that CI and people call; the same commands everywhere.
-.PHONY: format lint type test slow bench docs soak commit-checks
+.PHONY: format lint type test slow fuzz bench docs soak commit-checks
 
 format:
 	ruff check --fix-only .
@@ -17,6 +17,11 @@ test:
 
 slow:
 	pytest -m slow
+
+# Inputs in all; `pip install -e ".[fuzz]"` first.
+N = 100000
+fuzz:
+	PYTHONPATH=.:tests python -P -m fuzz.drive $(N)
 
 bench:
 	python -m hubrl.bench all

@@ -17,8 +17,29 @@ from hubrl.providers import agent_data, policy_tensors
 
 #: Names of SB3's policies for images, where it is not CnnPolicy.
 POLICIES = {"crossq": "MlpPolicy", "recurrent_ppo": "CnnLstmPolicy"}
-#: Arguments of a policy that decide its layers and are plain data.
-PLAIN = ("net_arch", "share_features_extractor", "n_quantiles", "n_critics", "lstm_hidden_size")
+#: Arguments of a policy that decide its layers and are plain data, and their types.
+PLAIN: Mapping[str, Any] = {
+    "net_arch": list | dict | None,
+    "share_features_extractor": bool,
+    "n_quantiles": int,
+    "n_critics": int,
+    "lstm_hidden_size": int,
+}
+#: Arguments of HubFeaturesExtractor.
+EXTRACTOR: Mapping[str, Any] = {
+    "hub": str,
+    "top_k": int,
+    "exploration_coef": int | float | dict,
+    "features_dim": int,
+    "aggregation": str,
+    "always_active": str | list,
+    "generator": str,
+    "freeze": str | list,
+    "random_init": bool,
+    "precision": str,
+}
+#: Of a stranger's layers, which are built before its tensors are read.
+MAX_WIDTH, MAX_LAYERS = 8192, 8
 
 
 def hub_of(file: Path) -> str:
@@ -44,7 +65,7 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algo is {algorithm!r}, allowed: {', '.join(ALGORITHMS)}")
     given = _policy_kwargs(file)
-    kwargs = {name: given[name] for name in PLAIN if name in given}
+    kwargs = _plain({name: given[name] for name in PLAIN if name in given}, PLAIN, file)
     if _has_hub(file):
         kwargs["features_extractor_class"] = HubFeaturesExtractor
         kwargs["features_extractor_kwargs"] = _extractor_kwargs(file)
@@ -73,7 +94,36 @@ def _extractor_kwargs(file: Path) -> dict[str, Any]:
     kwargs = _policy_kwargs(file).get("features_extractor_kwargs", {})
     if not isinstance(kwargs, dict):
         raise ValueError(f"{file}: features_extractor_kwargs must be plain data: names and numbers")
+    return _plain(kwargs, EXTRACTOR, file)
+
+
+def _plain(kwargs: dict[str, Any], types: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """The arguments, if they have these types, and layers have a size that fits in memory."""
+    for name, value in kwargs.items():
+        if name not in types:
+            raise ValueError(f"{file} has the argument {name!r}, allowed: {', '.join(types)}")
+        if not isinstance(value, types[name]) or (type(value) is bool and types[name] is not bool):
+            kind = getattr(types[name], "__name__", types[name])
+            raise ValueError(f"{file}: {name} is {value!r}, allowed: {kind}")
+        if name == "net_arch":
+            layers = value.values() if isinstance(value, dict) else [value or []]
+            fits = all(map(_are_layers, layers))
+        else:
+            fits = type(value) is not int or _is_width(value) or name == "exploration_coef"
+        if not fits:
+            raise ValueError(
+                f"{file}: {name} is {value!r}, allowed: 1 to {MAX_WIDTH}, of at most {MAX_LAYERS} "
+                "layers"
+            )
     return kwargs
+
+
+def _are_layers(layers: Any) -> bool:
+    return isinstance(layers, list) and len(layers) <= MAX_LAYERS and all(map(_is_width, layers))
+
+
+def _is_width(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= MAX_WIDTH
 
 
 def _policy_kwargs(file: Path) -> Mapping[str, Any]:

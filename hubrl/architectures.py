@@ -15,6 +15,8 @@ from hubrl.specs import EncoderSpec, closest
 
 # Shape letters: B batch, D features, C H W image.
 
+MAX_LINEAR = 2**25  # numbers of a NatureCNN's linear layer; SB3's has 1.6 million
+
 
 class NatureConv(nn.Module):
     """
@@ -71,11 +73,20 @@ class Architecture(NamedTuple):
     unused_layers: tuple[str, ...] = ()
 
 
+def _nature_cnn(spec: EncoderSpec) -> nn.Module:
+    n_numbers = spec.features_dim * nature_features(spec.image_size)
+    if n_numbers > MAX_LINEAR:
+        raise ValueError(
+            f"encoder {spec.name!r}: features_dim is {spec.features_dim}, allowed of nature_cnn at "
+            f"{spec.image_size[0]}x{spec.image_size[1]} px: "
+            f"{MAX_LINEAR // nature_features(spec.image_size)} at most"
+        )
+    return NatureCNN(spec.channels, spec.image_size, spec.features_dim)
+
+
 #: The trunks of our own that a card may name.
 ARCHITECTURES: dict[str, Architecture] = {
-    "nature_cnn": Architecture(
-        lambda spec: NatureCNN(spec.channels, spec.image_size, spec.features_dim)
-    ),
+    "nature_cnn": Architecture(_nature_cnn),
     # An agent's linear layer belongs to its own game: this trunk takes the convolutions alone.
     "nature_conv": Architecture(lambda spec: NatureConv(spec.channels), unused_layers=("linear.",)),
     # As wide as two: what comparisons with two activated encoders need.
@@ -117,6 +128,8 @@ def patch_size(spec: EncoderSpec) -> int:
 
     :raises ValueError: if the architecture is unknown
     """
+    if not spec.architecture.startswith("timm:"):
+        return 1
     with torch.device("meta"):
         return _patch(find_architecture(spec).build(spec))
 

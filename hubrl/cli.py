@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ def run(command: click.Command, name: str, args: list[str] | None = None) -> NoR
     :param name: how the user called it, such as ``hubrl train``
     :param args: the command line without the name; None: that of the process
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may hold bytes that are no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = command.main(args, prog_name=name, standalone_mode=False)
     except click.Abort:
@@ -113,4 +116,6 @@ def _of_config(folders: Iterable[Path], config: str) -> list[Path]:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """What a terminal would obey in the place of showing it, such as colours, is written out."""
+    line = " ".join(text.split())
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)

@@ -28,6 +28,13 @@ from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 # Shape letters: B batch, D features, C H W image.
 
 MIN_IMAGE_SIZE = 32  # pixels of a side, which libraries' convolutions halve five times
+MAX_NUMBERS = 2**30  # of an encoder, 4 GB in float32: a stranger's card could name any model
+#: What a weight file may hold; it becomes float32.
+REAL = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV's RGB to grey
 
 
@@ -192,9 +199,24 @@ def read_weights(path: Path, spec: EncoderSpec) -> dict[str, Tensor]:
             "get it again, or correct the card"
         )
     try:
-        return {key: tensor.float() for key, tensor in load_file(path).items()}
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"encoder {spec.name!r}: {path} is not safetensors ({error})") from None
+    return as_float32(tensors, f"encoder {spec.name!r}: {path}")
+
+
+def as_float32(tensors: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """
+    The tensors of a weight file in float32.
+
+    :param where: begins the message
+    :raises ValueError: if one has another type than those in ``REAL``
+    """
+    for key, tensor in tensors.items():
+        if tensor.dtype not in REAL:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in REAL)
+            raise ValueError(f"{where}: {key} is {tensor.dtype}, allowed: {names}")
+    return {key: tensor.float() for key, tensor in tensors.items()}
 
 
 def golden_features(encoder: Encoder) -> tuple[float, ...]:
@@ -344,6 +366,7 @@ def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: Encoder
 def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
     """The trunk, and the shape of the features of one image."""
     try:
+        _check_numbers(spec)
         trunk = find_architecture(spec).build(spec).eval()
         features = trunk(torch.zeros(1, spec.channels, *spec.image_size))
     # A convolution without a pixel left, or a transformer that was made for another size.
@@ -353,6 +376,22 @@ def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
             f"architecture {spec.architecture!r} ({_reason(error)}); correct the card"
         ) from None
     return trunk, tuple(features.shape[1:])
+
+
+def _check_numbers(spec: EncoderSpec) -> None:
+    """Whether it fits in memory, before it takes any."""
+    try:
+        with torch.device("meta"):
+            trunk = find_architecture(spec).build(spec)
+    except NotImplementedError:  # torchvision's RegNets know no meta device; all are smaller
+        return
+    n_numbers = sum(parameter.numel() for parameter in trunk.parameters())
+    if n_numbers > MAX_NUMBERS:
+        raise ValueError(
+            f"encoder {spec.name!r}: architecture {spec.architecture!r} would have {n_numbers:,} "
+            f"numbers with features_dim {spec.features_dim} and {spec.channels} channels, allowed: "
+            f"{MAX_NUMBERS:,}; correct the card"
+        )
 
 
 def _reason(error: Exception) -> str:

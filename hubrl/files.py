@@ -1,13 +1,15 @@
-"""Files that are hashed, locked, replaced as a whole; tensors that are found by prefix."""
+"""Files that are hashed, read, locked, replaced as a whole; tensors that are found by prefix."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,6 +19,21 @@ def file_sha256(path: Path) -> str:
     """The file's sha256, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """
+    Keys and values of a JSON file that may be a stranger's.
+
+    :raises ValueError: if it holds anything else
+    """
+    try:
+        data = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} is damaged: it must be a JSON mapping of keys to values")
+    return data
 
 
 def save_tensors(

@@ -376,9 +376,9 @@ def _card_rows(hub: HubSpec, spec: EncoderSpec) -> Iterator[tuple[str, str]]:
 
 def _fact(value: Any) -> str:
     """A fact of a card as a person writes it."""
-    if isinstance(value, Mapping) and set(value) == {"mean", "interval95"}:
-        low, high = value["interval95"]
-        return f"{value['mean']} (95% interval {low} to {high})"
+    match value:  # of a stranger's card it may hold anything
+        case {"mean": mean, "interval95": [low, high], **rest} if not rest:
+            return f"{mean} (95% interval {low} to {high})"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_fact(item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):

@@ -18,13 +18,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hubrl.architectures import find_architecture, nature_features
-from hubrl.encoders import read_weights, with_features_dim
+from hubrl.encoders import as_float32, read_weights, with_features_dim
 from hubrl.files import with_prefix
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INSTALL_SHARE = 'pip install "hubrl[share]"'
-MAX_UNPACKED = 4 * 1024**3  # bytes of the weights in a zip: a stranger's could be a bomb
+#: Bytes that an entry of a zip may have, since a stranger's could be a bomb: weights, plain data,
+#: and how many times its packed bytes, above a megabyte.
+MAX_UNPACKED, MAX_DATA, MAX_RATIO = 4 * 1024**3, 64 * 1024**2, 20
 #: The first layer of a NatureCNN: its extractor, and the image's key where observations are Dicts.
 FIRST_LAYER = re.compile(r"(.*features_extractor\.)(?:extractors\.([^.]+)\.)?cnn\.0\.weight")
 #: The layers of a NatureCNN, and how many dimensions their weights have.
@@ -211,14 +213,17 @@ def policy_tensors(file: Path) -> dict[str, Tensor]:
 
     :raises ValueError: if it is no such zip, or its policy.pth holds anything but tensors
     """
-    content = zip_entry(file, "policy.pth")
+    content = zip_entry(file, "policy.pth", MAX_UNPACKED)
     try:
         _check_inner_zip(content)
         tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a stranger's pickle makes of torch's restricted reader
+        # The rest of what torch says is how to have the pickle run nevertheless.
+        found = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
+        reason = found[0] if found else _reason(error).partition(" In PyTorch")[0]
         raise ValueError(
             f"{file}: policy.pth holds more than tensors or is damaged, so it was not read "
-            f"({_reason(error)})"
+            f"({reason})"
         ) from None
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file}: policy.pth is no mapping of names to tensors")
@@ -231,7 +236,7 @@ def agent_data(file: Path) -> dict[str, Any]:
 
     :raises ValueError: if it is no such zip, or its data are no JSON
     """
-    content = zip_entry(file, "data")
+    content = zip_entry(file, "data", MAX_DATA)
     try:
         data = json.loads(content)
     except (ValueError, RecursionError):
@@ -241,18 +246,26 @@ def agent_data(file: Path) -> dict[str, Any]:
     return data
 
 
-def zip_entry(file: Path, entry: str) -> bytes:
+def zip_entry(file: Path, entry: str, max_bytes: int) -> bytes:
     """
     The bytes of an entry of a zip that SB3 saved.
 
-    :raises ValueError: if it is no such zip, or the entry is too large
+    :param max_bytes: that the entry may have
+    :raises ValueError: if it is no such zip, or the entry is too large or packed in another way
     """
     try:
         with zipfile.ZipFile(file) as archive:
-            size = archive.getinfo(entry).file_size
-            if size > MAX_UNPACKED:
-                raise ValueError(f"{file}: {entry} would unpack to {size:,} bytes, too many")
-            return archive.read(entry)
+            info = archive.getinfo(entry)
+            if info.file_size > min(max_bytes, _most(info.compress_size)):
+                raise ValueError(
+                    f"{file}: {entry} would unpack to {info.file_size:,} bytes, too many"
+                )
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(
+                    f"{file}: {entry} is packed by method {info.compress_type}, allowed: stored or "
+                    "deflated, as Stable-Baselines3 does it"
+                )
+            return archive.read(info)
     except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{file} is no agent saved by Stable-Baselines3, a zip with {entry} ({_reason(error)})"
@@ -380,8 +393,13 @@ def _check_inner_zip(content: bytes) -> None:
     if zipfile.is_zipfile(stream):
         with zipfile.ZipFile(stream) as archive:
             size = sum(info.file_size for info in archive.infolist())
-        if size > MAX_UNPACKED:
+        if size > min(MAX_UNPACKED, _most(len(content))):
             raise ValueError(f"it would unpack to {size:,} bytes, too many")
+
+
+def _most(n_bytes: int) -> int:
+    """What so many packed bytes may unpack to; weights hardly shrink."""
+    return 1024**2 + MAX_RATIO * n_bytes
 
 
 def _of_shared_hub(hub: HubSpec, repository: str, file: str, wishes: Wishes) -> Provided:
@@ -425,9 +443,10 @@ def _timm_config(repository: str) -> dict[str, Any]:
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
-        return {key: tensor.float() for key, tensor in load_file(file).items()}
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} can't be read as safetensors ({_reason(error)})") from None
+    return as_float32(tensors, str(file))
 
 
 def _foreign_card(

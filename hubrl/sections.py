@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -55,11 +55,15 @@ def parse(cls: type[Config], data: Mapping[str, Any]) -> Config:
 
 def read_mapping(file: Path) -> dict[str, Any]:
     """
-    :raises ValueError: if the file can't be read as a mapping of keys to values; one line
+    :raises ValueError: if the file can't be read as a mapping of keys to values, or a key at any
+        depth is no text; one line
     """
     data = read_yaml(file, "config file")
     if not isinstance(data, dict):
         raise ValueError(f"config file {file} must be a mapping of keys to values")
+    for key in _keys(data):
+        if not isinstance(key, str):  # such as `no`, which is false in YAML
+            raise ValueError(f"config file {file} has the key {key!r}, allowed: text; quote it")
     return data
 
 
@@ -74,6 +78,15 @@ def with_overrides(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
         if isinstance(data.get(section), dict):
             data[section][key] = value
     return data
+
+
+def _keys(data: Any) -> Iterator[Any]:
+    """Those at all depths."""
+    if isinstance(data, dict):
+        yield from data
+    if isinstance(data, (dict, list)):
+        for value in data.values() if isinstance(data, dict) else data:
+            yield from _keys(value)
 
 
 def _explain(cls: type[Section], error: pydantic.ValidationError) -> str:

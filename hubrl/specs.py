@@ -7,6 +7,7 @@ import difflib
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -24,7 +25,11 @@ CACHE_VARIABLE = "HUBRL_CACHE"
 TIMM_PREFIX = "timm:"
 N_GOLDEN = 8
 NO_LICENSE = ("", "none", "unknown", "noassertion")
+#: Of an image that an encoder sees, frames included: a stranger's card shall not fill the memory.
+MAX_PIXELS = 2**22
 MAX_DEPTH = 32  # of YAML
+MAX_YAML = 2**20  # bytes: each takes some hundred of memory
+MAX_BITS, MAX_DIGITS = 63, 99  # of a number in YAML
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,16 +87,13 @@ class EncoderSpec:
             raise ValueError(
                 f"encoder name {self.name!r} must be lower case letters, digits, '_' and '-'"
             )
-        self._require(self.features_dim >= 1, "features_dim", "at least 1")
-        self._require(len(self.image_size) == 2, "image_size", "[height, width]")
-        is_pixels = all(isinstance(size, int) and size >= 1 for size in self.image_size)
-        self._require(is_pixels, "image_size", "positive pixels, whole numbers")
-        self._require(self.channels >= 1, "channels", "at least 1")
-        self._require(len(self.mean) in (1, self.channels), "mean", "1 number or one per channel")
-        self._require(len(self.std) in (1, self.channels), "std", "1 number or one per channel")
-        self._require(min(self.std) > 0, "std", "above 0")
-        self._require(self.frames in get_args(FramePolicy), "frames", "stack, last or each")
-        self._require(self.n_frames >= 1, "n_frames", "at least 1")
+        for field in ("architecture", "source"):
+            self._require(isinstance(getattr(self, field), str), field, "a text")
+        self._require(isinstance(self.license, str | None), "license", "a text")
+        self._require(isinstance(self.pretraining, Mapping), "pretraining", "keys with values")
+        for field in ("features_dim", "channels", "n_frames"):
+            self._require(_is_count(getattr(self, field)), field, "a whole number, at least 1")
+        self._check_image()
         if self.n_frames > 1:
             self._require(self.frames == "each", "n_frames", "1, unless frames is each")
         if self.frames == "each":
@@ -104,12 +106,30 @@ class EncoderSpec:
             inside = not Path(self.weights).is_absolute() and ".." not in Path(self.weights).parts
             self._require(inside, "weights", "a file inside the hub's folder")
         if self.golden is not None:
-            is_golden = len(self.golden) == N_GOLDEN and all(map(math.isfinite, self.golden))
+            is_golden = len(self.golden) == N_GOLDEN and all(map(_is_number, self.golden))
             self._require(is_golden, "golden", f"{N_GOLDEN} finite numbers")
         if self.provider is not None:
             is_known = re.fullmatch(r"(pypi|torchvision|timm|file):\S+", str(self.provider))
             allowed = "pypi:PACKAGE==VERSION, torchvision:WEIGHTS, timm:MODEL or file:NAME"
             self._require(bool(is_known), "provider", allowed)
+
+    def _check_image(self) -> None:
+        self._require(len(self.image_size) == 2, "image_size", "[height, width]")
+        is_pixels = all(map(_is_count, self.image_size))
+        self._require(is_pixels, "image_size", "positive pixels, whole numbers")
+        n_pixels = math.prod(self.image_size) * self.channels * self.n_frames
+        self._require(
+            n_pixels <= MAX_PIXELS,
+            "image_size",
+            f"{MAX_PIXELS:,} pixels at most, those of all {self.channels * self.n_frames} channels "
+            "together",
+        )
+        for field in ("mean", "std"):
+            numbers = getattr(self, field)
+            fits = len(numbers) in (1, self.channels) and all(map(_is_number, numbers))
+            self._require(fits, field, "1 number or one per channel")
+        self._require(min(self.std) > 0, "std", "above 0")
+        self._require(self.frames in get_args(FramePolicy), "frames", "stack, last or each")
 
     @property
     def is_fetched(self) -> bool:
@@ -132,15 +152,15 @@ class HubSpec:
     """
     A named collection of pretrained encoders.
 
-    :param name: the hub's name
+    :param name: the hub's name, which is part of the names of folders
     :param encoders: one card for each encoder; at least one, names unique
     :param description: one paragraph for people
     :param always_active: names of encoders that every image activates, unless the user of the hub
         decides otherwise or has a ``top_k`` that would leave none to choose; see
         ``hubrl.pathway.HubPathway``
     :param folder: where the weight files lie; None for encoders without weights
-    :raises ValueError: if there is no encoder, two have the same name, or ``always_active`` names
-        another one, one twice, or all
+    :raises ValueError: if the name has slashes, there is no encoder, two have the same name, or
+        ``always_active`` names another one, one twice, or all
     """
 
     name: str
@@ -150,6 +170,8 @@ class HubSpec:
     folder: Path | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"[^/\\]+", self.name):
+            raise ValueError(f"hub name {self.name!r} must be a text without slashes")
         if not self.encoders:
             raise ValueError(f"hub {self.name!r} has no encoders, but at least 1 is needed")
         names = self.encoder_names
@@ -294,9 +316,12 @@ def read_yaml(file: Path, what: str) -> Any:
     Anchors and aliases are refused: a few lines of them can stand for more than fits in memory.
 
     :param what: such a file's name in messages
-    :raises ValueError: if it is no YAML, has an anchor or an alias, or is nested too deeply
+    :raises ValueError: if it is no YAML of at most a megabyte, has an anchor, an alias or a tag, is
+        nested too deeply, or holds control characters or numbers of more than 63 bits
     """
     try:
+        if file.stat().st_size > MAX_YAML:
+            raise _RefusedError(f"{file.stat().st_size:,} bytes long, allowed: {MAX_YAML:,}")
         return yaml.load(file.read_text(), _PlainLoader)
     except _RefusedError as error:
         raise ValueError(f"{what} {file}, {error}") from None
@@ -316,6 +341,14 @@ def closest(word: str, allowed: Iterable[str]) -> str:
     return f" (closest: {matches[0]!r})" if matches else ""
 
 
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 class _RefusedError(Exception):
     """YAML that is valid, but not taken."""
 
@@ -327,19 +360,48 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()  # type: ignore[no-untyped-call]
-        name = getattr(event, "anchor", None)  # of an alias, too
-        where = f"line {event.start_mark.line + 1}"
-        if name is not None:
-            raise _RefusedError(
-                f"{where}, has the YAML anchor or alias {name!r}, allowed: none; write out at each "
-                "place what it stands for"
+        name, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if name is not None:  # of an alias, too
+            raise self._refusal(
+                event,
+                f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place "
+                "what it stands for",
+            )
+        if tag is not None:
+            raise self._refusal(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
+        if any(map(_is_control, getattr(event, "value", ""))):
+            raise self._refusal(
+                event, f"has control characters, allowed: text ({event.value[:20]!r})"
             )
         if self.depth == MAX_DEPTH:
-            raise _RefusedError(f"{where}, is nested deeper than the {MAX_DEPTH} levels allowed")
+            raise self._refusal(event, f"is nested deeper than the {MAX_DEPTH} levels allowed")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        is_int, text = node.tag.endswith(":int"), str(node.value)
+        if len(text) <= MAX_DIGITS:
+            read = self.construct_yaml_int if is_int else self.construct_yaml_float
+            number: int | float = read(node)
+            if not is_int or int(number).bit_length() <= MAX_BITS:
+                return number
+        raise self._refusal(
+            node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most"
+        )
+
+    def _refusal(self, place: Any, why: str) -> _RefusedError:
+        return _RefusedError(f"line {place.start_mark.line + 1}, {why}")
+
+
+for _kind in ("int", "float"):
+    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.construct_number)
+
+
+def _is_control(char: str) -> bool:
+    """Of those a terminal obeys some, and of a half of a surrogate pair nothing can be printed."""
+    return unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hubrl.files import file_sha256
+from hubrl.files import file_sha256, read_json
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -68,12 +68,12 @@ def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
 
     :raises ValueError: if a file is missing, damaged or of other parts
     """
-    scalars = read_state(folder)["scalars"]
+    scalars: Any = read_state(folder).get("scalars")
     for name, part in parts.items():
         file = folder / f"{name}.safetensors"
         try:
             _unpack(part, load_file(file), scalars[name])
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"checkpoint file {file} can't be loaded: {reason}") from None
 
@@ -111,7 +111,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             "file back, or train anew"
         )
     try:
-        state: dict[str, Any] = json.loads((folder / STATE_FILE).read_text())
+        state = read_json(folder / STATE_FILE)
     except (OSError, ValueError):
         raise ValueError(f"there is no checkpoint in {folder} (no readable {STATE_FILE})") from None
     return state
@@ -155,13 +155,15 @@ def _take_back(folder: Path, damage: str) -> bool:
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files; None if they are whole, or older than manifests."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+        manifest = read_json(folder / MANIFEST_FILE)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         return f"{MANIFEST_FILE} can't be read"
     for name, sha256 in manifest.items():
         file = folder / name
+        if Path(name).name != name:
+            return f"{MANIFEST_FILE} names {name!r}, which is no file in it"
         if not file.is_file():
             return f"{name} is missing"
         if file_sha256(file) != sha256:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import click
 
 from hubrl import cli
+from hubrl.files import read_json
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CONFIG_FILE, read_rows
 from hubrl.sections import read_mapping
@@ -97,13 +97,16 @@ def read_runs(folder: Path) -> list[Run]:
     configs = {file: _flat(read_mapping(file.parent / CONFIG_FILE)) for file in files}
     runs = []
     for file in files:
-        results, config = json.loads(file.read_text()), configs[file]
-        alike = [
-            c
-            for c in configs.values()
-            if (c["method"], c["data.name"]) == (config["method"], config["data.name"])
-        ]
-        runs += _runs_of(file.parent, results, config, _label(config, alike))
+        results, config = read_json(file), configs[file]
+        try:
+            alike = [
+                c
+                for c in configs.values()
+                if (c["method"], c["data.name"]) == (config["method"], config["data.name"])
+            ]
+            runs += _runs_of(file.parent, results, config, _label(config, alike))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is not what a finished run writes ({error})") from None
     return runs
 
 

@@ -152,6 +152,8 @@ def read_torch(content: bytes, spec: EncoderSpec) -> dict[str, Any]:
     except Exception as error:  # whatever a stranger's pickle makes of the restricted reader
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"encoder {spec.name!r}: no file of tensors ({reason})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"encoder {spec.name!r}: no file of tensors by name")
     return dict(found)
 
 

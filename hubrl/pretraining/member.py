@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from hubrl.encoders import encoder_of, golden_features
-from hubrl.files import file_sha256, locked, save_tensors
+from hubrl.files import file_sha256, locked, read_json, save_tensors
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, list_hubs, load_hub, save_hub
 
 WORK_FOLDER = ".pretrain"
@@ -65,7 +65,7 @@ class Member:
         file = self.work / SETTINGS_FILE
         if not file.exists():
             return
-        before = json.loads(file.read_text())
+        before = read_json(file)
         for key, value in json.loads(self._settings).items():
             if before.get(key) != value:
                 raise ValueError(

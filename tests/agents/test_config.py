@@ -129,8 +129,17 @@ def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, message: str
         load_config(file)
 
 
+@pytest.mark.parametrize("text", ["1: x", "no: x", "a: [{null: x}]", "a: {b: {2026-01-01: x}}"])
+def test_keys_are_texts(text: str, tmp_path: Path) -> None:
+    """YAML takes ``no`` for false."""
+    file = tmp_path / "x.yaml"
+    file.write_text(built_in_config("ppo").read_text() + text)
+    with pytest.raises(ValueError, match=r"x\.yaml has the key .*, allowed: text; quote it"):
+        load_config(file)
+
+
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     file = tmp_path / "x.yaml"
     file.write_text("env: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ValueError, match="is not valid YAML"):
+    with pytest.raises(ValueError, match=r"line 1, has the YAML tag .*os\.getcwd"):
         load_config(file)

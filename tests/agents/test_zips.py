@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import pickle
+import shutil
+import stat
+import warnings
+import zipfile
+from base64 import b64encode
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sb3_agents import AGENTS, make_agent
 from small_runs import SMALL_OF, small_env
 from stable_baselines3 import PPO
@@ -14,6 +25,9 @@ from stable_baselines3 import PPO
 import hubrl.evaluate
 from agents.zips import hub_of, rebuild
 from envs import with_action_masks
+from hubrl import cli
+from hubrl.__main__ import group
+from hubrl.providers import policy_tensors
 
 
 def env_of(name: str) -> Any:
@@ -74,3 +88,113 @@ def test_what_does_not_fit(hub5: Path, tmp_path: Path) -> None:
     (tmp_path / "no.zip").write_bytes(b"no zip")
     with pytest.raises(ValueError, match="is no agent saved by Stable-Baselines3"):
         hub_of(tmp_path / "no.zip")
+
+
+class Evil:
+    """Unpickling it makes the file ``canary``."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch canary",)
+
+
+def torch_file(value: Any, *, is_zip: bool = True) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=is_zip)
+    return buffer.getvalue()
+
+
+def evil_zips(folder: Path, entries: dict[str, bytes]) -> Iterator[tuple[Path, bool]]:
+    """The known ways to have a zip of SB3 run code or write files, and whether tensors are left."""
+    data = json.loads(entries["data"])
+    serialized = {
+        ":type:": "<class 'dict'>",
+        ":serialized:": b64encode(pickle.dumps(Evil())).decode(),
+    }
+    for key in ("policy_kwargs", "policy_class", "observation_space", "lr_schedule", "new"):
+        text = json.dumps({**data, key: serialized | {"net_arch": [4]}})
+        yield rezipped(folder, entries | {"data": text.encode()}), True
+    for content in (
+        pickle.dumps(Evil()),
+        torch_file(Evil()),
+        torch_file({"a": Evil()}),
+        torch_file({"a": Evil()}, is_zip=False),
+    ):
+        yield rezipped(folder, entries | {"policy.pth": content}), False
+        yield rezipped(folder, entries | {"pytorch_variables.pth": content}), True
+        yield rezipped(folder, entries | {"policy.optimizer.pth": content}), True
+    slips = {"../canary": b"x", "/tmp/../canary": b"x", "..\\canary": b"x", "a/../../canary": b"x"}
+    yield rezipped(folder, entries | slips), True
+    link = zipfile.ZipInfo("policy.pth")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    yield rezipped(folder, entries | {link: b"/etc/passwd"}), False
+    yield rezipped(folder, entries, ("policy.pth", torch_file(Evil()))), False
+    yield rezipped(folder, entries, ("policy.pth", entries["policy.pth"])), True
+
+
+def rezipped(folder: Path, entries: Mapping[Any, bytes], *doubled: tuple[str, bytes]) -> Path:
+    file = folder / "evil.zip"
+    with warnings.catch_warnings(), zipfile.ZipFile(file, "w") as archive:
+        warnings.simplefilter("ignore")  # of doubled names
+        names = {getattr(name, "filename", name): name for name in entries}
+        for name in names.values():
+            archive.writestr(name, entries[name])
+        for name, content in doubled:
+            archive.writestr(name, content)
+    return file
+
+
+def test_what_would_run_code_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = tmp_path / "a" / "b" / "inside"
+    inside.mkdir(parents=True)
+    monkeypatch.chdir(inside)
+    PPO("CnnPolicy", small_env(), policy_kwargs={"net_arch": [4]}).save("plain.zip")
+    with zipfile.ZipFile("plain.zip") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    expected = policy_tensors(Path("plain.zip"))
+    n_refused = 0
+    for file, has_tensors in evil_zips(inside, entries):
+        if has_tensors:
+            found = rebuild(file, "ppo", small_env()).policy.state_dict()
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        else:
+            with pytest.raises(ValueError, match=r"evil\.zip"):
+                rebuild(file, "ppo", small_env())
+            n_refused += 1
+        for command in (["hubs", "add", "hub", "--license", "MIT", "--from-sb3", str(file)],):
+            with pytest.raises(SystemExit) as end:
+                cli.run(group, "hubrl", command)
+            assert end.value.code == (0 if has_tensors else 2)
+            shutil.rmtree("hub", ignore_errors=True)
+    assert n_refused == 6
+    names = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert names == {"plain.zip", "evil.zip"}
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (
+            {"net_arch": [10**9]},
+            r"net_arch is \[1000000000\], allowed: 1 to 8192, of at most",
+        ),
+        ({"net_arch": [8] * 9}, "net_arch is .* of at most 8 layers"),
+        ({"net_arch": {"pi": 8}}, "net_arch is .* of at most 8 layers"),
+        ({"net_arch": "x"}, "net_arch is 'x', allowed: list"),
+        ({"n_quantiles": 10**12}, "n_quantiles is 1000000000000, allowed: 1 to 8192"),
+        ({"n_critics": True}, "n_critics is True, allowed: int"),
+        ({"features_extractor_kwargs": {"features_dim": 10**9}}, "features_dim is 1000000000, all"),
+        ({"features_extractor_kwargs": {"hub": 5}}, "hub is 5, allowed: str"),
+        ({"features_extractor_kwargs": {"x": 5}}, "has the argument 'x', allowed: hub, top_k"),
+    ],
+)
+def test_foreign_arguments(
+    kwargs: dict[str, Any], message: str, hub5: Path, tmp_path: Path
+) -> None:
+    make_agent("ppo", hub5).save(tmp_path / "own.zip")
+    with zipfile.ZipFile(tmp_path / "own.zip") as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    data = json.loads(entries["data"])
+    data["policy_kwargs"] |= kwargs
+    file = rezipped(tmp_path, entries | {"data": json.dumps(data).encode()})
+    with pytest.raises(ValueError, match=message):
+        rebuild(file, "ppo", small_env())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -48,6 +50,22 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--fail", "abort")[0] == 130
     with pytest.raises(ValueError, match="a bug"):
         cli.run(command, "hubrl test", ["--fail", "bug"])
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "\x1b[2J\u202e\udcff") == (
+        2,
+        "hubrl test: error: Got unexpected extra argument (\\x1b[2J\\u202e\\udcff)\n",
+    )
+
+
+def test_names_that_are_no_text_can_be_printed() -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), "utf-8")
+    shows = click.Command("x", callback=lambda: print("\udcff"))
+    with contextlib.redirect_stdout(stream), pytest.raises(SystemExit):
+        cli.run(shows, "hubrl test", [])
+    stream.seek(0)
+    assert stream.read() == "\\udcff\n"
 
 
 @pytest.mark.parametrize(

@@ -212,6 +212,10 @@ def test_file_that_is_not_safetensors(hub5: Path) -> None:
             r"architecture 'nature_con' is unknown \(closest: 'nature_conv'\); architectures: ",
         ),
         ({"architecture": "nature_cnn"}, "does not fit architecture 'nature_cnn': .*linear.0"),
+        (
+            {"architecture": "nature_cnn", "image_size": (84, 84), "features_dim": 10**6},
+            "features_dim is 1000000, allowed of nature_cnn at 84x84 px: 10699 at most",
+        ),
         ({"image_size": (20, 20)}, r"image_size \[20, 20\] in its card does not fit arch"),
         ({"features_dim": 65}, r"features_dim is 65 in its card, but the architecture gives \(64,"),
     ],
@@ -220,6 +224,16 @@ def test_card_that_does_not_describe_the_file(hub5: Path, changes, message: str)
     hub = load_hub(hub5)
     with pytest.raises(ValueError, match=message):
         build_encoder(hub, dataclasses.replace(hub.encoders[0], **changes))
+
+
+def test_a_net_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "MAX_NUMBERS", 10_000)
+    message = (
+        r"'timm:test_resnet' would have \d{3},\d{3} numbers with features_dim 96 and 3 channels, "
+        "allowed: 10,000; correct the card"
+    )
+    with pytest.raises(ValueError, match=message):
+        encoders.encoder_of(library_spec("timm:test_resnet", 96), None)
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,15 @@ def test_show_prints_the_whole_card(hubs: Hubs, hub: Path) -> None:
     assert lines.index("left") < lines.index("  pretraining") < lines.index("right")
 
 
+@pytest.mark.parametrize("interval", [[0.5], 5, None, [1, 2, 3], {"low": 1}])
+def test_show_takes_facts_of_any_form(hubs: Hubs, hub: Path, interval: object) -> None:
+    change_card(hub, "left", pretraining={"score": {"mean": 1.0, "interval95": interval}})
+    shown = hubs("show", hub)
+    assert shown.code == 0
+    assert "mean 1.0" in shown.out
+    assert "95%" not in shown.out
+
+
 def test_show_says_which_encoders_are_always_active(hubs: Hubs, hub: Path) -> None:
     assert "always active" not in hubs("show", hub).out
     save_hub(dataclasses.replace(load_hub(hub), always_active=("right",)), hub)

@@ -31,7 +31,16 @@ import hubrl
 from hubrl.encoders import build_encoder
 from hubrl.hubs import check_encoder
 from hubrl.pretraining.member import add_encoder
-from hubrl.providers import Wishes, from_file, from_hf, from_sb3, from_timm, from_torchvision
+from hubrl.providers import (
+    Wishes,
+    agent_data,
+    from_file,
+    from_hf,
+    from_sb3,
+    from_timm,
+    from_torchvision,
+    policy_tensors,
+)
 from hubrl.specs import load_hub
 
 MIT = Wishes(license="MIT")
@@ -215,8 +224,9 @@ def test_a_strangers_zip_runs_nothing(tmp_path: Path) -> None:
     data = json.dumps({"policy_kwargs": {":serialized:": pickle.dumps(Bomb(trace)).hex()}}).encode()
     for content in (payload.getvalue(), pickle.dumps(Bomb(trace)), b"", b"\x80\x04]."):
         file = zip_of(tmp_path / "evil.zip", policy_pth=content, data=data)
-        with pytest.raises(ValueError, match=r"evil\.zip: policy\.pth "):
+        with pytest.raises(ValueError, match=r"evil\.zip: policy\.pth ") as refusal:
             from_sb3(file, MIT)
+        assert "set to `False`" not in str(refusal.value), "no advice to run it nevertheless"
     assert not trace.exists()
 
 
@@ -239,6 +249,28 @@ def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         archive.writestr("archive/data.pkl", bytes(2000))
     with pytest.raises(ValueError, match=r"policy.pth .* would unpack to 2,000 bytes, too many"):
         from_sb3(zip_of(file, policy_pth=inner.getvalue()), MIT)
+
+
+def test_zips_that_shrink_too_much_or_otherwise(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("policy.pth", bytes(2_000_000))
+        archive.writestr("data", bytes(100))
+    with pytest.raises(ValueError, match=r"policy\.pth would unpack to 2,000,000 bytes, too many"):
+        policy_tensors(tmp_path / "bomb.zip")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.writestr("data", bytes(64 * 1024**2 + 1))
+    with pytest.raises(ValueError, match="data would unpack to 67,108,865 bytes, too many"):
+        agent_data(tmp_path / "data.zip")
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("data", b"{}")
+    with pytest.raises(ValueError, match="data is packed by method 14, allowed: stored or"):
+        agent_data(tmp_path / "lzma.zip")
+
+
+def test_types_that_are_no_weights(tmp_path: Path) -> None:
+    save_file({"cnn.0.weight": torch.zeros(1, dtype=torch.complex64)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors: cnn\.0\.weight is torch\.complex64"):
+        from_file(tmp_path / "x.safetensors", Wishes("x", "MIT", "nature_conv"))
 
 
 @pytest.fixture

@@ -64,15 +64,27 @@ def test_any_valid_card_survives_yaml(
     ("changes", "message"),
     [
         ({"name": "Pong!"}, "'Pong!' must be lower case letters"),
-        ({"features_dim": 0}, "features_dim is 0, allowed: at least 1"),
+        ({"architecture": 5}, "architecture is 5, allowed: a text"),
+        ({"source": ["x"]}, r"source is \['x'\], allowed: a text"),
+        ({"license": False}, "license is False, allowed: a text"),
+        ({"pretraining": "x"}, "pretraining is 'x', allowed: keys with values"),
+        ({"channels": True}, "channels is True, allowed: a whole number, at least 1"),
+        ({"features_dim": 6.5}, "features_dim is 6.5, allowed: a whole number, at least 1"),
+        ({"mean": ("x",)}, r"mean is \('x',\), allowed: 1 number or one per channel"),
+        ({"std": (float("inf"),)}, r"std is \(inf,\), allowed: 1 number or one per channel"),
+        (
+            {"image_size": (1024, 1025)},
+            r"image_size is \(1024, 1025\), allowed: 4,194,304 pixels at most, those of all 4 ch",
+        ),
+        ({"features_dim": 0}, "features_dim is 0, allowed: a whole number, at least 1"),
         ({"image_size": (84,)}, r"image_size is \(84,\), allowed: \[height, width\]"),
         ({"image_size": (84, 0)}, "image_size is .* allowed: positive pixels"),
-        ({"channels": 0}, "channels is 0, allowed: at least 1"),
+        ({"channels": 0}, "channels is 0, allowed: a whole number, at least 1"),
         ({"mean": (0.1, 0.2)}, "mean is .* allowed: 1 number or one per channel"),
         ({"std": (0.1, 0.2)}, "std is .* allowed: 1 number or one per channel"),
         ({"std": (0.0,)}, "std is .* allowed: above 0"),
         ({"frames": "first"}, "frames is 'first', allowed: stack, last or each"),
-        ({"n_frames": 0}, "n_frames is 0, allowed: at least 1"),
+        ({"n_frames": 0}, "n_frames is 0, allowed: a whole number, at least 1"),
         ({"n_frames": 2}, "n_frames is 2, allowed: 1, unless frames is each"),
         ({"frames": "each"}, "channels is 4, allowed: 1 or 3, where frames is each"),
         (
@@ -95,6 +107,13 @@ def test_any_valid_card_survives_yaml(
 def test_card_out_of_range(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(nature_spec("x"), **changes)
+
+
+@pytest.mark.parametrize("name", ["", "x/../../../outside", "..\\x"])
+def test_the_name_of_a_hub_leads_nowhere(name: str) -> None:
+    """It is part of the name of a run's folder."""
+    with pytest.raises(ValueError, match=r"hub name '.*' must be a text without slashes"):
+        HubSpec(name=name, encoders=(nature_spec("x"),))
 
 
 def test_hub_needs_encoders_with_different_names() -> None:
@@ -155,11 +174,11 @@ def test_the_closest_word() -> None:
         (lambda data: data["encoders"][0].pop("license"), "encoder 'a' lacks the key 'license'"),
         (
             lambda data: data["encoders"][0].update(channels="four"),
-            "encoder 'a': a value has the wrong type",
+            "encoder 'a': channels is 'four', allowed: a whole number, at least 1",
         ),
         (
             lambda data: data["encoders"][0].update(golden=["one"] * 8),
-            "encoder 'a': a value has the wrong type",
+            "encoder 'a': golden is .* allowed: 8 finite numbers",
         ),
         (
             lambda data: data["encoders"][0].update(image_size=[36.0, 36.0]),
@@ -211,6 +230,29 @@ def test_aliases_are_refused(hub5: Path) -> None:
 def test_deep_nests_are_refused(hub5: Path) -> None:
     (hub5 / "hub.yaml").write_text("name: " + "[" * 100_000)
     with pytest.raises(ValueError, match="line 1, is nested deeper than the 32 levels allowed"):
+        load_hub(hub5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "name: !!timestamp x",
+            r"line 1, has the YAML tag 'tag:yaml\.org,2002:timestamp', all",
+        ),
+        ("name: x\nencoders: !!set {a}", "line 2, has the YAML tag"),
+        ("name: !!python/object/apply:os.system [ls]", "line 1, has the YAML tag"),
+        ('name: "\\e[2J"', r"line 1, has control characters, allowed: text \('\\x1b\[2J'\)"),
+        ('name: "\\uD800"', "line 1, has control characters"),
+        (f"name: {'9' * 5000}", r"line 1, has the number 9{20}\.\.\., allowed: 63 bits at most"),
+        ("name: 0x8000000000000000", "line 1, has the number 0x80"),
+        (f"name: 1{':59' * 200}.5", "line 1, has the number 1:59"),
+        ("#" * 2**20 + "\n", "hub.yaml, 1,048,577 bytes long, allowed: 1,048,576"),
+    ],
+)
+def test_what_a_strangers_yaml_may_not_hold(text: str, message: str, hub5: Path) -> None:
+    (hub5 / "hub.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
         load_hub(hub5)
 
 

@@ -81,6 +81,38 @@ def test_the_only_checkpoint_is_damaged(
         read_state(tmp_path / "last")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("manifest.json", "[]", r"damaged \(manifest\.json can't be read\)"),
+        ("manifest.json", "[" * 100_000, r"damaged \(manifest\.json can't be read\)"),
+        (
+            "manifest.json",
+            '{"../other": "0"}',
+            r"damaged \(manifest\.json names '\.\./other', which is no file in it\)",
+        ),
+        ("state.json", "3", r"there is no checkpoint in .* \(no readable state\.json\)"),
+        ("state.json", "[" * 100_000, "there is no checkpoint in "),
+        ("state.json", '{"scalars": [1]}', r"layer\.safetensors can't be loaded"),
+        ("state.json", "{}", r"layer\.safetensors can't be loaded"),
+        ("state.json", '{"scalars": {"layer": [1]}}', None),
+    ],
+)
+def test_foreign_files_in_a_checkpoint(
+    name: str, content: str, message: str | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "last"
+    save(folder, 1)
+    (folder / name).write_text(content)
+    if name != "manifest.json":
+        (folder / "manifest.json").unlink()
+    if message is None:
+        load_parts({"layer": layer(0.0)}, folder)
+        return
+    with pytest.raises(ValueError, match=message):
+        load_parts({"layer": layer(0.0)}, folder)
+
+
 def test_the_manifest_is_what_sha256sum_says(tmp_path: Path) -> None:
     save(tmp_path / "last", 1)
     manifest = json.loads((tmp_path / "last" / "manifest.json").read_text())

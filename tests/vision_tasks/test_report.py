@@ -110,6 +110,20 @@ def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "there is no finished run in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ("[]", "results.json is damaged: it must be a JSON mapping of keys to values"),
+        ("{}", r"results.json is not what a finished run writes \('task'\)"),
+        ('{"task": []}', "results.json is not what a finished run writes"),
+    ],
+)
+def test_results_that_are_none(results: str, message: str, finished: Path) -> None:
+    (finished / "hub-pathway-1" / "results.json").write_text(results)
+    with pytest.raises(ValueError, match=message):
+        report.read_runs(finished)
+
+
 def test_routing_is_what_the_method_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "load_classification", lambda *_: quadrant_data())
     hub = write_rgb_hub(tmp_path / "rgb")
