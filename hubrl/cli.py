@@ -78,7 +78,7 @@ def run_to_continue(
     if run_dir is None:
         found = [folder for folder in found if not is_held(folder)]
     if run_dir is None or not is_auto:
-        found = [folder for folder in found if not is_complete(folder)]
+        found = [folder for folder in found if _is_left(folder, is_complete)]
     if not found or is_auto:
         return found[0] if found else None
     if sys.stdin.isatty():
@@ -113,6 +113,14 @@ def _of_config(folders: Iterable[Path], config: str) -> list[Path]:
     files = [folder / CONFIG_FILE for folder in folders]
     same = [file.parent for file in files if file.is_file() and file.read_text() == config]
     return sorted(same, key=lambda folder: folder.stat().st_mtime, reverse=True)
+
+
+def _is_left(folder: Path, is_complete: Callable[[Path], bool]) -> bool:
+    """Whether a run can go on: one whose only checkpoint is damaged can't."""
+    try:
+        return not is_complete(folder)
+    except ValueError:
+        return False
 
 
 def _one_line(text: str) -> str:

@@ -128,12 +128,7 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--device", help="auto, cpu, cuda ...  [default: auto]")
 @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
 @click.option("--run-dir", type=FILE, help="A new folder.  [default: runs/...]")
-@click.option(
-    "--resume",
-    type=FILE,
-    metavar="RUN",
-    help=cli.RESUME_HELP,
-)
+@click.option("--resume", type=FILE, metavar="RUN", help=cli.RESUME_HELP)
 def command(**options: Any) -> int:
     """
     Train an agent; options win over the configuration file.

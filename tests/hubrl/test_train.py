@@ -241,6 +241,12 @@ class TestTheSameCommandAgain:
         assert run(*command, "--seed", 1, "--resume", "auto", "--run-dir", "runs/cut") == 2
         assert "run-dir runs/cut exists; give another" in capsys.readouterr().err
 
+    def test_not_of_a_run_whose_only_checkpoint_is_damaged(self, command: list[object]) -> None:
+        Path("runs/cut/checkpoints/last/policy.safetensors").unlink()
+        assert run(*command, "--resume", "auto", "--run-dir", "runs/anew") == 0
+        assert run(*command, "--resume", "auto") == 0
+        assert len(list(Path("runs").iterdir())) == 5
+
     def test_not_of_a_run_that_is_going_on(self, command: list[object]) -> None:
         with held(Path("runs/cut")):
             assert run(*command, "--resume", "auto") == 0
