@@ -27,6 +27,7 @@ N_GOLDEN = 8
 NO_LICENSE = ("", "none", "unknown", "noassertion")
 #: Of an image that an encoder sees, frames included: a stranger's card shall not fill the memory.
 MAX_PIXELS = 2**22
+MAX_NAME = 255  # bytes of a file's name
 MAX_DEPTH = 32  # of YAML
 MAX_YAML = 2**20  # bytes: each takes some hundred of memory
 MAX_BITS, MAX_DIGITS = 63, 99  # of a number in YAML
@@ -104,7 +105,9 @@ class EncoderSpec:
             is_hash = self.sha256 is not None and re.fullmatch(r"[0-9a-f]{64}", self.sha256)
             self._require(bool(is_hash), "sha256", "64 hex digits, for a card that has weights")
             inside = not Path(self.weights).is_absolute() and ".." not in Path(self.weights).parts
-            self._require(inside, "weights", "a file inside the hub's folder")
+            is_name = len(os.fsencode(self.weights)) <= MAX_NAME
+            allowed = f"a file inside the hub's folder, of {MAX_NAME} bytes at most"
+            self._require(inside and is_name, "weights", allowed)
         if self.golden is not None:
             is_golden = len(self.golden) == N_GOLDEN and all(map(_is_number, self.golden))
             self._require(is_golden, "golden", f"{N_GOLDEN} finite numbers")

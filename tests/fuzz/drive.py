@@ -24,6 +24,9 @@ from typing import NamedTuple
 
 import atheris
 
+# As `hubrl train` does: oneDNN keeps a kernel for each size of image and layer that it has seen.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
+
 with atheris.instrument_imports(include=["hubrl", "agents", "vision_tasks"]):
     from fuzz import inputs, mutations, valid
 

@@ -101,6 +101,7 @@ def test_any_valid_card_survives_yaml(
         ),
         ({"provider": "timm:"}, "provider is 'timm:', allowed: .* timm:MODEL or file:NAME"),
         ({"weights": "../a", "sha256": "0" * 64}, "weights is '../a', allowed: a file inside"),
+        ({"weights": "é" * 128, "sha256": "0" * 64}, "weights is 'éé.*, of 255 bytes at most"),
         ({"weights": "/etc/a", "sha256": "0" * 64}, "weights is '/etc/a', allowed: a file inside"),
     ],
 )
