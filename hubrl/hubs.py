@@ -358,7 +358,7 @@ def _card_rows(hub: HubSpec, spec: EncoderSpec) -> Iterator[tuple[str, str]]:
     yield "frames", f"{spec.frames} ({policy})"
     yield "mean", _fact(spec.mean)
     yield "std", _fact(spec.std)
-    yield "license", spec.license
+    yield "license", spec.license or "none, must be stated"
     yield "source", spec.source
     if spec.provider is not None:
         yield "provider", spec.provider

@@ -215,6 +215,11 @@ def test_show_takes_facts_of_any_form(hubs: Hubs, hub: Path, interval: object) -
     assert "95%" not in shown.out
 
 
+def test_show_says_that_the_license_is_empty(hubs: Hubs, hub: Path) -> None:
+    change_card(hub, "left", license=None)
+    assert "\n  license          none, must be stated\n" in hubs("show", hub).out
+
+
 def test_show_says_which_encoders_are_always_active(hubs: Hubs, hub: Path) -> None:
     assert "always active" not in hubs("show", hub).out
     save_hub(dataclasses.replace(load_hub(hub), always_active=("right",)), hub)
