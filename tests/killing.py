@@ -25,7 +25,7 @@ def survive(folder: Path, module: str, *args: object) -> None:
 
     Every second time on average the kill waits until a checkpoint is being written.
     """
-    longest = _seconds(command(folder, module, *args, "--run-dir", "whole")) / 12
+    longest = _seconds(command(folder, module, *args, "--run-dir", "whole")) / 24
     chance, n_in_write = random.Random(0), 0
     process = command(folder, module, *args, "--run-dir", "cut")
     for _ in range(N_KILLS):
