@@ -25,8 +25,8 @@ CACHE_VARIABLE = "HUBRL_CACHE"
 TIMM_PREFIX = "timm:"
 N_GOLDEN = 8
 NO_LICENSE = ("", "none", "unknown", "noassertion")
-#: Of an image that an encoder sees, frames included, such as 724 x 724 colours: with a stranger's card
-#: `hubs check`, which looks at 32 images, shall not fill the memory.
+#: Of an image that an encoder sees, frames included, such as 724 x 724 colours: `hubs check`, which
+#: looks at 32 images, shall not fill the memory by a stranger's card.
 MAX_PIXELS = 3 * 2**19
 MAX_NAME = 255  # bytes of a file's name
 MAX_DEPTH = 32  # of YAML
