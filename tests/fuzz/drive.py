@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import hashlib
 import os
 import resource
@@ -33,6 +34,7 @@ with atheris.instrument_imports(include=["hubrl", "agents", "vision_tasks"]):
 FOLDER = Path("runs", "fuzz")
 FIGURES_FILE = "figures.csv"
 MAX_LENGTH = 65536
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 HANG_SECONDS = 120  # of the clock: code outside Python doesn't hear of the sandbox's limit
 MAX_FAILURES = 20
 
@@ -140,6 +142,8 @@ def main(n_inputs: int, folder: Path, kinds: list[str]) -> int:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     warnings.simplefilter("ignore")
+    # What libFuzzer keeps lies between tensors, whose memory would never be given back.
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
     rows, is_whole = [], True
     for kind in kinds:
         process = os.fork()
