@@ -287,7 +287,10 @@ def test_schedule_by_hand(hub5: Path) -> None:
         ({"always_active": ["a", "c"]}, "always_active is a, c, but top_k is 2: at least"),
         ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),
         ({"exploration_coef": {"begin": 1}}, "exploration_coef is .*allowed: a number"),
-        ({"generator": "resnet10"}, "is for image tasks: .* its batch.*; allowed: small, uniform"),
+        (
+            {"generator": "resnet10"},
+            "is for image tasks: .* its batch.*; allowed: small, even, uniform",
+        ),
         ({"precision": "int8"}, "precision is 'int8', allowed: auto, float32, bfloat16"),
     ],
 )
