@@ -43,7 +43,7 @@ def save_checkpoint(
     :raises NotSavedError: if the disk doesn't take it
     """
     numbers = model_numbers(model) if run is None else run.numbers()
-    parts = _parts(model)
+    parts = model_parts(model)
     if run is not None:
         parts[RUN] = run.tensors()
     state = numbers | {"encoders": _encoders(model)} | extra
@@ -58,11 +58,7 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     :raises ValueError: if a file is missing, damaged or of another model, or if the hub's encoders
         are others than when the checkpoint was saved
     """
-    state = read_state(folder)
-    _check_encoders(state["encoders"], _encoders(model), folder)
-    load_parts(_parts(model), folder)
-    set_model_numbers(model, state)
-    return state
+    return _load(model, model_parts(model), folder)
 
 
 def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) -> dict[str, Any]:
@@ -79,9 +75,8 @@ def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) ->
     """
     # Leaving training mode later would begin another rollout, with routing of its own.
     model.policy.set_training_mode(False)
-    state = load_checkpoint(model, folder)
     tensors: dict[str, Tensor] = {}
-    load_parts({RUN: tensors}, folder)
+    state = _load(model, model_parts(model) | {RUN: tensors}, folder)
     differing = restore_run_state(model, state, tensors, restore_env)
     if differing:
         print(
@@ -89,6 +84,27 @@ def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) ->
             "their seeds and actions: the run goes on, but not exactly as without the stop",
             file=sys.stderr,
         )
+    return state
+
+
+def model_parts(model: BaseAlgorithm) -> dict[str, Any]:
+    """The modules, optimizers and tensors that make up a model, by SB3's names for them."""
+    modules, variables = model._get_torch_save_params()
+    parts = {}
+    for name in modules + variables:
+        part: Any = model
+        for attribute in name.split("."):
+            part = getattr(part, attribute)
+        if part is not None:
+            parts[name] = part
+    return parts
+
+
+def _load(model: BaseAlgorithm, parts: dict[str, Any], folder: Path) -> dict[str, Any]:
+    state = read_state(folder)
+    _check_encoders(state["encoders"], _encoders(model), folder)
+    load_parts(parts, folder)
+    set_model_numbers(model, state)
     return state
 
 
@@ -115,16 +131,3 @@ def _check_encoders(
                 f"{str(sha256)[:12]}..., but the hub's has {str(found[name])[:12]}...: "
                 "put that weight file back, or train anew"
             )
-
-
-def _parts(model: BaseAlgorithm) -> dict[str, Any]:
-    """The modules, optimizers and tensors that make up a model, by SB3's names for them."""
-    modules, variables = model._get_torch_save_params()
-    parts = {}
-    for name in modules + variables:
-        part: Any = model
-        for attribute in name.split("."):
-            part = getattr(part, attribute)
-        if part is not None:
-            parts[name] = part
-    return parts

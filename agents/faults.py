@@ -14,6 +14,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from torch import Tensor, nn
 
+from agents.checkpoints import model_parts
 from agents.config import RunConfig
 
 ROLLOUT_ARRAYS = ("observations", "rewards", "values", "log_probs", "advantages", "returns")
@@ -36,9 +37,9 @@ def watch_gradients(model: BaseAlgorithm) -> None:
 
     :param model: its optimizers are watched
     """
-    names, variables = model._get_torch_save_params()
+    parts = model_parts(model)
     weights = {id(weight): name for name, weight in model.policy.named_parameters()}
-    weights |= {id(getattr(model, name)): name for name in variables}
+    weights |= {id(part): name for name, part in parts.items() if isinstance(part, Tensor)}
 
     def check(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         gradients = {
@@ -51,10 +52,7 @@ def watch_gradients(model: BaseAlgorithm) -> None:
             origin = _origin(model, gradients)
             raise NotFiniteError(f"step {model.num_timesteps:,}: {origin}; the update is left out")
 
-    for name in names:
-        part: Any = model
-        for attribute in name.split("."):
-            part = getattr(part, attribute)
+    for part in parts.values():
         if isinstance(part, torch.optim.Optimizer):
             part.register_step_pre_hook(check)
 

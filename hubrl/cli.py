@@ -111,7 +111,9 @@ def refuse_foreign_modules(*names: str) -> None:
 def _of_config(folders: Iterable[Path], config: str) -> list[Path]:
     """Runs of a configuration, the newest first."""
     files = [folder / CONFIG_FILE for folder in folders]
-    same = [file.parent for file in files if file.is_file() and file.read_text() == config]
+    same = [
+        file.parent for file in files if file.is_file() and file.read_bytes() == config.encode()
+    ]
     return sorted(same, key=lambda folder: folder.stat().st_mtime, reverse=True)
 
 

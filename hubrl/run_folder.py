@@ -58,7 +58,9 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process is inside ``held``."""
+    """Whether a process is inside ``held``; a folder without a lock is left as it is."""
+    if not (folder / LOCK_FILE).exists():
+        return False
     try:
         with held(folder):
             return False

@@ -18,6 +18,7 @@ import shutil
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -67,25 +68,13 @@ def _kind(check: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
 @_kind
 def check_agent_config(data: bytes) -> bool:
     """The configuration of an agent; what is taken reads back as it was."""
-
-    def read(file: Path) -> None:
-        config = agents.config.load_config(file)
-        file.write_text(agents.config.dump_config(config))
-        assert agents.config.load_config(file) == config
-
-    return _check(lambda: read(_written("config.yaml", data)))
+    return _reads_back(agents.config.load_config, agents.config.dump_config, data)
 
 
 @_kind
 def check_image_config(data: bytes) -> bool:
     """The configuration of an image task; what is taken reads back as it was."""
-
-    def read(file: Path) -> None:
-        config = vision_tasks.config.load_config(file)
-        file.write_text(vision_tasks.config.dump_config(config))
-        assert vision_tasks.config.load_config(file) == config
-
-    return _check(lambda: read(_written("config.yaml", data)))
+    return _reads_back(vision_tasks.config.load_config, vision_tasks.config.dump_config, data)
 
 
 @_kind
@@ -226,6 +215,17 @@ def _hub_folder(name: str, cards: bytes) -> Path:
     for file, content in valid.weight_files().items():
         _written(f"{name}/{file}", content)
     return _written(f"{name}/{HUB_FILE}", cards).parent
+
+
+def _reads_back(load: Callable[[Path], Any], dump: Callable[[Any], str], data: bytes) -> bool:
+    """Whether a configuration is taken; then it is the same after being written and read again."""
+
+    def read(file: Path) -> None:
+        config = load(file)
+        file.write_text(dump(config))
+        assert load(file) == config
+
+    return _check(lambda: read(_written("config.yaml", data)))
 
 
 def _check(read: Callable[[], None]) -> bool:

@@ -247,6 +247,15 @@ class TestTheSameCommandAgain:
         assert run(*command, "--resume", "auto") == 0
         assert len(list(Path("runs").iterdir())) == 5
 
+    def test_other_folders_are_left_as_they_are(self, command: list[object]) -> None:
+        other, alike = Path("runs/other"), Path("runs/whole")
+        other.mkdir()
+        (other / "config.yaml").write_bytes(b"name: \xe4\n")
+        (alike / ".lock").unlink()
+        assert run(*command, "--resume", "auto") == 0
+        assert [file.name for file in other.iterdir()] == ["config.yaml"]
+        assert not (alike / ".lock").exists()
+
     def test_not_of_a_run_that_is_going_on(self, command: list[object]) -> None:
         with held(Path("runs/cut")):
             assert run(*command, "--resume", "auto") == 0
