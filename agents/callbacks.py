@@ -10,7 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.checkpoints import save_checkpoint
+from agents.checkpoints import BestCheckpoint, save_checkpoint
 from agents.config import TrainSection
 from agents.evaluation import Episodes, evaluate
 from agents.faults import check_weights
@@ -19,7 +19,7 @@ from agents.run_state import EnvState, RunState, run_state
 from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
-from hubrl.run_folder import CsvTable
+from hubrl.run_folder import CsvTable, cell_number
 from hubrl.signals import StopSignal
 from hubrl.state_folder import read_state
 
@@ -103,7 +103,9 @@ class EpisodesCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._table = CsvTable(self._file, "timesteps", self.num_timesteps)
-        self._start = time.monotonic() - float(self._table.last_row.get("seconds", 0.0))
+        row = self._table.last_row
+        before = cell_number(row, "seconds", self._file) if "seconds" in row else 0.0
+        self._start = time.monotonic() - before
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -150,7 +152,7 @@ class EvaluationCallback(BaseCallback):
         self._last = self._table.last_step
         self._due = EveryN(self._train.eval_freq, self._last)
         if self._best_checkpoint.exists():
-            self._best_mean = read_state(self._best_checkpoint)["mean_return"]
+            self._best_mean = read_state(self._best_checkpoint, BestCheckpoint)["mean_return"]
 
     def _on_rollout_start(self) -> None:
         if self._due.is_due(self.num_timesteps):

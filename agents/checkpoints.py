@@ -5,23 +5,57 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypeVar
 
+from pydantic import Field
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from agents.run_state import (
+    ModelNumbers,
     RestoreEnv,
+    RunNumbers,
     RunState,
     model_numbers,
     restore_run_state,
     set_model_numbers,
 )
 from hubrl.extractor import HubFeaturesExtractor
-from hubrl.state_folder import load_parts, read_state, save_state
+from hubrl.state_folder import Count, load_parts, read_state, save_state
 
 #: The tensors of ``RunState``; a checkpoint without them is for playing.
 RUN = "run"
+#: What a file may raise that fits its checksum, but not the run.
+UNFIT = (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeError)
+
+
+class Progress(TypedDict):
+    """How far a checkpoint's model was."""
+
+    num_timesteps: Count
+
+
+class Checkpoint(ModelNumbers):
+    """``state.json`` of a model."""
+
+    encoders: dict[str, str | None]
+    """Those of its hub; with the sha256 of those whose weights are in no checkpoint."""
+
+
+class RunCheckpoint(Checkpoint, RunNumbers):
+    """``state.json`` of a run that can go on."""
+
+    n_rollbacks: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
+
+
+class BestCheckpoint(TypedDict):
+    """``state.json`` of the best model of a run."""
+
+    mean_return: float
+
+
+State = TypeVar("State", bound=Checkpoint)
 
 
 def save_checkpoint(
@@ -36,7 +70,7 @@ def save_checkpoint(
     """
     Write weights, optimizers and numbers; the folder is replaced as a whole or not at all.
 
-    :param extra: plain data that ``load_checkpoint`` gives back
+    :param extra: plain data that ``state.json`` shall hold, too
     :param run: where the run stands, if the checkpoint shall continue it
     :param files: those of a replay buffer
     :param keep: checkpoints that stay, this one included
@@ -50,7 +84,7 @@ def save_checkpoint(
     save_state(parts, state, folder, files, keep=keep)
 
 
-def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
+def load_checkpoint(model: BaseAlgorithm, folder: Path) -> Checkpoint:
     """
     Put a checkpoint's weights, optimizers and numbers into a model of the same configuration.
 
@@ -58,10 +92,10 @@ def load_checkpoint(model: BaseAlgorithm, folder: Path) -> dict[str, Any]:
     :raises ValueError: if a file is missing, damaged or of another model, or if the hub's encoders
         are others than when the checkpoint was saved
     """
-    return _load(model, model_parts(model), folder)
+    return _load(model, model_parts(model), folder, Checkpoint)
 
 
-def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) -> dict[str, Any]:
+def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) -> RunCheckpoint:
     """
     Put a run's checkpoint into its model, so that it goes on as if it had not been stopped.
 
@@ -76,8 +110,15 @@ def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) ->
     # Leaving training mode later would begin another rollout, with routing of its own.
     model.policy.set_training_mode(False)
     tensors: dict[str, Tensor] = {}
-    state = _load(model, model_parts(model) | {RUN: tensors}, folder)
-    differing = restore_run_state(model, state, tensors, restore_env)
+    state = _load(model, model_parts(model) | {RUN: tensors}, folder, RunCheckpoint)
+    try:
+        differing = restore_run_state(model, state, tensors, restore_env)
+    except UNFIT as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ValueError(
+            f"checkpoint {folder} can't be continued ({reason}): it is of another run or damaged; "
+            "put it back, or train anew"
+        ) from error
     if differing:
         print(
             f"environments {', '.join(map(str, differing))} do not come back to where they were by "
@@ -100,8 +141,8 @@ def model_parts(model: BaseAlgorithm) -> dict[str, Any]:
     return parts
 
 
-def _load(model: BaseAlgorithm, parts: dict[str, Any], folder: Path) -> dict[str, Any]:
-    state = read_state(folder)
+def _load(model: BaseAlgorithm, parts: dict[str, Any], folder: Path, cls: type[State]) -> State:
+    state = read_state(folder, cls)
     _check_encoders(state["encoders"], _encoders(model), folder)
     load_parts(parts, folder)
     set_model_numbers(model, state)
@@ -109,7 +150,6 @@ def _load(model: BaseAlgorithm, parts: dict[str, Any], folder: Path) -> dict[str
 
 
 def _encoders(model: BaseAlgorithm) -> dict[str, str | None]:
-    """A hub's encoders; with the sha256 of those whose weights are in no checkpoint."""
     for module in model.policy.modules():
         if isinstance(module, HubFeaturesExtractor):
             return module.pathway.encoders.shared_sha256()

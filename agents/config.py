@@ -366,16 +366,6 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     return parse_config(with_overrides(read_mapping(file), overrides or {}))
 
 
-def with_later_keys(data: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration, completed by the keys that are newer than the run."""
-    later = {
-        name: {**keys, **data[name]}
-        for name, keys in LATER_KEYS.items()
-        if isinstance(data.get(name), dict)
-    }
-    return data | later
-
-
 def parse_config(data: Mapping[str, Any]) -> RunConfig:
     """
     Check plain data.

@@ -7,24 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
-from torch import Tensor, nn
+from torch import Tensor
 
 from agents.checkpoints import model_parts
 from agents.config import RunConfig
+from hubrl.finite import NotFiniteError, are_finite, first_not_finite
 
 ROLLOUT_ARRAYS = ("observations", "rewards", "values", "log_probs", "advantages", "returns")
 #: What torch says on a CPU that has no memory left; on a GPU it has an exception of its own.
 NO_MEMORY = ("can't allocate memory", "not enough memory")
 MEMORY_FILE = Path("/proc/meminfo")
-
-
-class NotFiniteError(Exception):
-    """Weights are NaN or infinite, or an update would have made them so."""
 
 
 class OutOfMemoryError(ValueError):
@@ -48,7 +44,7 @@ def watch_gradients(model: BaseAlgorithm) -> None:
             for weight in group["params"]
             if weight.grad is not None
         }
-        if gradients and not torch.isfinite(nn.utils.get_total_norm(gradients.values())):
+        if not are_finite(gradients.values()):
             origin = _origin(model, gradients)
             raise NotFiniteError(f"step {model.num_timesteps:,}: {origin}; the update is left out")
 
@@ -103,33 +99,29 @@ def check_memory(config: RunConfig, observations: spaces.Space[Any]) -> None:
 
 def _origin(model: BaseAlgorithm, gradients: dict[str, Tensor]) -> str:
     """The first thing that is not finite, in the order in which one follows from the other."""
-    for name, array in _data(model).items():
-        if not np.isfinite(array).all():
-            return f"{name} of the rollout hold {_bad(array)}"
-    bad = _bad_weight(model)
+    bad = first_not_finite(_data(model))
     if bad is not None:
-        return bad
+        return f"{bad[0]} of the rollout hold {bad[1]}"
+    origin = _bad_weight(model)
+    if origin is not None:
+        return origin
     # Clipping spreads it over all gradients that it scales.
-    first = next(name for name, grad in gradients.items() if not torch.isfinite(grad).all())
-    return f"the gradient of {first} holds {_bad(gradients[first].cpu().float().numpy())}"
+    name, what = first_not_finite(gradients) or ("all weights together", "infinity")
+    return f"the gradient of {name} holds {what}"
 
 
 def _bad_weight(model: BaseAlgorithm) -> str | None:
-    for name, weight in model.policy.named_parameters():
-        if not torch.isfinite(weight).all():
-            return f"weight {name} holds {_bad(weight.detach().cpu().float().numpy())}"
-    return None
+    bad = first_not_finite(dict(model.policy.named_parameters()))
+    return None if bad is None else f"weight {bad[0]} holds {bad[1]}"
 
 
-def _data(model: BaseAlgorithm) -> dict[str, np.ndarray]:
+def _data(model: BaseAlgorithm) -> dict[str, Tensor]:
     if isinstance(model, OnPolicyAlgorithm):
-        return {name: getattr(model.rollout_buffer, name) for name in ROLLOUT_ARRAYS}
-    buffer: Any = model.replay_buffer  # type: ignore[attr-defined]
-    return {"rewards": buffer.rewards[: buffer.size()]}
-
-
-def _bad(array: np.ndarray) -> str:
-    return "NaN" if np.isnan(array).any() else "infinity"
+        arrays = {name: getattr(model.rollout_buffer, name) for name in ROLLOUT_ARRAYS}
+    else:
+        buffer: Any = model.replay_buffer  # type: ignore[attr-defined]
+        arrays = {"rewards": buffer.rewards[: buffer.size()]}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _what_to_lower(config: RunConfig) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -12,13 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from hubrl.files import save_tensors
+from hubrl.files import DamagedFileError, save_tensors
 from hubrl.state_folder import link_file
 
 #: Rows of a block: agent steps of one environment.
 BLOCK = 1024
 ARRAYS = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
-PREFIX = "replay-"
+#: The block's number, and that of the last row in it.
+NAME = re.compile(r"replay-(\d{6,12})-\d{12,}\.safetensors", re.ASCII)
 
 
 class ReplayFiles:
@@ -43,16 +45,17 @@ class ReplayFiles:
 
         :param checkpoint: a folder with files of ``update``
         :param n_rows: all rows that had been added to the buffer until then
-        :raises ValueError: if a file is missing or does not fit the buffer
+        :raises DamagedFileError: if a file is missing or does not fit the buffer
         """
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
         self._n_rows, size = n_rows, self._buffer.buffer_size
         self._buffer.pos, self._buffer.full = n_rows % size, n_rows >= size
-        found = {_block(file): file for file in checkpoint.glob(f"{PREFIX}*.safetensors")}
+        files = [(NAME.fullmatch(file.name), file) for file in checkpoint.iterdir()]
+        found = {int(match[1]): file for match, file in files if match}
         for block in range(-(-min(n_rows, size) // BLOCK)):
             if block not in found:
-                raise ValueError(f"checkpoint {checkpoint} lacks replay block {block}")
+                raise DamagedFileError(f"checkpoint {checkpoint} lacks replay block {block}")
             self._read(found[block], block)
             self._files[block] = self._folder / found[block].name
             link_file(found[block], self._files[block])
@@ -86,7 +89,7 @@ class ReplayFiles:
 
     def _write(self, first: int, last: int) -> None:
         block = first % self._buffer.buffer_size // BLOCK
-        file = self._folder / f"{PREFIX}{block:06}-{last:012}.safetensors"
+        file = self._folder / f"replay-{block:06}-{last:012}.safetensors"
         rows = self._rows(block)
         save_tensors(
             {name: _compressed(getattr(self._buffer, name)[rows]) for name in ARRAYS}, file
@@ -105,13 +108,9 @@ class ReplayFiles:
             for name in ARRAYS:
                 array = getattr(self._buffer, name)[self._rows(block)]
                 array[...] = _decompressed(tensors[name].numpy(), array)
-        except (OSError, SafetensorError, KeyError, zlib.error, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, zlib.error, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"checkpoint file {file} can't be loaded: {reason}") from None
-
-
-def _block(file: Path) -> int:
-    return int(file.name.removeprefix(PREFIX).split("-")[0])
+            raise DamagedFileError(f"checkpoint file {file} can't be loaded: {reason}") from None
 
 
 def _compressed(array: np.ndarray) -> torch.Tensor:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, NotRequired, TypeVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
+from typing_extensions import TypedDict
+
+from hubrl.state_folder import Count
 
 #: What ``envs.env_state`` and ``envs.restore_env`` are: this room knows no environments.
 EnvState = Callable[[VecEnv], Callable[[], dict[str, np.ndarray]]]
@@ -23,6 +27,28 @@ RestoreEnv = Callable[[VecEnv, Mapping[str, np.ndarray]], np.ndarray]
 #: Plain numbers of SB3's models; each model has those that it needs.
 NUMBERS = ("num_timesteps", "_episode_num", "_n_updates", "_n_calls", "exploration_rate")
 LSTM_STATES = ("lstm_pi_h", "lstm_pi_c", "lstm_vf_h", "lstm_vf_c")
+
+
+class ModelNumbers(TypedDict):
+    """A model's counters and its last games, in ``state.json``."""
+
+    num_timesteps: Count
+    _episode_num: NotRequired[Count]
+    _n_updates: NotRequired[Count]
+    _n_calls: NotRequired[Count]
+    exploration_rate: NotRequired[float]
+    episodes: list[tuple[float, int, float]]
+    """Return, length and seconds of each."""
+
+
+class RunNumbers(ModelNumbers):
+    """What ``state.json`` knows, in addition, of a run that can go on."""
+
+    numpy_random: tuple[
+        Annotated[int, Field(ge=0, le=624)], Annotated[int, Field(ge=0, le=1)], float
+    ]
+    python_random: tuple[int, float | None]
+    action_random: dict[str, Any]
 
 
 class RunState(NamedTuple):
@@ -51,11 +77,11 @@ def model_numbers(model: BaseAlgorithm) -> dict[str, Any]:
     return _counters(model) | _games(model.ep_info_buffer or ())
 
 
-def set_model_numbers(model: BaseAlgorithm, numbers: Mapping[str, Any]) -> None:
+def set_model_numbers(model: BaseAlgorithm, numbers: ModelNumbers) -> None:
     """The inverse of ``model_numbers``."""
     for name in NUMBERS:
         if name in numbers:
-            setattr(model, name, numbers[name])
+            setattr(model, name, numbers[name])  # type: ignore[literal-required]
     episodes = [dict(zip("rlt", episode, strict=True)) for episode in numbers["episodes"]]
     model.ep_info_buffer = deque(episodes, maxlen=model._stats_window_size)
     model.ep_success_buffer = deque(maxlen=model._stats_window_size)
@@ -91,7 +117,7 @@ def run_state(model: BaseAlgorithm, env_state: EnvState) -> RunState:
 
 def restore_run_state(
     model: BaseAlgorithm,
-    numbers: Mapping[str, Any],
+    numbers: RunNumbers,
     tensors: Mapping[str, Tensor],
     restore_env: RestoreEnv,
 ) -> list[int]:
@@ -102,6 +128,8 @@ def restore_run_state(
     :param tensors: of ``RunState``
     :param restore_env: leads environments to where arrays say, and gives their observations
     :return: places of the environments that show something else than before: they don't replay
+    :raises ValueError: if numbers or tensors are of other environments or of another model; or what
+        torch and numpy raise at them
     """
     set_model_numbers(model, numbers)
     arrays = {key: tensor.numpy() for key, tensor in tensors.items()}
@@ -110,14 +138,30 @@ def restore_run_state(
     }
     observations = restore_env(_env(model), environments)
     model._last_obs = observations
-    if "episode_starts" in arrays:
-        model._last_episode_starts = arrays["episode_starts"]
+    if isinstance(model, OnPolicyAlgorithm):
+        model._last_episode_starts = _shaped(arrays["episode_starts"], (model.n_envs,))
     if isinstance(model, RecurrentPPO):
-        pi_h, pi_c, vf_h, vf_c = (tensors[name].to(model.device) for name in LSTM_STATES)
+        last: Any = model._last_lstm_states
+        states = zip(LSTM_STATES, (*last.pi, *last.vf), strict=True)
+        pi_h, pi_c, vf_h, vf_c = (
+            _shaped(tensors[name], like.shape).to(model.device) for name, like in states
+        )
         model._last_lstm_states = RNNStates((pi_h, pi_c), (vf_h, vf_c))  # type: ignore[assignment]
     _restore_random(model, numbers, tensors)
     pairs = zip(observations, arrays["last_obs"], strict=True)
     return [i for i, (found, before) in enumerate(pairs) if not np.array_equal(found, before)]
+
+
+Values = TypeVar("Values", np.ndarray, Tensor)
+
+
+def _shaped(values: Values, shape: Sequence[int]) -> Values:
+    """
+    :raises ValueError: if they have another shape
+    """
+    if tuple(values.shape) != tuple(shape):
+        raise ValueError(f"an array has shape {tuple(values.shape)} instead of {tuple(shape)}")
+    return values
 
 
 def _env(model: BaseAlgorithm) -> VecEnv:
@@ -178,7 +222,7 @@ def _random_numbers(generators: _Random) -> dict[str, Any]:
 
 
 def _restore_random(
-    model: BaseAlgorithm, numbers: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    model: BaseAlgorithm, numbers: RunNumbers, tensors: Mapping[str, Tensor]
 ) -> None:
     keys = tensors["numpy_random"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, *numbers["numpy_random"]))

@@ -273,7 +273,9 @@ class AtariVecEnv(VecEnv):
 
         :param state: what ``state`` gave
         :return: observations; other ones than before if the emulators don't replay
+        :raises ValueError: if it is of other games
         """
+        self._check_state(state)
         self._seed = int(state["seed"])
         self._seeded = state["seeded"].tolist()
         self._sent = [state[f"{i}.sent"].tolist() for i in range(self.num_envs)]
@@ -286,6 +288,18 @@ class AtariVecEnv(VecEnv):
             if not np.array_equal(screen, expected):
                 self._images[i, -self._channels :] = screen
         return self._images
+
+    def _check_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """It may be a stranger's, and emulators hang or crash at what they don't know."""
+        for key, like in self.state()().items():
+            found, is_sent = state[key], key.endswith("sent")
+            n_axes_fit = found.ndim == 1 if is_sent else found.shape == like.shape
+            if not n_axes_fit or found.dtype != like.dtype:
+                raise ValueError(
+                    f"{key} is {found.shape} {found.dtype}, not {like.shape} {like.dtype}"
+                )
+            if is_sent and not np.isin(found, [NEW_GAME, *range(self._n_actions)]).all():
+                raise ValueError(f"{key} holds actions that {self.env_id} doesn't take")
 
     def _replay(self, i: int) -> np.ndarray:
         """The last screen of an emulator that is sent everything again."""

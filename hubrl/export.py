@@ -25,7 +25,7 @@ cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model  # noqa: E402
 from agents.callbacks import LINE_SECONDS  # noqa: E402
-from agents.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
+from agents.checkpoints import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
@@ -200,9 +200,14 @@ def _export_distilled(
         note_command(temporary)
         report = _distill(teacher, student, config, temporary, n_steps)
         report |= _measure(teacher, student, config, n_episodes)
-        facts = {"env": config.env.id, "algorithm": config.algorithm.name, "hub": config.hub.name}
-        facts |= {"checkpoint": saved.name, "timesteps": read_state(saved)["num_timesteps"]}
-        facts |= {"command": shlex.join(sys.orig_argv)}
+        facts = {
+            "env": config.env.id,
+            "algorithm": config.algorithm.name,
+            "hub": config.hub.name,
+            "checkpoint": saved.name,
+            "timesteps": read_state(saved, Progress)["num_timesteps"],
+            "command": shlex.join(sys.orig_argv),
+        }
         (temporary / REPORT_FILE).write_text(json.dumps(facts | report, indent=1) + "\n")
         os.replace(temporary, folder)
     finally:

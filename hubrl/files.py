@@ -15,6 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
+class DamagedFileError(ValueError):
+    """A file holds something else than it was written with."""
+
+
 def file_sha256(path: Path) -> str:
     """The file's sha256, 64 hex digits."""
     with path.open("rb") as file:
@@ -25,14 +29,14 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     Keys and values of a JSON file that may be a stranger's.
 
-    :raises ValueError: if it holds anything else
+    :raises DamagedFileError: if it holds anything else
     """
     try:
         data = json.loads(file.read_text())
     except (ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
-        raise ValueError(f"{file} is damaged: it must be a JSON mapping of keys to values")
+        raise DamagedFileError(f"{file} is damaged: it must be a JSON mapping of keys to values")
     return data
 
 

@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import math
 import os
+import reprlib
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hubrl.files import DamagedFileError
+
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.txt"
 LOCK_FILE = ".lock"
+#: What to do with a damaged table.
+MEND = "put the file back, or move it away to go on without it"
 
 
 def check_new_run(folder: Path) -> None:
@@ -75,11 +81,41 @@ def note_command(folder: Path) -> None:
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none if it does not exist."""
+    """
+    Rows of a CSV file; none if it does not exist.
+
+    A last line without its end is left out: the machine stopped while it was written.
+
+    :raises DamagedFileError: if it is no such table; one line
+    """
     if not file.exists():
         return []
-    with file.open(newline="") as lines:
-        return list(csv.DictReader(lines))
+    try:
+        with file.open(encoding="utf-8", newline="") as lines:
+            rows = list(csv.DictReader(line for line in lines if line.endswith(("\n", "\r"))))
+    except (UnicodeDecodeError, csv.Error):
+        raise DamagedFileError(f"{file} is no CSV table: {MEND}") from None
+    for number, row in enumerate(rows, start=1):
+        if None in row or None in row.values():
+            raise DamagedFileError(f"{file}: row {number} has not one cell for each column: {MEND}")
+    return rows
+
+
+def cell_number(row: Mapping[str, str], column: str, file: Path) -> float:
+    """
+    A cell of a row as a number.
+
+    :param file: where the row is from
+    :raises DamagedFileError: if it is none; one line
+    """
+    try:
+        value = float(row[column])
+        if math.isfinite(value):
+            return value
+    except (KeyError, ValueError):
+        pass
+    found = reprlib.repr(row.get(column))
+    raise DamagedFileError(f"{file} has {found} as {column}, allowed: a number; {MEND}")
 
 
 class CsvTable:
@@ -90,13 +126,16 @@ class CsvTable:
     :param step_column: holds agent steps
     :param timesteps: existing rows after this step are dropped; ``last_row`` is the last one that
         stays, empty without any, and ``last_step`` its step, 0 without any
+    :raises DamagedFileError: if the file is no such table; one line
     """
 
     def __init__(self, file: Path, step_column: str, timesteps: int) -> None:
         self._file = file
         self._columns: list[str] = []
-        rows = [row for row in read_rows(self._file) if int(row[step_column]) <= timesteps]
-        self.last_step = max((int(row[step_column]) for row in rows), default=0)
+        found = [(cell_number(row, step_column, file), row) for row in read_rows(file)]
+        kept = [(step, row) for step, row in found if step <= timesteps]
+        rows = [row for _, row in kept]
+        self.last_step = int(max((step for step, _ in kept), default=0))
         self.last_row = rows[-1] if rows else {}
         if rows:
             self._columns = list(rows[0])

@@ -80,6 +80,20 @@ def with_overrides(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[s
     return data
 
 
+def with_later_keys(data: dict[str, Any], later: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    A run's configuration, completed by the keys that are newer than the run.
+
+    :param later: these keys by section, and what runs did before
+    """
+    sections = {
+        name: {**keys, **data[name]}
+        for name, keys in later.items()
+        if isinstance(data.get(name), dict)
+    }
+    return data | sections
+
+
 def _keys(data: Any) -> Iterator[Any]:
     """Those at all depths."""
     if isinstance(data, dict):

@@ -7,26 +7,35 @@ A checkpoint: a folder of safetensors files and ``state.json``, replaced as a wh
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import reprlib
 import shutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
+import pydantic
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hubrl.files import file_sha256, read_json
+from hubrl.files import DamagedFileError, file_sha256, read_json
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 
 #: A module, an optimizer, a tensor, or tensors by name, which are whatever was saved.
 Part = nn.Module | torch.optim.Optimizer | Tensor | dict[str, Tensor]
+#: A number of steps, games or updates, whose file may be a stranger's.
+Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
+#: A TypedDict of ``typing_extensions``: pydantic knows ``typing``'s from Python 3.12 on.
+Numbers = TypeVar("Numbers")
 
 
 class NotSavedError(OSError):
@@ -66,16 +75,16 @@ def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
     """
     Put a saved state into parts that were built in the same way.
 
-    :raises ValueError: if a file is missing, damaged or of other parts
+    :raises DamagedFileError: if a file is missing, damaged or of other parts
     """
-    scalars: Any = read_state(folder).get("scalars")
+    scalars: Any = _whole_state(folder).get("scalars")
     for name, part in parts.items():
         file = folder / f"{name}.safetensors"
         try:
             _unpack(part, load_file(file), scalars[name])
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"checkpoint file {file} can't be loaded: {reason}") from None
+            raise DamagedFileError(f"checkpoint file {file} can't be loaded: {reason}") from None
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -96,25 +105,48 @@ def has_state(folder: Path) -> bool:
     return folder.exists()
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(folder: Path, cls: type[Numbers]) -> Numbers:
     """
     The numbers of a checkpoint, whose files are all compared with its manifest before.
 
     A damaged one gives way to the one before it, which is said on the screen.
 
-    :raises ValueError: if there is no checkpoint, or only a damaged one
+    :param cls: a TypedDict that says what they are; numbers that it does not name are left out
+    :raises DamagedFileError: if there is no checkpoint, or only a damaged one, or if numbers are
+        missing or something else
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(_whole_state(folder))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        is_missing = first["type"] == "missing"
+        what = f"has no {place}" if is_missing else f"has {place} {reprlib.repr(first['input'])}"
+        allowed = "" if is_missing else f" ({first['msg']})"
+        raise DamagedFileError(
+            f"checkpoint file {folder / STATE_FILE} {what}{allowed}: put the file back, or train "
+            "anew"
+        ) from None
+
+
+def _whole_state(folder: Path) -> dict[str, Any]:
+    """
+    What ``state.json`` holds, or that of the newest whole checkpoint before.
+
+    :raises DamagedFileError: if there is no whole one
     """
     damage = _damage(folder) if has_state(folder) else None
     if damage is not None and not _take_back(folder, damage):
-        raise ValueError(
+        raise DamagedFileError(
             f"checkpoint {folder} is damaged ({damage}), and no whole one is before it; put the "
             "file back, or train anew"
         )
     try:
-        state = read_json(folder / STATE_FILE)
+        return read_json(folder / STATE_FILE)
     except (OSError, ValueError):
-        raise ValueError(f"there is no checkpoint in {folder} (no readable {STATE_FILE})") from None
-    return state
+        raise DamagedFileError(
+            f"there is no checkpoint in {folder} (no readable {STATE_FILE})"
+        ) from None
 
 
 def _write(
@@ -212,6 +244,7 @@ def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> 
         for path, value in {**tensors, **scalars}.items():
             index, key = path.split(".", 1)
             state.setdefault(int(index), {})[key] = value
+        _check_optimizer_state(part, state)
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
     elif isinstance(part, nn.Module):
         _load_module(part, tensors)
@@ -220,6 +253,35 @@ def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> 
         part.update(tensors)
     else:
         part.data.copy_(tensors["value"])
+
+
+def _check_optimizer_state(
+    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """torch takes any, and fails in its next step."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    expected = _state_of_one_weight(optimizer)
+    for index, values in state.items():
+        if not 0 <= index < len(weights):
+            raise KeyError(f"it is of {index + 1} weights or more, not of {len(weights)}")
+        if values.keys() != expected.keys():
+            raise KeyError(f"it has {', '.join(sorted(values))}, not {', '.join(sorted(expected))}")
+        for key, like in expected.items():
+            shape = weights[index].shape if np.ndim(like) else torch.Size()
+            if np.shape(values[key]) != shape or type(values[key]) is not type(like):
+                raise ValueError(f"{index}.{key} has another shape than {tuple(shape)}")
+
+
+def _state_of_one_weight(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What such an optimizer remembers of a weight of shape (1,)."""
+    weight = nn.Parameter(torch.zeros(1))
+    weight.grad = torch.zeros(1)
+    alike = copy.copy(optimizer)
+    alike.state = defaultdict(dict)
+    alike.param_groups = [{**optimizer.param_groups[0], "params": [weight]}]
+    alike.step()
+    state: dict[str, Any] = alike.state[weight]
+    return state
 
 
 def _load_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:

@@ -14,14 +14,15 @@ import click
 from hubrl import cli
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CONFIG_FILE
-from hubrl.sections import read_mapping
+from hubrl.sections import read_mapping, with_later_keys
 from hubrl.signals import StopSignal
 from hubrl.state_folder import read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model, resolve  # noqa: E402
-from agents.config import RunConfig, dump_config, with_later_keys  # noqa: E402
+from agents.checkpoints import Progress  # noqa: E402
+from agents.config import LATER_KEYS, RunConfig, dump_config  # noqa: E402
 from agents.runs import checkpoint_dir  # noqa: E402
 from agents.study_config import Run, StudyConfig, load_study  # noqa: E402
 from hubrl.studies.engines import (  # noqa: E402
@@ -100,7 +101,9 @@ def is_done(folder: Path, n_timesteps: int) -> bool:
     """Whether the run in the folder is complete."""
     if not can_resume(folder):
         return False
-    return bool(read_state(checkpoint_dir(folder, "last"))["num_timesteps"] >= n_timesteps)
+    return bool(
+        read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"] >= n_timesteps
+    )
 
 
 def _unfinished(study: StudyConfig, out: Path) -> dict[Run, RunConfig]:
@@ -131,7 +134,7 @@ def _resolve(study: StudyConfig, run: Run) -> RunConfig:
 def _check_same(folder: Path, config: RunConfig) -> None:
     """The precision may have been measured elsewhere."""
     new = config.model_dump(mode="json")
-    for section, values in with_later_keys(read_mapping(folder / CONFIG_FILE)).items():
+    for section, values in with_later_keys(read_mapping(folder / CONFIG_FILE), LATER_KEYS).items():
         for key, value in values.items():
             now = new.get(section, {}).get(key)
             if value != now and (section, key) != ("hub", "precision"):

@@ -18,7 +18,10 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
 from hubrl.callback import PathwayCallback
+from hubrl.files import DamagedFileError
+from hubrl.finite import NotFiniteError
 from hubrl.run_folder import (
+    cell_number,
     check_new_run,
     held,
     note_command,
@@ -38,7 +41,7 @@ from agents.callbacks import (  # noqa: E402
     EvaluationCallback,
     ProgressCallback,
 )
-from agents.checkpoints import continue_run  # noqa: E402
+from agents.checkpoints import Progress, continue_run  # noqa: E402
 from agents.config import (  # noqa: E402
     MaskablePPOSection,
     RunConfig,
@@ -48,7 +51,6 @@ from agents.config import (  # noqa: E402
     load_config,
 )
 from agents.faults import (  # noqa: E402
-    NotFiniteError,
     OutOfMemoryError,
     check_memory,
     memory_errors,
@@ -172,9 +174,10 @@ def _continue(folder: Path) -> int:
     with cli.user_errors():
         config = open_run(folder)
     with _held(folder):
-        with cli.user_errors():
+        # An environment may fail where its actions are played again.
+        with cli.user_errors(), cli.failures(EnvironmentFaultError):
             if _is_complete(folder):
-                timesteps = read_state(checkpoint_dir(folder, "last"))["num_timesteps"]
+                timesteps = read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"]
                 print(f"{folder} is complete: {timesteps:,} steps")
                 return 0
             model, n_rollbacks = _restored(config, folder)
@@ -186,8 +189,9 @@ def _is_complete(folder: Path) -> bool:
     checkpoint = checkpoint_dir(folder, "last")
     if not has_state(checkpoint):
         return False
-    train, timesteps = open_run(folder).train, read_state(checkpoint)["num_timesteps"]
-    evaluated = [int(row["timesteps"]) for row in read_rows(folder / EVALUATIONS_FILE)]
+    train, timesteps = open_run(folder).train, read_state(checkpoint, Progress)["num_timesteps"]
+    file = folder / EVALUATIONS_FILE
+    evaluated = [cell_number(row, "timesteps", file) for row in read_rows(file)]
     is_evaluated = train.eval_freq == 0 or max(evaluated, default=0) >= timesteps
     return timesteps >= train.n_timesteps and is_evaluated
 
@@ -207,12 +211,12 @@ def _restored(
 
     :param n_rollbacks: how often the run was rolled back; None: as the checkpoint says
     """
-    model, state = _build(config), {}
+    model, saved_rollbacks = _build(config), 0
     checkpoint = checkpoint_dir(folder, "last")
     if has_state(checkpoint):
-        state = continue_run(model, checkpoint, restore_env)
+        saved_rollbacks = continue_run(model, checkpoint, restore_env).get("n_rollbacks", 0)
     if n_rollbacks is None:
-        n_rollbacks = state.get("n_rollbacks", 0)
+        n_rollbacks = saved_rollbacks
     scale_learning_rate(model, ROLLBACK_SCALE**n_rollbacks)
     model._update_current_progress_remaining(model.num_timesteps, config.train.n_timesteps)
     return model, n_rollbacks
@@ -286,7 +290,7 @@ def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: i
     note_command(folder)
     print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
-    with stop.caught(), cli.failures(NotSavedError, OutOfMemoryError, OSError):
+    with stop.caught(), cli.failures(NotSavedError, DamagedFileError, OutOfMemoryError, OSError):
         while True:
             try:
                 _learn(model, config, folder, stop, n_rollbacks)

@@ -110,4 +110,4 @@ def write_complete_run(
     (last / "state.json").write_text(json.dumps({"num_timesteps": config.train.n_timesteps}))
     (folder / "config.yaml").write_text(dump_config(config))
     lines = [f"{steps},{score},8,{seconds}" for steps, score, seconds in games]
-    (folder / "episodes.csv").write_text("\n".join(["timesteps,return,length,seconds", *lines]))
+    (folder / "episodes.csv").write_text("\n".join(["timesteps,return,length,seconds", *lines, ""]))

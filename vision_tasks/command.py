@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +13,8 @@ import click
 import torch
 
 from hubrl import cli
+from hubrl.files import DamagedFileError
+from hubrl.finite import NotFiniteError
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
 from hubrl.signals import StopSignal
 from hubrl.state_folder import NotSavedError
@@ -23,8 +26,8 @@ from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import METHODS
 from vision_tasks.methods.method import Method
 from vision_tasks.runs import build, load_data, open_run
-from vision_tasks.swap import SWAP_FOLDER, swapped_encoders
-from vision_tasks.training import RESULTS_FILE, DivergedError, Trainer
+from vision_tasks.swap import SWAP_FOLDER
+from vision_tasks.training import RESULTS_FILE, Trainer
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -162,17 +165,33 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
-        with stop.caught(), cli.failures(DivergedError, NotSavedError, UnreadableImageError):
-            number = Trainer(method, data, config, folder).run(stop)
+        with stop.caught(), cli.failures(NotSavedError, DamagedFileError, UnreadableImageError):
+            number = _learn(Trainer(method, data, config, folder), config, folder, stop)
     finally:
-        swapped = swapped_encoders(method)
-        if swapped is not None:
-            swapped.remove()
+        shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)
     if number is not None:
         return 128 + number
     if distributed.rank() == 0:
         print((folder / RESULTS_FILE).read_text())
     return 0
+
+
+def _learn(trainer: Trainer, config: VisionConfig, folder: Path, stop: StopSignal) -> int | None:
+    """Train to the end or to a signal, whose number is returned."""
+    while True:
+        try:
+            return trainer.run(stop)
+        except NotFiniteError as error:
+            n_rollbacks = trainer.n_rollbacks + 1
+            if n_rollbacks > config.train.n_rollbacks:
+                raise click.ClickException(
+                    f"{error}; the last checkpoint is whole: train anew with a lower "
+                    f"train.learning_rate than {config.train.learning_rate:g}, or set "
+                    "train.n_rollbacks"
+                ) from error
+            trainer = Trainer(*_build(config, folder), config, folder, n_rollbacks)
+            if distributed.rank() == 0:
+                print(f"{error}: back to step {trainer.steps_done:,} at half the learning rate")
 
 
 def _default_run_dir(config: VisionConfig) -> Path:

@@ -17,12 +17,15 @@ from hubrl.sections import (
     Section,
     parse,
     read_mapping,
+    with_later_keys,
     with_overrides,
 )
 from hubrl.specs import dump_yaml
 
 #: Complete configurations that ship with hubrl, one for each command.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "vision"
+#: Keys that came later, by section, and what runs did before.
+LATER_KEYS = {"train": {"n_rollbacks": 0}}
 
 
 class DataSection(Section):
@@ -82,6 +85,8 @@ class TrainSection(Section):
     :param patience: epochs without a better validation score after which a phase ends, and the
         best weights are taken; 0: all epochs, and the last weights
     :param save_freq: steps between checkpoints; 0: at the end of each epoch
+    :param n_rollbacks: how often a run with a loss, a gradient or a weight that is no finite number
+        goes back to its last checkpoint and on with half the learning rate; 0: it stops
     :param n_workers: processes that read images
     :param seed: everything random follows from it
     :param device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` ...
@@ -95,6 +100,7 @@ class TrainSection(Section):
     warmup: Fraction
     patience: Annotated[Integer, Field(ge=0)]
     save_freq: Annotated[Integer, Field(ge=0)]
+    n_rollbacks: Annotated[Integer, Field(ge=0)]
     n_workers: Annotated[Integer, Field(ge=0)]
     seed: Annotated[Integer, Field(ge=0, lt=2**31)]
     device: str
@@ -123,6 +129,15 @@ def load_config(file: Path, overrides: Mapping[str, Any] | None = None) -> Visio
     if "method" in overrides:
         data["method"] = overrides.pop("method")
     return parse(VisionConfig, with_overrides(data, overrides))
+
+
+def load_run_config(file: Path) -> VisionConfig:
+    """
+    The configuration of a run, which may be older than some keys.
+
+    :raises ValueError: as ``load_config``
+    """
+    return parse(VisionConfig, with_later_keys(read_mapping(file), LATER_KEYS))
 
 
 def dump_config(config: VisionConfig) -> str:

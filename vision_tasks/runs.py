@@ -11,7 +11,7 @@ from hubrl.run_folder import CONFIG_FILE
 from hubrl.specs import HubSpec
 from hubrl.state_folder import load_parts
 from vision_tasks import distributed
-from vision_tasks.config import VisionConfig, load_config
+from vision_tasks.config import VisionConfig, load_run_config
 from vision_tasks.data import Data, load_classification, load_landmarks
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import Method, Settings, build_method
@@ -35,7 +35,7 @@ def open_run(folder: Path) -> VisionConfig:
     """
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
-    return load_config(folder / CONFIG_FILE)
+    return load_run_config(folder / CONFIG_FILE)
 
 
 def load_run(folder: Path) -> LoadedRun:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from hubrl.encoders import Encoder
 from hubrl.files import save_tensors
+from hubrl.finite import NotFiniteError, are_finite
 from hubrl.pathway import EncoderList
 from hubrl.specs import HubSpec
 from hubrl.state_folder import link_file
@@ -178,6 +179,7 @@ class SwappedEncoder(Encoder):
         Learn from the gradients of the features.
 
         :param images_BCHW: what the features were of
+        :raises NotFiniteError: if the gradient of a weight is NaN or infinite, before any changes
         """
         assert self._optimizer is not None
         assert self._schedule is not None
@@ -185,6 +187,8 @@ class SwappedEncoder(Encoder):
         with torch.enable_grad():
             features_BD = super().forward(images_BCHW, dtype)
         torch.autograd.backward(features_BD, gradients_BD)
+        if not are_finite(weight.grad for weight in self.weights if weight.grad is not None):
+            raise NotFiniteError(f"a gradient of encoder {self.spec.name} is NaN or infinite")
         self._load_moments(self._optimizer)
         self._schedule(self._optimizer)
         self._optimizer.step()

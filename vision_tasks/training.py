@@ -8,20 +8,23 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from hubrl.encoders import is_encoder_weight
+from hubrl.finite import NotFiniteError, are_finite, first_not_finite
 from hubrl.run_folder import CsvTable
 from hubrl.signals import StopSignal
-from hubrl.state_folder import has_state, load_parts, read_state, save_state
+from hubrl.state_folder import Count, has_state, load_parts, read_state, save_state
 from vision_tasks import distributed
 from vision_tasks.config import VisionConfig
 from vision_tasks.data import Data
@@ -34,20 +37,37 @@ RESULTS_FILE = "results.json"
 EPOCHS_FILE = "epochs.csv"
 #: Images of an evaluation step; a training step needs more memory for each.
 EVALUATION_BATCH = 128
+#: Of the learning rate, each time that a run is rolled back.
+ROLLBACK_SCALE = 0.5
 
 Batch = tuple[Tensor, Tensor]
-
-
-class DivergedError(Exception):
-    """A loss is no number any more; what was saved before is whole."""
 
 
 class Position(NamedTuple):
     """How far a run is: phases, epochs of this phase and steps of this epoch that are done."""
 
-    phase: int = 0
-    epoch: int = 0
-    step: int = 0
+    phase: Count = 0
+    epoch: Count = 0
+    step: Count = 0
+
+
+class Scores(TypedDict):
+    """What a phase has come to."""
+
+    best: float | None
+    """The best validation score of the phase."""
+    bad_epochs: Count
+    """Epochs since then."""
+    seconds: float
+    """Of training, in all phases."""
+
+
+class Checkpoint(TypedDict):
+    """``state.json`` of a run."""
+
+    position: Position
+    scores: Scores
+    n_rollbacks: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
 
 
 class Trainer:
@@ -61,20 +81,33 @@ class Trainer:
     :param data: its images
     :param config: of the run
     :param folder: of the run
+    :param n_rollbacks: how often it went back to its last checkpoint, each time with half the
+        learning rate; None: as the checkpoint says
     """
 
-    def __init__(self, method: Method, data: Data, config: VisionConfig, folder: Path) -> None:
+    def __init__(
+        self,
+        method: Method,
+        data: Data,
+        config: VisionConfig,
+        folder: Path,
+        n_rollbacks: int | None = None,
+    ) -> None:
         self._method, self._data, self._config, self._folder = method, data, config, folder
         distributed.share_weights(method)
         self._swapped = swapped_encoders(method)
         self._device = next(method.parameters()).device
         self._last, self._best = (folder / "checkpoints" / name for name in ("last", "best"))
         self._position = Position()
-        self._scores: dict[str, Any] = {"best": None, "bad_epochs": 0, "seconds": 0.0}
+        self._scores: Scores = {"best": None, "bad_epochs": 0, "seconds": 0.0}
+        self.n_rollbacks = 0
         if has_state(self._last):
-            state = read_state(self._last)
-            self._position, self._scores = Position(*state["position"]), state["scores"]
-        self._log = _Log(folder, self._steps_done()) if distributed.rank() == 0 else None
+            state = read_state(self._last, Checkpoint)
+            self._position, self._scores = state["position"], state["scores"]
+            self.n_rollbacks = state.get("n_rollbacks", 0)
+        if n_rollbacks is not None:
+            self.n_rollbacks = n_rollbacks
+        self._log = _Log(folder, self.steps_done) if distributed.rank() == 0 else None
 
     def run(self, stop: StopSignal) -> int | None:
         """
@@ -82,7 +115,7 @@ class Trainer:
 
         :param stop: asked after each step
         :return: None, or the number of the signal that ended the run after a checkpoint
-        :raises DivergedError: if a loss is not finite
+        :raises NotFiniteError: if a loss, a gradient or a weight is NaN or infinite
         """
         phases = self._method.phases
         for phase in phases[self._position.phase :]:
@@ -111,7 +144,9 @@ class Trainer:
     def _phase_steps(self) -> int:
         return self._config.train.epochs * self._epoch_steps
 
-    def _steps_done(self) -> int:
+    @property
+    def steps_done(self) -> int:
+        """Of all phases."""
         return self._position.phase * self._phase_steps + self._phase_steps_done()
 
     def _phase_steps_done(self) -> int:
@@ -146,7 +181,8 @@ class Trainer:
 
     def _schedule(self, optimizer: Optimizer) -> None:
         for group in optimizer.param_groups:
-            group["lr"] = self._config.train.learning_rate * group["lr_scale"] * self._lr_scale()
+            rate = self._config.train.learning_rate * ROLLBACK_SCALE**self.n_rollbacks
+            group["lr"] = rate * group["lr_scale"] * self._lr_scale()
 
     def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> dict[str, float]:
         """Mean of each loss over the steps that were made."""
@@ -173,22 +209,36 @@ class Trainer:
         images_BCHW = augment(images_BCHW, flip=data.flip, shift=data.shift)
         self._method.progress = self._phase_steps_done() / self._phase_steps
         losses = self._method.loss(phase, images_BCHW.to(self._device), targets_B.to(self._device))
-        self._check(losses)
+        self._check_losses(losses)
         self._schedule(optimizer)
         optimizer.zero_grad()
         losses.total.backward()
         distributed.average_gradients(self._method.parameters())
+        self._check_gradients()
         optimizer.step()
         return {name: float(value.detach()) for name, value in losses.parts.items()}
 
-    def _check(self, losses: Losses) -> None:
-        if not torch.isfinite(losses.total):
-            bad = [name for name, value in losses.parts.items() if not torch.isfinite(value)]
-            raise DivergedError(
-                f"{self._folder}: the loss ({', '.join(bad or ['total'])}) of step "
-                f"{self._steps_done()} is not finite; the last checkpoint is whole: train anew "
-                f"with a lower train.learning_rate than {self._config.train.learning_rate:g}"
-            )
+    def _check_losses(self, losses: Losses) -> None:
+        # All processes go on, or none.
+        mean = distributed.mean_over_processes(losses.total.detach())
+        if not torch.isfinite(mean):
+            name, what = first_not_finite(losses.parts) or ("total", "no finite number")
+            raise self._not_finite(f"the loss ({name}) is {what}")
+
+    def _check_gradients(self) -> None:
+        named = self._method.named_parameters()
+        gradients = {name: weight.grad for name, weight in named if weight.grad is not None}
+        if not are_finite(gradients.values()):
+            name, what = first_not_finite(gradients) or ("all weights together", "infinity")
+            raise self._not_finite(f"the gradient of {name} holds {what}")
+
+    def _check_weights(self) -> None:
+        bad = first_not_finite(dict(self._method.named_parameters()))
+        if bad is not None:
+            raise self._not_finite(f"weight {bad[0]} holds {bad[1]}")
+
+    def _not_finite(self, what: str) -> NotFiniteError:
+        return NotFiniteError(f"{self._folder}, step {self.steps_done:,}: {what}")
 
     def _lr_scale(self) -> float:
         """Linear warm-up, then a cosine to 0 at the end of the phase."""
@@ -236,15 +286,17 @@ class Trainer:
         self._scores["best"] = score if is_better else best
         self._scores["bad_epochs"] = 0 if is_better else self._scores["bad_epochs"] + 1
         is_over = 0 < train.patience <= self._scores["bad_epochs"]
-        steps = self._steps_done()
+        steps = self.steps_done
         epoch = train.epochs if is_over else self._position.epoch + 1
         self._position = Position(self._position.phase, epoch)
         if is_better and train.patience:
             self._save(self._best, optimizer)
         self._save(self._last, optimizer)
         if self._log is not None:
-            seconds = self._scores["seconds"]
-            self._log.write(steps, phase, seconds, losses, scores)
+            self._log.write(steps, phase, self._scores["seconds"], losses, scores)
+            advice = self._method.advice(losses) if losses else None
+            if advice is not None:
+                print(advice, file=sys.stderr, flush=True)
 
     def _end_phase(self, phase: str) -> None:
         if self._config.train.patience:
@@ -280,8 +332,13 @@ class Trainer:
         return {"method": self._method, "optimizer": optimizer}
 
     def _save(self, folder: Path, optimizer: Optimizer) -> None:
+        self._check_weights()
         if distributed.rank() == 0:
-            state = {"position": self._position, "scores": self._scores}
+            state: Checkpoint = {
+                "position": self._position,
+                "scores": self._scores,
+                "n_rollbacks": self.n_rollbacks,
+            }
             files = () if self._swapped is None else self._swapped.files()
             save_state(self._parts(optimizer), state, folder, files)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from agents.runs import EPISODES_FILE
 from agents.study_config import Run, StudyConfig
-from hubrl.run_folder import read_rows
+from hubrl.run_folder import cell_number, read_rows
 from hubrl.studies import statistics
 from hubrl.studies.statistics import Estimate, Floats, Strata
 
@@ -107,7 +107,7 @@ def read_episodes(folder: Path) -> dict[str, Floats]:
     """
     Columns of a run's ``episodes.csv``.
 
-    :raises ValueError: if there is none, or none with a game
+    :raises ValueError: if there is none, or none with a game, or something else in it than numbers
     """
     file = folder / EPISODES_FILE
     if not file.is_file():
@@ -115,7 +115,7 @@ def read_episodes(folder: Path) -> dict[str, Floats]:
     rows = read_rows(file)
     if not rows:
         raise ValueError(f"the run {folder} has no game in {EPISODES_FILE}: train it longer")
-    return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}
+    return {name: np.array([cell_number(row, name, file) for row in rows]) for name in rows[0]}
 
 
 def measure(study: StudyConfig, episodes: Mapping[Run, dict[str, Floats]], axis: Axis) -> Table:

@@ -27,8 +27,8 @@ from agents.callbacks import (
 from agents.checkpoints import load_checkpoint
 from agents.runs import make_logger
 from envs import env_state
+from hubrl.files import read_json
 from hubrl.signals import StopSignal
-from hubrl.state_folder import read_state
 
 
 class SignalAt(BaseCallback):
@@ -91,7 +91,7 @@ def test_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyP
     learn(tmp_path, train__eval_freq=60, train__save_freq=40, train__n_timesteps=160)
     assert evaluated(tmp_path) == [64, 128, 160]
     assert [n for name, n in saved if name == "last"] == [64, 96, 128, 160]
-    best = read_state(tmp_path / "checkpoints" / "best")
+    best = read_json(tmp_path / "checkpoints" / "best" / "state.json")
     with (tmp_path / "evaluations.csv").open() as file:
         rows = list(csv.DictReader(file))
     means = {
@@ -111,7 +111,7 @@ def test_no_evaluation_where_none_is_wanted(tmp_path: Path) -> None:
 def test_a_signal_stops_after_a_checkpoint_of_what_was_learned(tmp_path: Path) -> None:
     model = learn(tmp_path, [SignalAt(80)], train__n_timesteps=1000, train__eval_freq=50)
     assert model.num_timesteps == 80
-    assert read_state(tmp_path / "checkpoints" / "last")["num_timesteps"] == 64
+    assert read_json(tmp_path / "checkpoints" / "last" / "state.json")["num_timesteps"] == 64
     assert evaluated(tmp_path) == [64]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -134,7 +134,7 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) ->
 
     learn(tmp_path, [SignalInEvaluation()], train__n_timesteps=160, train__eval_freq=50)
     assert not (tmp_path / "evaluations.csv").exists()
-    assert read_state(tmp_path / "checkpoints" / "last")["num_timesteps"] == 64
+    assert read_json(tmp_path / "checkpoints" / "last" / "state.json")["num_timesteps"] == 64
     learn(tmp_path, train__n_timesteps=160, train__eval_freq=50)
     assert evaluated(tmp_path) == [64, 128, 160]
 

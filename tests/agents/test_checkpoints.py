@@ -15,9 +15,9 @@ from small_runs import small_config, small_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.algorithms import ALGORITHMS, build_model
-from agents.checkpoints import load_checkpoint, save_checkpoint
+from agents.checkpoints import BestCheckpoint, load_checkpoint, save_checkpoint
 from hubrl import state_folder
-from hubrl.files import file_sha256
+from hubrl.files import file_sha256, read_json
 from hubrl.specs import load_hub, save_hub
 from hubrl.state_folder import has_state, read_state
 
@@ -38,8 +38,9 @@ def test_every_algorithm_survives_save_and_load(
     assert {file.suffix for file in (tmp_path / "last").iterdir()} == {".safetensors", ".json"}
     assert [file.name for file in tmp_path.iterdir() if "last" in file.name] == ["last"]
 
-    state = load_checkpoint(other, tmp_path / "last")
-    assert state["mean_return"] == 2.5
+    load_checkpoint(other, tmp_path / "last")
+    best = read_state(tmp_path / "last", BestCheckpoint)
+    assert best == {"mean_return": 2.5}
     assert other.num_timesteps == model.num_timesteps >= 100
     assert other._n_updates == model._n_updates > 0
     assert list(other.ep_info_buffer or ()) == list(model.ep_info_buffer or ()) != []
@@ -96,9 +97,10 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(model, tmp_path / "last", {"number": 2})
     monkeypatch.undo()
-    assert load_checkpoint(model, tmp_path / "last")["number"] == 1
+    load_checkpoint(model, tmp_path / "last")
+    assert read_json(tmp_path / "last" / "state.json")["number"] == 1
     save_checkpoint(model, tmp_path / "last", {"number": 3})
-    assert read_state(tmp_path / "last")["number"] == 3
+    assert read_json(tmp_path / "last" / "state.json")["number"] == 3
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
@@ -107,7 +109,8 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     folder.rename(tmp_path / "last.1")
     assert not has_state(tmp_path / "best")
     assert has_state(folder)
-    assert load_checkpoint(model, folder)["number"] == 1
+    load_checkpoint(model, folder)
+    assert read_json(folder / "state.json")["number"] == 1
 
 
 def test_frozen_encoders_must_be_those_of_the_training(tmp_path: Path, hub5: Path) -> None:

@@ -12,6 +12,7 @@ from small_runs import small_config
 
 from agents.config import load_config
 from agents.runs import create_run, default_run_dir, derive_seed, make_logger, open_run
+from hubrl.files import DamagedFileError
 from hubrl.run_folder import CsvTable, check_new_run, note_command
 
 
@@ -61,6 +62,36 @@ def test_the_log_goes_on_after_a_resume(tmp_path: Path) -> None:
         "150",
     ]
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"step,x\r\n1,2\r\nmany,3\r\n", r"a\.csv has 'many' as step, allowed: a number; put"),
+        (b"step,x\r\nnan,3\r\n", r"a\.csv has 'nan' as step, allowed: a number; put the file"),
+        (b"x,y\r\n1,2\r\n", r"a\.csv has None as step, allowed: a number; put the file back"),
+        (b"step,x\r\n1\r\n", r"a\.csv: row 1 has not one cell for each column: put the file back"),
+        (b"step\r\n1,2\r\n", r"a\.csv: row 1 has not one cell for each column: put the file"),
+        (b"step\r\n\xff\r\n", r"a\.csv is no CSV table: put the file back, or move it away to go"),
+        (b"step\r\n" + b"1" * 200_000 + b"\r\n", r"a\.csv is no CSV table: put the file back"),
+    ],
+)
+def test_a_table_that_holds_something_else(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(DamagedFileError, match=message):
+        CsvTable(tmp_path / "a.csv", "step", 10)
+    assert (tmp_path / "a.csv").read_bytes() == content
+
+
+def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    """As where the machine lost its power."""
+    table = CsvTable(tmp_path / "a.csv", "step", 0)
+    for step in (10, 20):
+        table.append({"step": step, "x": step / 2})
+    content = (tmp_path / "a.csv").read_bytes()
+    (tmp_path / "a.csv").write_bytes(content + b"30,1")
+    assert CsvTable(tmp_path / "a.csv", "step", 100).last_row == {"step": "20", "x": "10.0"}
+    assert (tmp_path / "a.csv").read_bytes() == content
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ import agents.config
 import agents.study_config
 import agents.zips
 import vision_tasks.config
+from agents.checkpoints import Checkpoint
 from agents.runs import default_run_dir
 from hubrl import cli, hubs
 from hubrl.encoders import build_encoder, golden_features
@@ -151,7 +152,7 @@ def check_checkpoint(data: bytes) -> bool:
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
 
     def read() -> None:
-        read_state(folder)
+        read_state(folder, Checkpoint)
         load_parts(valid.parts(), folder)
 
     return _check(read)

@@ -24,7 +24,7 @@ from agents import faults
 from envs import episode_seed
 from envs.tiny import TinyImage
 from hubrl import cli, train
-from hubrl.state_folder import read_state
+from hubrl.files import read_json
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def run(*args: object) -> object:
 
 
 def last() -> dict[str, Any]:
-    return read_state(Path("r/checkpoints/last"))
+    return read_json(Path("r/checkpoints/last/state.json"))
 
 
 class Faulty(TinyImage):

@@ -8,11 +8,20 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from torch import nn
+from typing_extensions import TypedDict
 
 from hubrl import state_folder
-from hubrl.state_folder import NotSavedError, has_state, load_parts, read_state, save_state
+from hubrl.files import DamagedFileError
+from hubrl.state_folder import Count, NotSavedError, has_state, load_parts, read_state, save_state
+
+
+class Numbers(TypedDict):
+    number: Count
 
 
 def layer(value: float) -> nn.Linear:
@@ -26,7 +35,7 @@ def save(folder: Path, number: int) -> None:
 
 
 def loaded(folder: Path) -> tuple[int, float]:
-    part, state = layer(0.0), read_state(folder)
+    part, state = layer(0.0), read_state(folder, Numbers)
     load_parts({"layer": part}, folder)
     return state["number"], float(part.weight.detach()[0, 0])
 
@@ -78,7 +87,7 @@ def test_the_only_checkpoint_is_damaged(
         rf"last is damaged \({name} (is missing|has another sha256)\), and no whole one is bef"
     )
     with pytest.raises(ValueError, match=message):
-        read_state(tmp_path / "last")
+        read_state(tmp_path / "last", Numbers)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +120,74 @@ def test_foreign_files_in_a_checkpoint(
         return
     with pytest.raises(ValueError, match=message):
         load_parts({"layer": layer(0.0)}, folder)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, r"last/state\.json has no number: put the file back, or train anew"),
+        ({"number": "x"}, r"state\.json has number 'x' \(Input should be a valid integer"),
+        (
+            {"number": -1},
+            r"state\.json has number -1 \(Input should be greater than or equal",
+        ),
+        (
+            {"number": 10**30},
+            r"state\.json has number 10+ \(Input should be less than or ",
+        ),
+        ({"number": 2.5}, r"state\.json has number 2\.5 \(Input should be a valid integer"),
+    ],
+)
+def test_numbers_that_are_missing_or_something_else(
+    state: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    save_state({}, state, tmp_path / "last")
+    with pytest.raises(DamagedFileError, match=message):
+        read_state(tmp_path / "last", Numbers)
+
+
+def stepped(cls: type[torch.optim.Optimizer], shape: tuple[int, ...]) -> torch.optim.Optimizer:
+    weights = [nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(2))]
+    optimizer = cls(weights, lr=0.1)  # type: ignore[call-arg]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    return optimizer
+
+
+OPTIMIZERS = [torch.optim.Adam, torch.optim.AdamW, RMSpropTFLike, torch.optim.SGD]
+
+
+@pytest.mark.parametrize("cls", OPTIMIZERS)
+def test_an_optimizer_comes_back(cls: type[torch.optim.Optimizer], tmp_path: Path) -> None:
+    saved, loaded = stepped(cls, (3, 2)), cls([torch.ones(3, 2), torch.ones(2)], lr=0.1)  # type: ignore[call-arg]
+    save_state({"optimizer": saved}, {}, tmp_path / "last")
+    load_parts({"optimizer": loaded}, tmp_path / "last")
+    before, after = saved.state_dict()["state"], loaded.state_dict()["state"]
+    assert before.keys() == after.keys()
+    for index, values in before.items():
+        for key, value in values.items():
+            assert np.array_equal(np.asarray(value), np.asarray(after[index][key]))
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        (stepped(torch.optim.Adam, (4, 2)), r"0\.exp_avg has another shape than \(3, 2\)"),
+        (stepped(RMSpropTFLike, (3, 2)), r"it has square_avg, step, not exp_avg, exp_avg_sq, step"),
+    ],
+)
+def test_the_state_of_another_optimizer(
+    saved: torch.optim.Optimizer, message: str, tmp_path: Path
+) -> None:
+    """torch would take it, and fail in its next step."""
+    save_state({"optimizer": saved}, {}, tmp_path / "last")
+    optimizer = torch.optim.Adam([torch.ones(3, 2), torch.ones(2)])
+    with pytest.raises(DamagedFileError, match=message):
+        load_parts({"optimizer": optimizer}, tmp_path / "last")
+    fewer = type(saved)([torch.ones(3, 2)], lr=0.1)  # type: ignore[call-arg]
+    with pytest.raises(DamagedFileError, match=r"has another shape|of 2 weights or more"):
+        load_parts({"optimizer": fewer}, tmp_path / "last")
 
 
 def test_the_manifest_is_what_sha256sum_says(tmp_path: Path) -> None:

@@ -19,9 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from agents.config import load_config
 from hubrl import cli, train
+from hubrl.files import read_json
 from hubrl.run_folder import held
 from hubrl.specs import load_hub, save_hub
-from hubrl.state_folder import read_state
 
 FILES = {".lock", "config.yaml", "command.txt", "checkpoints"} | {
     f"{name}.csv" for name in ("progress", "evaluations", "episodes")
@@ -59,8 +59,8 @@ def test_a_run_with_all_its_files(algorithm: str, hub: str, hub5: Path, tmp_path
     (events,) = names - FILES
     assert events.startswith("events.out.tfevents.")
     assert names - {events} == FILES
-    assert read_state(Path("r/checkpoints/last"))["num_timesteps"] >= 100
-    assert read_state(Path("r/checkpoints/best"))["num_timesteps"] >= 50
+    assert read_json(Path("r/checkpoints/last/state.json"))["num_timesteps"] >= 100
+    assert read_json(Path("r/checkpoints/best/state.json"))["num_timesteps"] >= 50
     assert list(rows(Path("r/evaluations.csv"))[0]) == ["timesteps", "episode", "return", "length"]
     logged = EventAccumulator("r")
     logged.Reload()
@@ -144,11 +144,11 @@ def test_a_signal_then_resume(
     with monkeypatch.context() as patch:
         patch.setattr(train, "ProgressCallback", Stopper)
         assert run("--config", config, "--run-dir", "r") == code
-    assert read_state(Path("r/checkpoints/last"))["num_timesteps"] == 64
+    assert read_json(Path("r/checkpoints/last/state.json"))["num_timesteps"] == 64
     before, text = last(Path("r")), Path("r/config.yaml").read_text()
 
     assert run("--resume", "r") == 0
-    state = read_state(Path("r/checkpoints/last"))
+    state = read_json(Path("r/checkpoints/last/state.json"))
     assert state["num_timesteps"] == 160
     assert state["_n_updates"] == 5 * 4
     assert not all(last(Path("r"))[key].equal(before[key]) for key in before)
@@ -197,7 +197,7 @@ class TestTheSameCommandAgain:
     def steps(self) -> dict[str, int]:
         folders = sorted(Path("runs").iterdir())
         names = [re.sub("^ppo-.*", "new", folder.name) for folder in folders]
-        states = [read_state(folder / "checkpoints" / "last") for folder in folders]
+        states = [read_json(folder / "checkpoints" / "last" / "state.json") for folder in folders]
         return dict(zip(names, (state["num_timesteps"] for state in states), strict=True))
 
     def test_auto(self, command: list[object], capsys: pytest.CaptureFixture[str]) -> None:
@@ -380,7 +380,9 @@ def test_errors_while_learning_are_not_masked(
 def test_atari_with_the_shipped_configuration(algorithm: str) -> None:
     args = ["--algo", algorithm, "--env", "ALE/Pong-v5", "--hub", "none", "-n", 256]
     assert run(*args, "--n-envs", 2, "--eval-freq", 0, "--run-dir", "r") == 0
-    assert read_state(Path("r/checkpoints/last"))["num_timesteps"] == 256 + 4 * (algorithm == "a2c")
+    assert read_json(Path("r/checkpoints/last/state.json"))["num_timesteps"] == 256 + 4 * (
+        algorithm == "a2c"
+    )
 
 
 def test_images_too_small_for_the_hub(capsys: pytest.CaptureFixture[str]) -> None:

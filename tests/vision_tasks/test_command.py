@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from small_images import SIZE, quadrant_data, write_rgb_hub
+from small_images import SIZE, quadrant_data, small_vision_config, write_rgb_hub
+from torch import Tensor
 
 from hubrl import cli
-from hubrl.run_folder import held
+from hubrl.run_folder import held, read_rows
 from vision_tasks import classification, landmarks, runs
-from vision_tasks.config import BUILT_IN_CONFIGS, load_config
+from vision_tasks.config import BUILT_IN_CONFIGS, dump_config, load_config
+from vision_tasks.tasks import Classification
 
 NAME = "python -m vision_tasks.classification"
 
@@ -133,3 +136,33 @@ def test_the_same_command_again(
     with held(Path("runs/r")):
         assert run(*command, "--resume", "auto") == 2
     assert "runs/r is in use by another process" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_in_one_line_or_rolls_back(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[None] = []
+    losses = Classification.losses
+
+    def broken_once(self: Classification, outputs_BO: Tensor, targets_B: Tensor) -> Tensor:
+        calls.append(None)
+        return losses(self, outputs_BO, targets_B) * (math.nan if len(calls) == 6 else 1.0)
+
+    monkeypatch.setattr(Classification, "losses", broken_once)
+    config = tmp_path / "c.yaml"
+    stopping = small_vision_config(hub, "single:b", data__name="fashion-mnist")
+    config.write_text(dump_config(stopping))
+    assert run("--config", config, "--run-dir", "stopped") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "stopped, step 4: the loss (task) is NaN; the last checkpoint is whole: train " in error
+    assert "a lower train.learning_rate than 0.001, or set train.n_rollbacks" in error
+    calls.clear()
+    train = stopping.train.model_copy(update={"n_rollbacks": 1})
+    config.write_text(dump_config(stopping.model_copy(update={"train": train})))
+    assert run("--config", config, "--run-dir", "back") == 0
+    said = "back, step 4: the loss (task) is NaN: back to step 3 at half the learning rate"
+    assert said in capsys.readouterr().out
+    state = json.loads(Path("back/checkpoints/last/state.json").read_text())
+    assert state["n_rollbacks"] == 1
+    assert [row["step"] for row in read_rows(Path("back/epochs.csv"))] == ["3", "6"]

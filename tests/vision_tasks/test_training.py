@@ -20,12 +20,13 @@ from small_images import (
 )
 
 from hubrl.encoders import is_encoder_weight
+from hubrl.finite import NotFiniteError
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from vision_tasks.config import VisionConfig
 from vision_tasks.methods import Losses, Settings, build_method
 from vision_tasks.tasks import Classification
-from vision_tasks.training import DivergedError, Trainer, augment
+from vision_tasks.training import Position, Trainer, augment
 
 
 @pytest.fixture
@@ -33,10 +34,10 @@ def hub(tmp_path: Path) -> Path:
     return write_rgb_hub(tmp_path / "rgb")
 
 
-def trainer(config: VisionConfig, folder: Path) -> Trainer:
+def trainer(config: VisionConfig, folder: Path, n_rollbacks: int | None = None) -> Trainer:
     settings = Settings(config.train.seed, SIZE)
     method = build_method(config.method, load_hub(config.hub.name), Classification(4), settings)
-    return Trainer(method, quadrant_data(), config, folder)
+    return Trainer(method, quadrant_data(), config, folder, n_rollbacks)
 
 
 def last_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -142,12 +143,71 @@ def test_a_loss_that_is_no_number_stops_at_once(hub: Path, tmp_path: Path) -> No
     config = small_vision_config(hub, "single:a")
     run = trainer(config, tmp_path)
     run._method.loss, n_steps = _breaks_after(run._method.loss, 4), 4
-    with pytest.raises(DivergedError, match=r"the loss \(task\) of step 4 is not finite; .* lower"):
+    with pytest.raises(NotFiniteError, match=r", step 4: the loss \(task\) is NaN"):
         run.run(StopSignal())
     state = json.loads((tmp_path / "checkpoints" / "last" / "state.json").read_text())
     assert state["position"] == [0, 1, 0]
     assert all(value.isfinite().all() for value in last_weights(tmp_path).values())
     assert n_steps == 4
+
+
+def test_a_gradient_that_is_no_number_changes_no_weight(hub: Path, tmp_path: Path) -> None:
+    run = trainer(small_vision_config(hub, "single:a"), tmp_path)
+    before = {name: weight.clone() for name, weight in run._method.named_parameters()}
+    run._method.model.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    message = r", step 0: the gradient of model\.head\.weight holds (NaN|infinity)"
+    with pytest.raises(NotFiniteError, match=message):
+        run.run(StopSignal())
+    for name, weight in run._method.named_parameters():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_a_weight_that_is_no_number_is_not_saved(hub: Path, tmp_path: Path) -> None:
+    run = trainer(small_vision_config(hub, "single:a"), tmp_path)
+    optimizer = torch.optim.SGD(run._method.parameters())
+    with torch.no_grad():
+        run._method.model.head.bias[1] = math.inf
+    with pytest.raises(NotFiniteError, match=r"weight model\.head\.bias holds infinity"):
+        run._save(tmp_path / "checkpoints" / "last", optimizer)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_run_rolled_back_learns_at_half_the_rate(hub: Path, tmp_path: Path) -> None:
+    config = small_vision_config(hub, "single:a", train__epochs=3, train__warmup=0.0)
+    rates = {}
+    for n_rollbacks in (None, 1, 2):
+        run = trainer(config, tmp_path / str(n_rollbacks), n_rollbacks)
+        assert run.run(StopsAfter(4)) == 15
+        file = tmp_path / str(n_rollbacks) / "checkpoints" / "last" / "state.json"
+        assert json.loads(file.read_text())["n_rollbacks"] == (n_rollbacks or 0)
+        again = trainer(config, tmp_path / str(n_rollbacks))
+        optimizer = again._begin("train")
+        again._schedule(optimizer)
+        rates[n_rollbacks] = [group["lr"] for group in optimizer.param_groups]
+    assert rates[1] == pytest.approx([rate / 2 for rate in rates[None]])
+    assert rates[2] == pytest.approx([rate / 4 for rate in rates[None]])
+
+
+def test_a_collapse_is_told(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = trainer(small_vision_config(hub, train__epochs=1), tmp_path)
+    run.run(StopSignal())
+    with (tmp_path / "epochs.csv").open() as lines:
+        (row,) = csv.DictReader(lines)
+    shares = [float(row[f"train/probability/{name}"]) for name in "abc"]
+    assert sum(shares) == pytest.approx(1)
+    assert "collapse" not in capsys.readouterr().err
+    losses = {"probability/a": 0.02, "probability/b": 0.96, "probability/c": 0.02}
+    told = run._method.advice(losses)
+    assert told is not None
+    assert told.startswith(
+        "pathway collapse: encoder 'b' has 96% of the pathway probability; raise"
+    )
+    assert "hub.exploration_coef (now 0.3)" in told
+    assert "--method single:b" in told
+    run._method.advice = lambda losses: f"{losses['task']:.0f} things"
+    run._position = Position()
+    run.run(StopSignal())
+    assert "things" in capsys.readouterr().err
 
 
 def _breaks_after(loss: object, n_steps: int) -> object:

@@ -24,6 +24,9 @@ from vision_tasks.methods.method import (
 from vision_tasks.swap import SwappedEncoders
 from vision_tasks.tasks import Task
 
+#: Of the pathway probability: an encoder that has more leaves the hub unused.
+COLLAPSE = 0.95
+
 # Shape letters: B batch, E encoders, O outputs, D features of one encoder, C H W image,
 # R rows of the batch that activate one encoder.
 
@@ -50,10 +53,10 @@ class HubPathwayMethod(Method):
 
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """Task + exploration_coef x exploration + exploitation_coef x exploitation."""
-        output, parts = self.model.route(images_BCHW)
+        output, activated = self.model.route(images_BCHW)
         task = self.task.losses(output.features, targets_B).mean()
         exploitation = torch.stack(
-            [self.task.losses(part.features_RD, targets_B[part.rows_R]).sum() for part in parts]
+            [self.task.losses(part.features_RD, targets_B[part.rows_R]).sum() for part in activated]
         ).sum() / len(targets_B)
         mean_1E = mean_over_processes(output.probabilities.mean(dim=0, keepdim=True))
         exploration = pathway_exploration_loss(mean_1E)
@@ -62,8 +65,21 @@ class HubPathwayMethod(Method):
             + self.settings.exploration_coef * exploration
             + self.settings.exploitation_coef * exploitation
         )
-        return Losses(
-            total, {"task": task, "exploration": exploration, "exploitation": exploitation}
+        parts = {"task": task, "exploration": exploration, "exploitation": exploitation}
+        shares = zip(self.hub.encoder_names, mean_1E[0], strict=True)
+        return Losses(total, parts | {f"probability/{name}": share for name, share in shares})
+
+    def advice(self, losses: dict[str, float]) -> str | None:
+        """A collapse: nearly all of an epoch's pathway probability belonged to one encoder."""
+        shares = {name: losses[f"probability/{name}"] for name in self.hub.encoder_names}
+        top = max(shares, key=shares.__getitem__)
+        if shares[top] <= COLLAPSE or len(shares) == 1:
+            return None
+        coef = self.settings.exploration_coef
+        return (
+            f"pathway collapse: encoder {top!r} has {shares[top]:.0%} of the pathway probability; "
+            f"raise hub.exploration_coef (now {coef:g}), or train the encoder alone, which is "
+            f"cheaper: --method single:{top}"
         )
 
     def forward(self, images_BCHW: Tensor) -> Tensor:

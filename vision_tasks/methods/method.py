@@ -91,6 +91,14 @@ class Method(nn.Module):
         :param batches: training images, which may be looked at; no weight may learn from them
         """
 
+    def advice(self, losses: dict[str, float]) -> str | None:
+        """
+        What a user should know after an epoch that went wrong, and change; None if all is well.
+
+        :param losses: means over the epoch of ``Losses.parts``
+        """
+        return None
+
     def finish(self, phase: str, batches: Batches) -> None:
         """
         Conclude a phase, in evaluation mode.

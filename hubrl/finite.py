@@ -1,0 +1,29 @@
+"""Losses, gradients and weights that are NaN or infinite: noticed at once, and named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+class NotFiniteError(Exception):
+    """A number is NaN or infinite, or an update would have made weights so."""
+
+
+def are_finite(tensors: Iterable[Tensor]) -> bool:
+    """One answer for all, for which a GPU is waited for once."""
+    return bool(torch.isfinite(nn.utils.get_total_norm(tensors)))
+
+
+def first_not_finite(tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
+    """
+    Name of the first tensor that is not finite, and what it holds: ``NaN`` or ``infinity``.
+
+    :param tensors: by name; in order
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            return name, "NaN" if torch.isnan(tensor).any() else "infinity"
+    return None
