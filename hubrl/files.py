@@ -7,12 +7,16 @@ import fcntl
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import pydantic
 from safetensors.torch import save_file
 from torch import Tensor
+
+Data = TypeVar("Data")
 
 
 class DamagedFileError(ValueError):
@@ -38,6 +42,28 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise DamagedFileError(f"{file} is damaged: it must be a JSON mapping of keys to values")
     return data
+
+
+def checked(data: Any, cls: type[Data], file: Path) -> Data:
+    """
+    What a file must hold, without all else in it.
+
+    :param data: of a JSON file that may be a stranger's
+    :param cls: a TypedDict, of ``typing_extensions`` where Python is older than 3.12
+    :param file: for the message
+    :raises DamagedFileError: if something is missing or something else; one line
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(data)
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        is_missing = first["type"] == "missing"
+        what = f"has no {place}" if is_missing else f"has {place} {reprlib.repr(first['input'])}"
+        why = "" if is_missing else f" ({first['msg']})"
+        raise DamagedFileError(
+            f"{file} {what}{why}: put the file back, or do what wrote it again"
+        ) from None
 
 
 def save_tensors(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import reprlib
 import shutil
 import sys
 from collections import defaultdict
@@ -25,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hubrl.files import DamagedFileError, file_sha256, read_json
+from hubrl.files import DamagedFileError, checked, file_sha256, read_json
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -34,7 +33,6 @@ MANIFEST_FILE = "manifest.json"
 Part = nn.Module | torch.optim.Optimizer | Tensor | dict[str, Tensor]
 #: A number of steps, games or updates, whose file may be a stranger's.
 Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
-#: A TypedDict of ``typing_extensions``: pydantic knows ``typing``'s from Python 3.12 on.
 Numbers = TypeVar("Numbers")
 
 
@@ -111,22 +109,11 @@ def read_state(folder: Path, cls: type[Numbers]) -> Numbers:
 
     A damaged one gives way to the one before it, which is said on the screen.
 
-    :param cls: a TypedDict that says what they are; numbers that it does not name are left out
+    :param cls: as in ``checked``: says what they are; others are left out
     :raises DamagedFileError: if there is no checkpoint, or only a damaged one, or if numbers are
         missing or something else
     """
-    try:
-        return pydantic.TypeAdapter(cls).validate_python(_whole_state(folder))
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        is_missing = first["type"] == "missing"
-        what = f"has no {place}" if is_missing else f"has {place} {reprlib.repr(first['input'])}"
-        allowed = "" if is_missing else f" ({first['msg']})"
-        raise DamagedFileError(
-            f"checkpoint file {folder / STATE_FILE} {what}{allowed}: put the file back, or train "
-            "anew"
-        ) from None
+    return checked(_whole_state(folder), cls, folder / STATE_FILE)
 
 
 def _whole_state(folder: Path) -> dict[str, Any]:

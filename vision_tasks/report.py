@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import click
 
 from hubrl import cli
-from hubrl.files import read_json
+from hubrl.files import DamagedFileError, checked, read_json
 from hubrl.plots import import_matplotlib
-from hubrl.run_folder import CONFIG_FILE, read_rows
-from hubrl.sections import read_mapping
+from hubrl.run_folder import cell_number, read_rows
 from vision_tasks.figures import draw_curves, draw_exploration, draw_routing, draw_scores
 from vision_tasks.metrics import Interval, mean_over_seeds, paired_difference
 from vision_tasks.routing import routing
+from vision_tasks.runs import open_run
 from vision_tasks.tasks import Classification, Landmarks
-from vision_tasks.training import EPOCHS_FILE, RESULTS_FILE
+from vision_tasks.training import EPOCHS_FILE, RESULTS_FILE, Results
 
 OURS = "hub-pathway"
 TASKS: dict[str, type[Classification] | type[Landmarks]] = {
@@ -35,6 +35,10 @@ IGNORED = (
     "train.save_freq",
     "data.root",
 )
+
+
+#: Steps and scores of each seed, by data set and method.
+Curves = dict[str, dict[str, list[list[tuple[int, float]]]]]
 
 
 class Run(NamedTuple):
@@ -81,32 +85,37 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
         found = [run for folder in runs for run in read_runs(folder)]
         if not found:
             raise ValueError(f"there is no finished run in {', '.join(map(str, runs))}")
+        curves = _curves(found)
     out = out or runs[0] / "report"
     out.mkdir(parents=True, exist_ok=True)
     rows = summarise(found)
     _write_csv(out / "runs.csv", [_run_cells(run) for run in found])
     _write_csv(out / "summary.csv", [_row_cells(row) for row in rows])
-    pictures = "".join(f"\n![{what}]({name})\n" for name, what in _draw(rows, found, out))
+    pictures = "".join(f"\n![{what}]({name})\n" for name, what in _draw(rows, found, curves, out))
     (out / "report.md").write_text(_markdown(rows, found) + pictures)
     print(f"report in {out}")
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """The finished runs in a folder, at any depth."""
+    """
+    The finished runs in a folder, at any depth.
+
+    :raises ValueError: if one's results or configuration are damaged
+    """
     files = sorted(folder.rglob(RESULTS_FILE))
-    configs = {file: _flat(read_mapping(file.parent / CONFIG_FILE)) for file in files}
+    configs = {file: _flat(open_run(file.parent).model_dump(mode="json")) for file in files}
     runs = []
     for file in files:
-        results, config = read_json(file), configs[file]
+        results, config = checked(read_json(file), Results, file), configs[file]
+        alike = [
+            c
+            for c in configs.values()
+            if (c["method"], c["data.name"]) == (config["method"], config["data.name"])
+        ]
         try:
-            alike = [
-                c
-                for c in configs.values()
-                if (c["method"], c["data.name"]) == (config["method"], config["data.name"])
-            ]
             runs += _runs_of(file.parent, results, config, _label(config, alike))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not what a finished run writes ({error})") from None
+        except KeyError as error:
+            raise DamagedFileError(f"{file} has no score {error}: train that run again") from None
     return runs
 
 
@@ -126,9 +135,7 @@ def best_single(rows: Iterable[Row], data: str) -> Row | None:
     return max(singles, key=lambda r: _sign(r.metric) * r.validation.mean, default=None)
 
 
-def _runs_of(
-    folder: Path, results: Mapping[str, Any], config: Mapping[str, Any], label: str
-) -> list[Run]:
+def _runs_of(folder: Path, results: Results, config: Mapping[str, Any], label: str) -> list[Run]:
     metric = TASKS[results["task"]].metric
     runs = []
     for name, scores in results["test"].items():
@@ -188,18 +195,22 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def _curves(runs: Sequence[Run]) -> dict[str, dict[str, list[list[tuple[int, float]]]]]:
+def _curves(runs: Sequence[Run]) -> Curves:
     """Validation scores by data set, method and seed: what ``epochs.csv`` of each run says."""
-    curves: dict[str, dict[str, list[list[tuple[int, float]]]]] = {}
+    curves: Curves = {}
     for run in runs:
         rows = read_rows(run.folder / EPOCHS_FILE)
         is_member = run.method.startswith("single:") and run.config["method"] == "ensemble-i"
         member = run.method.removeprefix("single:") if is_member else ""
         column = f"validation/{member}/{run.metric}".replace("//", "/")
-        points = [(int(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        points = [_point(row, column, run.folder / EPOCHS_FILE) for row in rows if row.get(column)]
         if points:
             curves.setdefault(run.data, {}).setdefault(run.method, []).append(points)
     return curves
+
+
+def _point(row: Mapping[str, str], column: str, file: Path) -> tuple[int, float]:
+    return int(cell_number(row, "step", file)), cell_number(row, column, file)
 
 
 def _by_coefficient(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
@@ -212,11 +223,13 @@ def _by_coefficient(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
     return {data: by_coef for data, by_coef in scores.items() if len(by_coef) > 1}
 
 
-def _draw(rows: Sequence[Row], runs: Sequence[Run], out: Path) -> list[tuple[str, str]]:
+def _draw(
+    rows: Sequence[Row], runs: Sequence[Run], curves: Curves, out: Path
+) -> list[tuple[str, str]]:
     """Draw what there is to draw; names of the files, and what each shows."""
     drawn = [("scores.png", "Test scores"), ("curves.png", "Validation while training")]
     draw_scores(rows, out / "scores.png")
-    draw_curves(_curves(runs), out / "curves.png")
+    draw_curves(curves, out / "curves.png")
     by_coefficient = _by_coefficient(runs)
     if by_coefficient:
         draw_exploration(by_coefficient, out / "exploration.png")

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NotRequired
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import torch
@@ -68,6 +68,22 @@ class Checkpoint(TypedDict):
     position: Position
     scores: Scores
     n_rollbacks: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
+
+
+class Results(TypedDict):
+    """``results.json`` of a finished run."""
+
+    method: str
+    task: Literal["classification", "landmarks"]
+    data: str
+    hub: NotRequired[str]
+    seed: int
+    n_training_images: NotRequired[int]
+    train_seconds: float
+    validation: dict[str, dict[str, float]]
+    """Scores of the method, at ``""``, and of others that are results of the run."""
+    test: dict[str, dict[str, float]]
+    """The same on the test images."""
 
 
 class Trainer:
@@ -313,7 +329,7 @@ class Trainer:
     def _write_results(self) -> None:
         if distributed.rank() > 0:
             return
-        results = {
+        results: Results = {
             "method": self._config.method,
             "task": self._config.task,
             "data": self._config.data.name,

@@ -12,6 +12,7 @@ import click
 import huggingface_hub.constants
 import matplotlib.pyplot  # noqa: F401 (its first import makes folders)
 from fuzz import valid
+from small_images import quadrant_data
 
 import vision_tasks.classification
 import vision_tasks.complexity
@@ -97,6 +98,17 @@ def without_work() -> Iterator[None]:
             stack.enter_context(mock.patch(name, _begin))
         stack.enter_context(mock.patch.object(bench, "BENCHES", benches))
         stack.enter_context(mock.patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
+        yield
+
+
+@contextlib.contextmanager
+def without_pictures() -> Iterator[None]:
+    """Inside, image tasks have small images of their own, and reports draw nothing."""
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch("vision_tasks.runs.load_classification", return_value=quadrant_data()))
+        for name in ("draw_scores", "draw_curves", "draw_exploration", "draw_routing"):
+            enter(mock.patch(f"vision_tasks.report.{name}"))
         yield
 
 

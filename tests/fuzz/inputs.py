@@ -33,13 +33,15 @@ import agents.zips
 import vision_tasks.config
 from agents.checkpoints import Checkpoint
 from agents.runs import default_run_dir
-from hubrl import cli, hubs
+from hubrl import cli, evaluate, hubs, train
 from hubrl.encoders import build_encoder, golden_features
 from hubrl.files import file_sha256
 from hubrl.providers import Wishes, from_file, from_sb3
 from hubrl.sharing import pull
 from hubrl.specs import HUB_FILE, load_hub
 from hubrl.state_folder import MANIFEST_FILE, load_parts, read_state
+from vision_tasks import classification, report
+from vision_tasks.training import RESULTS_FILE
 
 #: Python's own words, which tell a user neither the file nor the fix.
 INTERNAL = re.compile(
@@ -159,6 +161,29 @@ def check_checkpoint(data: bytes) -> bool:
 
 
 @_kind
+def check_agent_run(data: bytes) -> bool:
+    """A run's folder with a foreign file that its manifest knows: gone on with, and evaluated."""
+    kind, n = data[0] if data else 0, len(valid.RUN_ALGORITHMS)
+    name = valid.AGENT_RUN_FILES[kind // n % len(valid.AGENT_RUN_FILES)]
+    _run_folder(valid.agent_run(valid.RUN_ALGORITHMS[kind % n]), name, data[1:])
+    goes_on = _check_command(train.command, "hubrl train", ["--resume", "run"]) == 0
+    arguments = ["run", "--episodes", "1", "--checkpoint", "last"]
+    return _check_command(evaluate.command, "hubrl evaluate", arguments) == 0 and goes_on
+
+
+@_kind
+def check_image_run(data: bytes) -> bool:
+    """The same of an image task: gone on with, and reported."""
+    name = valid.IMAGE_RUN_FILES[(data[0] if data else 0) % len(valid.IMAGE_RUN_FILES)]
+    _run_folder(valid.image_run(), name, data[1:])
+    with commands.without_pictures():
+        is_told = _check_command(report.command, "report", ["run"]) == 0
+        (_inside() / "run" / RESULTS_FILE).unlink()
+        resume = ["--resume", "run"]
+        return _check_command(classification.command, "classification", resume) == 0 and is_told
+
+
+@_kind
 def check_agent_zip(data: bytes) -> bool:
     """A zip of SB3 with a foreign part; the first byte says which."""
     file = _written("agent.zip", valid.agent_zip(data))
@@ -216,6 +241,17 @@ def _hub_folder(name: str, cards: bytes) -> Path:
     for file, content in valid.weight_files().items():
         _written(f"{name}/{file}", content)
     return _written(f"{name}/{HUB_FILE}", cards).parent
+
+
+def _run_folder(files: dict[str, bytes], name: str, content: bytes) -> None:
+    """A run with another file; the manifest beside it, if there is one, knows it."""
+    for known, was in files.items():
+        _written(known, content if known == name else was)
+    manifest_file = _inside() / Path(name).parent / MANIFEST_FILE
+    if manifest_file.exists():
+        manifest = json.loads(manifest_file.read_bytes())
+        manifest[Path(name).name] = hashlib.sha256(content).hexdigest()
+        manifest_file.write_text(json.dumps(manifest))
 
 
 def _reads_back(load: Callable[[Path], Any], dump: Callable[[Any], str], data: bytes) -> bool:

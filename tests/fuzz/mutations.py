@@ -29,7 +29,7 @@ WORDS = (
     "--resume", "--from-sb3", "--from-file", "--architecture", "nature_cnn", "--image-size",
 )  # fmt: skip
 #: Kinds whose inputs are a first byte and JSON, where they aren't others' bytes.
-JSON_KINDS = ("checkpoint", "agent_zip", "weight_file")
+JSON_KINDS = ("checkpoint", "agent_zip", "weight_file", "agent_run", "image_run")
 
 
 def mutated(kind: str, data: bytes, random: Random) -> bytes:

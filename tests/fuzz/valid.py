@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
@@ -10,20 +11,26 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import click
 import torch
 import yaml
 from safetensors.torch import save
 from sb3_agents import make_agent
 from small_hubs import nature_spec, write_hub
-from small_runs import small_env
+from small_images import quadrant_data, small_vision_config, write_rgb_hub
+from small_runs import small_config, small_env
 from stable_baselines3 import PPO
 from torch import nn
 
-from agents.config import BUILT_IN_CONFIGS
+from agents.config import BUILT_IN_CONFIGS, dump_config
+from hubrl import cli, train
 from hubrl.specs import HUB_FILE, dump_yaml
 from hubrl.state_folder import Part, save_state
+from vision_tasks import classification
 from vision_tasks.config import BUILT_IN_CONFIGS as VISION_CONFIGS
+from vision_tasks.config import dump_config as dump_vision_config
 
 ROOT = Path(__file__).resolve().parents[2]
 MANIFEST = "manifest.json"
@@ -33,6 +40,22 @@ CHECKPOINT_FILES = (
     "policy.safetensors",
     "policy.optimizer.safetensors",
     "log_std.safetensors",
+)
+#: Algorithms of runs, and what is varied in them.
+RUN_ALGORITHMS = ("ppo", "dqn", "recurrent_ppo")
+AGENT_RUN_FILES = (
+    "run/checkpoints/last/state.json",
+    "run/episodes.csv",
+    "run/evaluations.csv",
+    "run/progress.csv",
+    "run/checkpoints/last/run.safetensors",
+    "run/checkpoints/last/policy.optimizer.safetensors",
+)
+IMAGE_RUN_FILES = (
+    "run/checkpoints/last/state.json",
+    "run/results.json",
+    "run/epochs.csv",
+    "run/checkpoints/last/optimizer.safetensors",
 )
 #: Of an agent's zip: where the bytes after the first one go.
 ZIP_PARTS = ("zip", "data", "policy.pth", "data.pkl", "kwargs")
@@ -150,6 +173,35 @@ def checkpoints() -> list[bytes]:
     return [bytes([128 + i]) + files[name] for i, name in enumerate(CHECKPOINT_FILES)]
 
 
+@functools.cache
+def agent_run(algorithm: str) -> dict[str, bytes]:
+    """Path -> content of a run that has stopped before its last rollout."""
+    return _run(train.command, _write_agent_config, algorithm)
+
+
+@functools.cache
+def image_run() -> dict[str, bytes]:
+    """The same of an image task that has stopped before its last epoch; it has results, too."""
+    with mock.patch("vision_tasks.runs.load_classification", return_value=quadrant_data()):
+        return _run(classification.command, _write_image_config, "hub-pathway")
+
+
+def agent_run_files() -> list[bytes]:
+    """Of each algorithm's run each file after its first byte, which tells both."""
+    runs = [agent_run(name) for name in RUN_ALGORITHMS]
+    n = len(RUN_ALGORITHMS)
+    return [
+        bytes([n * place + i]) + run[path]
+        for i, run in enumerate(runs)
+        for place, path in enumerate(AGENT_RUN_FILES)
+    ]
+
+
+def image_run_files() -> list[bytes]:
+    """Each file after its first byte."""
+    return [bytes([i]) + image_run()[path] for i, path in enumerate(IMAGE_RUN_FILES)]
+
+
 def weight_file(data: bytes) -> bytes:
     """The bytes after the first one as a file, or as the header of the weight file ``a``."""
     if data[:1] > b"\x7f":
@@ -183,9 +235,36 @@ SEEDS: dict[str, Callable[[], list[bytes]]] = {
     "shared_hub": hub_cards,
     "weight_file": weight_file_parts,
     "checkpoint": checkpoints,
+    "agent_run": agent_run_files,
+    "image_run": image_run_files,
     "agent_zip": agent_zips,
     "arguments": command_lines,
 }
+
+
+def _run(
+    command: click.Command, write_config: Callable[[Path, str], str], method: str
+) -> dict[str, bytes]:
+    """A run to its end, whose configuration then says that it goes on."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        longer = write_config(Path("config.yaml"), method)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+            cli.run(command, "valid", ["--config", "config.yaml", "--run-dir", "run"])
+        Path("run", "config.yaml").write_text(longer)
+        paths = [path for path in Path().rglob("*") if path.is_file()]
+        return {str(path): path.read_bytes() for path in paths if "tfevents" not in path.name}
+
+
+def _write_agent_config(file: Path, algorithm: str) -> str:
+    sizes = {"train.n_timesteps": 64, "train.eval_freq": 32}
+    file.write_text(dump_config(small_config(algorithm, sizes)))
+    return dump_config(small_config(algorithm, sizes | {"train.n_timesteps": 96}))
+
+
+def _write_image_config(file: Path, method: str) -> str:
+    hub, values = write_rgb_hub(Path("rgb")), {"data__name": "fashion-mnist"}
+    file.write_text(dump_vision_config(small_vision_config(hub, method, **values, train__epochs=1)))
+    return dump_vision_config(small_vision_config(hub, method, **values, train__epochs=2))
 
 
 def _plain(file: Path) -> bytes:

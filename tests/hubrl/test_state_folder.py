@@ -125,7 +125,7 @@ def test_foreign_files_in_a_checkpoint(
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({}, r"last/state\.json has no number: put the file back, or train anew"),
+        ({}, r"last/state\.json has no number: put the file back, or do what wrote it again"),
         ({"number": "x"}, r"state\.json has number 'x' \(Input should be a valid integer"),
         (
             {"number": -1},

@@ -27,6 +27,17 @@ SCORES = {
 }
 
 
+RESULTS = {
+    "method": "hub-pathway",
+    "task": "classification",
+    "data": "fashion-mnist",
+    "seed": 1,
+    "train_seconds": 10.0,
+    "validation": {"": {"accuracy": 0.5, "loss": 1.0}},
+    "test": {"": {"accuracy": 0.5, "loss": 1.0}},
+}
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """Folders of finished runs with made-up scores."""
@@ -41,10 +52,8 @@ def _write(folder: Path, method: str, seed: int, score: float, **overrides: obje
     create_folder(folder, dump_config(config))
     # On validation single:a is the best.
     validation = {"accuracy": 0.99 if method == "single:a" else 0.5, "loss": 1.0}
-    results = {
+    results = RESULTS | {
         "method": method,
-        "task": "classification",
-        "data": "fashion-mnist",
         "seed": seed,
         "train_seconds": 10.0 * seed,
         "validation": {"": validation},
@@ -114,8 +123,14 @@ def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("results", "message"),
     [
         ("[]", "results.json is damaged: it must be a JSON mapping of keys to values"),
-        ("{}", r"results.json is not what a finished run writes \('task'\)"),
-        ('{"task": []}', "results.json is not what a finished run writes"),
+        ("{}", r"results.json has no method: put the file back"),
+        (
+            json.dumps(RESULTS | {"task": []}),
+            r"results.json has task \[\] \(Input should be 'c",
+        ),
+        (json.dumps(RESULTS | {"seed": "x"}), r"results.json has seed 'x' \(Input should be a v"),
+        (json.dumps(RESULTS | {"test": {"a": {}}}), "results.json has no score 'a': train that"),
+        (json.dumps(RESULTS | {"test": {"": {}}}), "results.json has no score 'accuracy': train"),
     ],
 )
 def test_results_that_are_none(results: str, message: str, finished: Path) -> None:
