@@ -14,12 +14,13 @@ CORE = {
     "architectures": {"hubrl.specs"},
     "encoders": {"hubrl.architectures", "hubrl.files", "hubrl.specs"},
     "files": set(),
+    "finite": set(),
     "generators": {"hubrl.encoders"},
     "losses": set(),
     "precision": set(),
     "optimizer": {"hubrl.encoders"},
     "replay": set(),
-    "run_folder": set(),
+    "run_folder": {"hubrl.files"},
     "signals": set(),
     "state_folder": {"hubrl.files"},
     "aggregation": {"hubrl.encoders", "hubrl.specs"},
@@ -32,7 +33,7 @@ CORE = {
         "hubrl.specs",
     },
 }
-THIRD_PARTY_OF_CORE = {"torch", "safetensors", "yaml"}
+THIRD_PARTY_OF_CORE = {"torch", "safetensors", "yaml", "numpy", "pydantic"}
 IMPORTED_WHERE_USED = {"architectures": {"timm", "torchvision"}}
 
 
@@ -68,7 +69,7 @@ def test_envs_import_nothing_of_ours() -> None:
 
 def test_agents_import_the_extractor_but_no_command() -> None:
     core = {"aggregation", "encoders", "optimizer", "pathway", "precision", "specs"}
-    files = {"files", "run_folder", "sections", "signals", "state_folder"}
+    files = {"files", "finite", "run_folder", "sections", "signals", "state_folder"}
     allowed = core | files | {"callback", "extractor", "providers"}
     for file in (ROOT / "agents").glob("*.py"):
         for name in imported(file):

@@ -23,17 +23,17 @@ def test_other_environments_are_led_there(env_id: str, sticky: float) -> None:
         pytest.skip("Atari alone has sticky actions")
     env = make_vec_env(env_id, 2, sticky=sticky, seed=3)
     env.action_space.seed(0)
-    actions = [[env.action_space.sample() for _ in range(2)] for _ in range(450)]
+    actions = [[env.action_space.sample() for _ in range(2)] for _ in range(250)]
     observations = env.reset()
-    for action in actions[:400]:
+    for action in actions[:200]:
         observations, *_ = env.step(np.array(action))
     state = env_state(env)
-    expected = [env.step(np.array(action)) for action in actions[400:]]
+    expected = [env.step(np.array(action)) for action in actions[200:]]
 
     other = make_vec_env(env_id, 2, sticky=sticky, seed=3)
     other.reset()
     np.testing.assert_array_equal(restore_env(other, state()), observations)
-    for action, before in zip(actions[400:], expected, strict=True):
+    for action, before in zip(actions[200:], expected, strict=True):
         answer = other.step(np.array(action))
         for array, array_before in zip(answer[:3], before[:3], strict=True):
             np.testing.assert_array_equal(array, array_before)

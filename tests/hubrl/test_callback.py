@@ -82,7 +82,7 @@ def test_a_collapse_is_warned_of_once(hub5: Path) -> None:
         r"exploration_coef \(now 0.01\), or take the encoder alone, .*: hub hub5:c"
     )
     with pytest.warns(UserWarning, match=message) as caught:
-        model.learn(256, callback=PathwayCallback(collapse_steps=64))
+        model.learn(160, callback=PathwayCallback(collapse_steps=64))
     assert len(caught) == 1
 
 
@@ -90,7 +90,7 @@ def test_no_collapse_where_probabilities_are_spread_or_nothing_is_chosen(hub5: P
     kwargs = policy_kwargs(hub5, top_k=5, always_active=list("abcd"))
     for each in (policy_kwargs(hub5), kwargs):
         model = PPO("CnnPolicy", small_env(), n_steps=16, batch_size=16, policy_kwargs=each)
-        model.learn(128, callback=PathwayCallback(collapse_steps=0))
+        model.learn(64, callback=PathwayCallback(collapse_steps=0))
 
 
 def test_a_model_without_a_hub() -> None:

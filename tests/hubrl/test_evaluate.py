@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from small_hubs import nature_spec, write_hub
 from small_runs import write_small_config
 
 from hubrl import cli, evaluate, train
 
 
-@pytest.fixture
-def finished_run(tmp_path: Path, hub5: Path) -> Path:
+@pytest.fixture(scope="module")
+def trained_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with both checkpoints."""
-    folder, config = tmp_path / "run", write_small_config(tmp_path / "c.yaml")
-    args = ["--config", config, "--hub", hub5, "--run-dir", folder, "--eval-freq", 64]
+    root = tmp_path_factory.mktemp("finished")
+    hub = write_hub(root / "hub5", [nature_spec(name) for name in "abcde"])
+    folder, config = root / "run", write_small_config(root / "c.yaml")
+    args = ["--config", config, "--hub", hub, "--run-dir", folder, "--eval-freq", 64]
     train.command.main([str(arg) for arg in args], standalone_mode=False)
     return folder
+
+
+@pytest.fixture
+def finished_run(trained_once: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    return shutil.copytree(trained_once, tmp_path / "run")
 
 
 def run(*args: object) -> object:

@@ -84,6 +84,7 @@ def test_the_graph_acts_as_the_agent(
     check_graph(folder)
 
 
+@pytest.mark.slow
 def test_encoders_of_other_sizes_are_resized_in_the_graph(
     mixed_hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_encoders_of_other_sizes_are_resized_in_the_graph(
     check_graph(folder)
 
 
+@pytest.mark.slow
 def test_a_graph_without_hub(tmp_path: Path) -> None:
     folder = trained(tmp_path, "none")
     assert run(folder, "--format", "onnx", "--out", tmp_path / "a.onnx") == 0
@@ -131,7 +133,7 @@ def test_a_student_learns_from_its_teacher(
 ) -> None:
     monkeypatch.setattr(distillation, "BATCH", 32)  # a student sees images of 84 pixels
     monkeypatch.setattr(export, "N_TEST_STEPS", 16)
-    folder = trained(tmp_path, hub5, train__n_timesteps=512)
+    folder = trained(tmp_path, hub5, train__n_timesteps=256)
     capsys.readouterr()
     assert run(folder, "--format", "distilled", "-n", 512, "--episodes", 4) == 0
     output = capsys.readouterr().out

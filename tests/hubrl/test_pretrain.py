@@ -63,7 +63,10 @@ def run(*args: str) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("objective", PRETEXTS)
+@pytest.mark.parametrize(
+    "objective",
+    [pytest.param(o, marks=[] if o == "contrast" else pytest.mark.slow) for o in PRETEXTS],
+)
 def test_a_resumed_run_has_the_same_weights_as_one_in_one_go(objective, tmp_path):
     games = GAMES if objective == "contrast" else GAMES[1:]
     straight, first, second = (make_trainer(objective, games) for _ in range(3))

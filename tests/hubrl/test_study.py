@@ -295,6 +295,7 @@ def test_missing_packages(
     assert not Path("studies").exists()
 
 
+@pytest.mark.slow
 def test_a_study_from_the_command_to_its_results(hub5: Path, tmp_path: Path) -> None:
     overrides = {"hub.name": str(hub5)}
     names = {"none": {}, "hub": {"overrides": overrides}}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from small_images import write_rgb_hub
@@ -25,6 +26,7 @@ def one_step(hub: Path, folder: Path, *launcher: str) -> dict[str, torch.Tensor]
     return load_file(folder / "gradients.safetensors")
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_double_batch(tmp_path: Path) -> None:
     hub = write_rgb_hub(tmp_path / "rgb")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")

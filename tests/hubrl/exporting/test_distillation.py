@@ -103,8 +103,8 @@ def test_memory_keeps_the_last_observations() -> None:
     ("algorithm", "loss", "overrides"),
     [
         ("a2c", "mean_action", {"env.id": "hubrl/TinyImageContinuous-v0"}),
-        ("dqn", "kl", {}),
-        ("qrdqn", "kl", {}),
+        pytest.param("dqn", "kl", {}, marks=pytest.mark.slow),
+        pytest.param("qrdqn", "kl", {}, marks=pytest.mark.slow),
     ],
 )
 def test_a_student_learns(
