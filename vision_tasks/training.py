@@ -133,6 +133,13 @@ class Trainer:
         :return: None, or the number of the signal that ended the run after a checkpoint
         :raises NotFiniteError: if a loss, a gradient or a weight is NaN or infinite
         """
+        try:
+            return self._run(stop)
+        finally:
+            if self._log is not None:
+                self._log.close()
+
+    def _run(self, stop: StopSignal) -> int | None:
         phases = self._method.phases
         for phase in phases[self._position.phase :]:
             optimizer = self._begin(phase)
@@ -434,6 +441,10 @@ class _Log:
             f"{name} {value:.4g}" for name, value in values.items() if name.count("/") == 1
         )
         print(f"{phase}, step {step:,}, {seconds:.0f} s:  {numbers}", flush=True)
+
+    def close(self) -> None:
+        """End the thread that writes the events."""
+        self._writer.close()
 
 
 def _batches(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:

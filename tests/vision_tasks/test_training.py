@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -208,6 +209,12 @@ def test_a_collapse_is_told(hub: Path, tmp_path: Path, capsys: pytest.CaptureFix
     run._position = Position()
     run.run(StopSignal())
     assert "things" in capsys.readouterr().err
+
+
+def test_no_thread_is_left_behind(hub: Path, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    trainer(small_vision_config(hub, "single:a"), tmp_path).run(StopSignal())
+    assert set(threading.enumerate()) <= before
 
 
 def _breaks_after(loss: object, n_steps: int) -> object:
