@@ -41,7 +41,7 @@ CHECKPOINT_FILES = (
     "policy.optimizer.safetensors",
     "log_std.safetensors",
 )
-#: Algorithms of runs, and what is varied in them.
+#: Algorithms of runs, and what is varied in them: the kind ``checkpoint`` has weights and optimizers.
 RUN_ALGORITHMS = ("ppo", "dqn", "recurrent_ppo")
 AGENT_RUN_FILES = (
     "run/checkpoints/last/state.json",
@@ -49,13 +49,11 @@ AGENT_RUN_FILES = (
     "run/evaluations.csv",
     "run/progress.csv",
     "run/checkpoints/last/run.safetensors",
-    "run/checkpoints/last/policy.optimizer.safetensors",
 )
 IMAGE_RUN_FILES = (
     "run/checkpoints/last/state.json",
     "run/results.json",
     "run/epochs.csv",
-    "run/checkpoints/last/optimizer.safetensors",
 )
 #: Of an agent's zip: where the bytes after the first one go.
 ZIP_PARTS = ("zip", "data", "policy.pth", "data.pkl", "kwargs")
