@@ -41,7 +41,7 @@ CHECKPOINT_FILES = (
     "policy.optimizer.safetensors",
     "log_std.safetensors",
 )
-#: Algorithms of runs, and what is varied in them: the kind ``checkpoint`` has weights and optimizers.
+#: Algorithms of runs, and what is varied in them; ``checkpoint`` has weights and optimizers.
 RUN_ALGORITHMS = ("ppo", "dqn", "recurrent_ppo")
 AGENT_RUN_FILES = (
     "run/checkpoints/last/state.json",
