@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -279,9 +281,18 @@ class CheckpointCallback(BaseCallback):
         files = [] if self._replay is None else self._replay.update(n_rows, partly=True)
         folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints
         save_checkpoint(self.model, folder, self._extra, run=self._run, files=files, keep=keep)
+        _give_memory_back()
 
     def _n_rows(self) -> int:
         return self.num_timesteps // self.model.n_envs
+
+
+def _give_memory_back() -> None:
+    """What a checkpoint left to Python, and what the C library keeps between the tensors in use."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def _print(text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -171,7 +172,7 @@ class AtariVecEnv(VecEnv):
         self._over = [False] * n_envs  # the game itself, not only a life
         self._screens = [image[: self._channels] for image in self._images]  # newest frames
         self._seeded = [0] * n_envs  # the episode that the last seed began
-        self._sent: list[list[int]] = [[] for _ in range(n_envs)]  # since then
+        self._sent = [array("h") for _ in range(n_envs)]  # since then; hours of play are long
         self.seed(seed)
 
     def seed(self, seed: int | None = None) -> Sequence[int | None]:
@@ -278,7 +279,7 @@ class AtariVecEnv(VecEnv):
         self._check_state(state)
         self._seed = int(state["seed"])
         self._seeded = state["seeded"].tolist()
-        self._sent = [state[f"{i}.sent"].tolist() for i in range(self.num_envs)]
+        self._sent = [array("h", state[f"{i}.sent"]) for i in range(self.num_envs)]
         with ThreadPoolExecutor(max_workers=self.num_envs) as threads:
             self._screens = list(threads.map(self._replay, range(self.num_envs)))
         self._episodes, self._lives = state["episodes"].tolist(), state["lives"].tolist()
@@ -411,7 +412,7 @@ class AtariVecEnv(VecEnv):
         seed = NO_SEED
         if load_rom:
             seed = episode_seed(self._seed, i, self._episodes[i])
-            self._seeded[i], self._sent[i] = self._episodes[i], []
+            self._seeded[i], self._sent[i] = self._episodes[i], array("h")
         else:
             self._sent[i].append(NEW_GAME)
         image, info = self._emulators[i].reset(np.array([0]), np.array([seed]))

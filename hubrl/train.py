@@ -137,9 +137,10 @@ def command(**options: Any) -> int:
 
     Without --config the settings are those of configs/agents/ALGO-*.yaml.
     """
-    # Dispatch gives encoders batches of every size, and oneDNN keeps a kernel for each size that it
-    # has seen: 1024 of them take more memory than the networks.
+    # Dispatch gives encoders batches of every size, and for each that they have seen oneDNN keeps a
+    # kernel and torch a description: 1024 of them take more memory than the networks.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     given = {name: value for name, value in options.items() if value not in (None, ())}
     resume = given.pop("resume", None)
     if resume not in (None, cli.AUTO):

@@ -19,19 +19,25 @@ import click
 import numpy as np
 
 #: Steps between checkpoints: about a minute of PPO on two cores.
-SAVE_FREQ = 40_000
+SAVE_FREQ = 10_000
+#: Seconds between two looks at the process, and looks that make a sample.
+LOOK, N_LOOKS = 0.1, 600
 #: Of the whole time; until then torch and Python fill their caches.
 WARM_UP = 0.2
+SAMPLES_FILE = "soak.csv"
 #: What is allowed after it.
 MAX_SLOPE_MB_PER_HOUR = 1.0
 MAX_SLOWER = 0.05
 
 
 class Sample(NamedTuple):
-    """The process at one moment."""
+    """The process over a minute."""
 
     seconds: float
     memory_mb: float
+    """The least resident memory: after a checkpoint, when what is free was given back."""
+    peak_mb: float
+    """The most."""
     n_files: int
     n_threads: int
 
@@ -70,19 +76,21 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         start = time.monotonic()
         while time.monotonic() - start < seconds and process.poll() is None:
-            time.sleep(min(10.0, seconds / 30))
-            samples.append(sample(process.pid, time.monotonic() - start))
+            samples.append(sample(process.pid, start, min(N_LOOKS, int(seconds / LOOK / 30))))
         process.terminate()
     if process.returncode != 143:
         sys.exit(f"the training ended with {process.returncode}")
+    with (run_dir / SAMPLES_FILE).open("w", newline="") as lines:
+        csv.writer(lines).writerows([Sample._fields, *samples])
     warm = [each for each in samples if each.seconds > WARM_UP * seconds]
-    slope = np.polyfit([s.seconds / 3600 for s in warm], [s.memory_mb for s in warm], 1)[0]
     speeds = speed(run_dir / "progress.csv")
     n_edge = max(len(speeds) // 10, 1)
     return {
         "minutes": round(seconds / 60, 1),
         "memory_mb": round(float(np.median([s.memory_mb for s in warm])), 1),
-        "memory_slope_mb_per_hour": round(float(slope), 2),
+        "memory_slope_mb_per_hour": slope(warm, [s.memory_mb for s in warm]),
+        "peak_mb": round(float(np.median([s.peak_mb for s in warm])), 1),
+        "peak_slope_mb_per_hour": slope(warm, [s.peak_mb for s in warm]),
         "files_left": warm[-1].n_files - warm[0].n_files,
         "threads_left": warm[-1].n_threads - warm[0].n_threads,
         "steps_per_second": round(float(np.median(speeds)), 1),
@@ -92,16 +100,26 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
     }
 
 
-def sample(pid: int, seconds: float) -> Sample:
-    """What the kernel says of a process."""
+def sample(pid: int, start: float, n_looks: int) -> Sample:
+    """What the kernel says of a process, from now on for so many looks."""
     process = Path("/proc", str(pid))
-    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    memory = []
+    for _ in range(n_looks):
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        memory.append(int(status["VmRSS"].split()[0]) / 1024)
+        time.sleep(LOOK)
     return Sample(
-        seconds,
-        int(status["VmRSS"].split()[0]) / 1024,
+        time.monotonic() - start,
+        min(memory),
+        max(memory),
         len(os.listdir(process / "fd")),
         int(status["Threads"]),
     )
+
+
+def slope(samples: list[Sample], values: list[float]) -> float:
+    """By how much they rise in an hour: least squares."""
+    return round(float(np.polyfit([s.seconds / 3600 for s in samples], values, 1)[0]), 2)
 
 
 def speed(file: Path) -> list[float]:
