@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Any, NotRequired, TypeVar
 
-from pydantic import Field
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -22,6 +21,8 @@ from agents.run_state import (
     set_model_numbers,
 )
 from hubrl.extractor import HubFeaturesExtractor
+from hubrl.files import DamagedFileError
+from hubrl.finite import Rollbacks
 from hubrl.state_folder import Count, load_parts, read_state, save_state
 
 #: The tensors of ``RunState``; a checkpoint without them is for playing.
@@ -46,7 +47,7 @@ class Checkpoint(ModelNumbers):
 class RunCheckpoint(Checkpoint, RunNumbers):
     """``state.json`` of a run that can go on."""
 
-    n_rollbacks: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
+    n_rollbacks: NotRequired[Rollbacks]
 
 
 class BestCheckpoint(TypedDict):
@@ -115,7 +116,7 @@ def continue_run(model: BaseAlgorithm, folder: Path, restore_env: RestoreEnv) ->
         differing = restore_run_state(model, state, tensors, restore_env)
     except UNFIT as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ValueError(
+        raise DamagedFileError(
             f"checkpoint {folder} can't be continued ({reason}): it is of another run or damaged; "
             "put it back, or train anew"
         ) from error

@@ -318,7 +318,7 @@ class TrainSection(Section):
     deterministic_eval: bool
     save_freq: Annotated[Integer, Field(ge=0)]
     n_checkpoints: Annotated[Integer, Field(ge=2)]
-    n_rollbacks: Annotated[Integer, Field(ge=0)]
+    n_rollbacks: Annotated[Integer, Field(ge=0, le=1000)]
     device: str
 
 

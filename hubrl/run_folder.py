@@ -91,8 +91,12 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
     try:
-        with file.open(encoding="utf-8", newline="") as lines:
-            rows = list(csv.DictReader(line for line in lines if line.endswith(("\n", "\r"))))
+        with file.open(encoding="utf-8", newline="") as text:
+            lines = list(text)
+        if lines and not lines[-1].endswith(("\n", "\r")):
+            print(f"{file}: its last line has no end and is left out", file=sys.stderr)
+            lines.pop()
+        rows = list(csv.DictReader(lines))
     except (UnicodeDecodeError, csv.Error):
         raise DamagedFileError(f"{file} is no CSV table: {MEND}") from None
     for number, row in enumerate(rows, start=1):

@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -83,6 +83,35 @@ def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise DamagedFileError(f"checkpoint file {file} can't be loaded: {reason}") from None
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, weights: Sequence[Tensor], values: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    """
+    What an optimizer remembers of its weights, by their places.
+
+    :param weights: in the order of their places
+    :param values: by place and name, as in ``3.exp_avg``
+    :raises KeyError: if they are of another kind of optimizer, or of more weights
+    :raises ValueError: if they have other shapes than the weights
+    """
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in values.items():
+        index, key = path.split(".", 1)
+        state.setdefault(int(index), {})[key] = value
+    # torch takes any, and fails in its next step.
+    expected = _state_of_one_weight(optimizer)
+    for place, found in state.items():
+        if not 0 <= place < len(weights):
+            raise KeyError(f"it is of {place + 1} weights or more, not of {len(weights)}")
+        if found.keys() != expected.keys():
+            raise KeyError(f"it has {', '.join(sorted(found))}, not {', '.join(sorted(expected))}")
+        for key, like in expected.items():
+            shape = weights[place].shape if np.ndim(like) else torch.Size()
+            if np.shape(found[key]) != shape or type(found[key]) is not type(like):
+                raise ValueError(f"{place}.{key} has another shape than {tuple(shape)}")
+    return state
 
 
 def link_file(source: Path, target: Path) -> None:
@@ -227,11 +256,8 @@ def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     if isinstance(part, torch.optim.Optimizer):
-        state: dict[int, dict[str, Any]] = {}
-        for path, value in {**tensors, **scalars}.items():
-            index, key = path.split(".", 1)
-            state.setdefault(int(index), {})[key] = value
-        _check_optimizer_state(part, state)
+        weights = [weight for group in part.param_groups for weight in group["params"]]
+        state = optimizer_state(part, weights, {**tensors, **scalars})
         part.load_state_dict({"state": state, "param_groups": part.state_dict()["param_groups"]})
     elif isinstance(part, nn.Module):
         _load_module(part, tensors)
@@ -240,23 +266,6 @@ def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> 
         part.update(tensors)
     else:
         part.data.copy_(tensors["value"])
-
-
-def _check_optimizer_state(
-    optimizer: torch.optim.Optimizer, state: Mapping[int, Mapping[str, Any]]
-) -> None:
-    """torch takes any, and fails in its next step."""
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    expected = _state_of_one_weight(optimizer)
-    for index, values in state.items():
-        if not 0 <= index < len(weights):
-            raise KeyError(f"it is of {index + 1} weights or more, not of {len(weights)}")
-        if values.keys() != expected.keys():
-            raise KeyError(f"it has {', '.join(sorted(values))}, not {', '.join(sorted(expected))}")
-        for key, like in expected.items():
-            shape = weights[index].shape if np.ndim(like) else torch.Size()
-            if np.shape(values[key]) != shape or type(values[key]) is not type(like):
-                raise ValueError(f"{index}.{key} has another shape than {tuple(shape)}")
 
 
 def _state_of_one_weight(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

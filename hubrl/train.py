@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from hubrl import cli
 from hubrl.callback import PathwayCallback
 from hubrl.files import DamagedFileError
-from hubrl.finite import NotFiniteError
+from hubrl.finite import ROLLBACK_SCALE, NotFiniteError, advice
 from hubrl.run_folder import (
     cell_number,
     check_new_run,
@@ -101,8 +101,6 @@ HUB_OPTIONS = (
 )
 #: The place of a fault's record in a run folder.
 FAULT_FILE = "environment-fault.json"
-#: Of the learning rate, each time that a run is rolled back.
-ROLLBACK_SCALE = 0.5
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -301,7 +299,8 @@ def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: i
                 env = model.get_env()
                 assert env is not None
                 env.close()
-                model, _ = _restored(config, folder, n_rollbacks)
+                with cli.user_errors(), cli.failures(EnvironmentFaultError):
+                    model, _ = _restored(config, folder, n_rollbacks)
                 print(f"{error}: back to step {model.num_timesteps:,} at half the learning rate")
             else:
                 return 0 if stop.number is None else 128 + stop.number
@@ -350,10 +349,7 @@ def _check_rollbacks(error: NotFiniteError, n_rollbacks: int, config: RunConfig)
     :raises click.ClickException: if the run was rolled back often enough
     """
     if n_rollbacks > config.train.n_rollbacks:
-        raise click.ClickException(
-            f"{error}; the last checkpoint is whole: train anew with a lower "
-            "algorithm.learning_rate, or set train.n_rollbacks"
-        ) from error
+        raise click.ClickException(f"{error}; {advice('algorithm.learning_rate')}") from error
 
 
 if __name__ == "__main__":

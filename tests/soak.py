@@ -76,7 +76,7 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         start = time.monotonic()
         while time.monotonic() - start < seconds and process.poll() is None:
-            samples.append(sample(process.pid, start, min(N_LOOKS, int(seconds / LOOK / 30))))
+            samples.append(sample(process, start, min(N_LOOKS, 1 + int(seconds / LOOK / 30))))
         process.terminate()
     if process.returncode != 143:
         sys.exit(f"the training ended with {process.returncode}")
@@ -100,19 +100,21 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
     }
 
 
-def sample(pid: int, start: float, n_looks: int) -> Sample:
-    """What the kernel says of a process, from now on for so many looks."""
-    process = Path("/proc", str(pid))
+def sample(process: subprocess.Popen[bytes], start: float, n_looks: int) -> Sample:
+    """What the kernel says of a process, from now on for so many looks, or to its end."""
+    folder = Path("/proc", str(process.pid))
     memory = []
     for _ in range(n_looks):
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        if process.poll() is not None:
+            sys.exit(f"the training ended with {process.returncode}")
+        status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
         memory.append(int(status["VmRSS"].split()[0]) / 1024)
         time.sleep(LOOK)
     return Sample(
         time.monotonic() - start,
         min(memory),
         max(memory),
-        len(os.listdir(process / "fd")),
+        len(os.listdir(folder / "fd")),
         int(status["Threads"]),
     )
 

@@ -14,7 +14,7 @@ import torch
 
 from hubrl import cli
 from hubrl.files import DamagedFileError
-from hubrl.finite import NotFiniteError
+from hubrl.finite import NotFiniteError, advice
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
 from hubrl.signals import StopSignal
 from hubrl.state_folder import NotSavedError
@@ -184,12 +184,9 @@ def _learn(trainer: Trainer, config: VisionConfig, folder: Path, stop: StopSigna
         except NotFiniteError as error:
             n_rollbacks = trainer.n_rollbacks + 1
             if n_rollbacks > config.train.n_rollbacks:
-                raise click.ClickException(
-                    f"{error}; the last checkpoint is whole: train anew with a lower "
-                    f"train.learning_rate than {config.train.learning_rate:g}, or set "
-                    "train.n_rollbacks"
-                ) from error
-            trainer = Trainer(*_build(config, folder), config, folder, n_rollbacks)
+                raise click.ClickException(f"{error}; {advice('train.learning_rate')}") from error
+            with cli.user_errors():
+                trainer = Trainer(*_build(config, folder), config, folder, n_rollbacks)
             if distributed.rank() == 0:
                 print(f"{error}: back to step {trainer.steps_done:,} at half the learning rate")
 

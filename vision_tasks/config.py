@@ -25,7 +25,7 @@ from hubrl.specs import dump_yaml
 #: Complete configurations that ship with hubrl, one for each command.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "vision"
 #: Keys that came later, by section, and what runs did before.
-LATER_KEYS = {"train": {"n_rollbacks": 0}}
+LATER_KEYS: Mapping[str, Mapping[str, Any]] = {"hub": {"swap": None}, "train": {"n_rollbacks": 0}}
 
 
 class DataSection(Section):
@@ -100,7 +100,7 @@ class TrainSection(Section):
     warmup: Fraction
     patience: Annotated[Integer, Field(ge=0)]
     save_freq: Annotated[Integer, Field(ge=0)]
-    n_rollbacks: Annotated[Integer, Field(ge=0)]
+    n_rollbacks: Annotated[Integer, Field(ge=0, le=1000)]
     n_workers: Annotated[Integer, Field(ge=0)]
     seed: Annotated[Integer, Field(ge=0, lt=2**31)]
     device: str

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hubrl.encoders import Encoder
-from hubrl.files import save_tensors
-from hubrl.finite import NotFiniteError, are_finite
+from hubrl.files import DamagedFileError, save_tensors
+from hubrl.finite import NotFiniteError, are_finite, first_not_finite
 from hubrl.pathway import EncoderList
 from hubrl.specs import HubSpec
-from hubrl.state_folder import link_file
+from hubrl.state_folder import link_file, optimizer_state
 
 # Shape letters: B batch, D features, C H W image.
 
@@ -103,7 +103,7 @@ class SwappedEncoders(EncoderList):
         """
         Go back to the files that were linked into a folder.
 
-        :raises ValueError: if it lacks one
+        :raises DamagedFileError: if it lacks one
         """
         self._resident.clear()
         for encoder in self._swapped.values():
@@ -152,6 +152,7 @@ class SwappedEncoder(Encoder):
         super().__init__(encoder.spec, encoder.trunk)
         self._enter = enter
         self._tensors = dict(self.trunk.named_parameters()) | dict(self.trunk.named_buffers())
+        self._shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self._weights_file = folder / f"encoder.{self.spec.name}.safetensors"
         self._optimizer_file = folder / f"encoder.{self.spec.name}.optimizer.safetensors"
         self._optimizer: Optimizer | None = None
@@ -201,8 +202,15 @@ class SwappedEncoder(Encoder):
         self._optimizer_file.unlink(missing_ok=True)
 
     def swap_in(self) -> None:
-        """Map the weights; what the optimizer knows follows when it is needed."""
-        self._set(load_file(self._weights_file, device=str(self.mean.device)))
+        """
+        Map the weights; what the optimizer knows follows when it is needed.
+
+        :raises DamagedFileError: if the file is of another encoder
+        """
+        values = load_file(self._weights_file, device=str(self.mean.device))
+        if {name: value.shape for name, value in values.items()} != self._shapes:
+            raise DamagedFileError(f"{self._weights_file} is not of encoder {self.spec.name}")
+        self._set(values)
 
     def swap_out(self) -> None:
         """Give the memory back, after what has changed was written."""
@@ -213,9 +221,16 @@ class SwappedEncoder(Encoder):
             self._optimizer.state.clear()
 
     def save(self) -> None:
-        """Write what has changed."""
+        """
+        Write what has changed.
+
+        :raises NotFiniteError: if a weight is NaN or infinite
+        """
         if not self._is_changed:
             return
+        bad = first_not_finite(dict(self._named()))
+        if bad is not None:
+            raise NotFiniteError(f"weight {bad[0]} of encoder {self.spec.name} holds {bad[1]}")
         save_tensors(dict(self._named()), self._weights_file)
         moments = self._moments()
         if moments:
@@ -226,10 +241,10 @@ class SwappedEncoder(Encoder):
         """
         Forget what there is, and take the files of a folder.
 
-        :raises ValueError: if they aren't there
+        :raises DamagedFileError: if they aren't there
         """
         if not (folder / self._weights_file.name).is_file():
-            raise ValueError(f"checkpoint {folder} has no file {self._weights_file.name}")
+            raise DamagedFileError(f"checkpoint {folder} has no file {self._weights_file.name}")
         self._is_changed = False
         self.swap_out()
         for file in (self._weights_file, self._optimizer_file):
@@ -256,11 +271,15 @@ class SwappedEncoder(Encoder):
     def _load_moments(self, optimizer: Optimizer) -> None:
         if optimizer.state or not self._optimizer_file.exists():
             return
-        for path, value in load_file(self._optimizer_file).items():
-            index, key = path.split(".")
-            # AdamW counts its steps on the CPU.
-            device = "cpu" if value.ndim == 0 else self.mean.device
-            optimizer.state[self.weights[int(index)]][key] = value.to(device)
+        try:
+            state = optimizer_state(optimizer, self.weights, load_file(self._optimizer_file))
+        except (KeyError, ValueError) as error:
+            raise DamagedFileError(f"{self._optimizer_file} can't be loaded: {error}") from None
+        for index, values in state.items():
+            for key, value in values.items():
+                # AdamW counts its steps on the CPU.
+                device = "cpu" if value.ndim == 0 else self.mean.device
+                optimizer.state[self.weights[index]][key] = value.to(device)
 
 
 def swapped_encoders(method: nn.Module) -> SwappedEncoders | None:

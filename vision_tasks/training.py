@@ -8,11 +8,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+from typing import Any, Literal, NamedTuple, NotRequired
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader, Dataset
@@ -21,7 +20,13 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from hubrl.encoders import is_encoder_weight
-from hubrl.finite import NotFiniteError, are_finite, first_not_finite
+from hubrl.finite import (
+    ROLLBACK_SCALE,
+    NotFiniteError,
+    Rollbacks,
+    are_finite,
+    first_not_finite,
+)
 from hubrl.run_folder import CsvTable
 from hubrl.signals import StopSignal
 from hubrl.state_folder import Count, has_state, load_parts, read_state, save_state
@@ -37,8 +42,6 @@ RESULTS_FILE = "results.json"
 EPOCHS_FILE = "epochs.csv"
 #: Images of an evaluation step; a training step needs more memory for each.
 EVALUATION_BATCH = 128
-#: Of the learning rate, each time that a run is rolled back.
-ROLLBACK_SCALE = 0.5
 
 Batch = tuple[Tensor, Tensor]
 
@@ -67,7 +70,7 @@ class Checkpoint(TypedDict):
 
     position: Position
     scores: Scores
-    n_rollbacks: NotRequired[Annotated[int, Field(ge=0, le=1000)]]
+    n_rollbacks: NotRequired[Rollbacks]
 
 
 class Results(TypedDict):
@@ -235,7 +238,10 @@ class Trainer:
         self._check_losses(losses)
         self._schedule(optimizer)
         optimizer.zero_grad()
-        losses.total.backward()
+        try:
+            losses.total.backward()
+        except NotFiniteError as error:  # swapped encoders learn in there
+            raise self._not_finite(str(error)) from error
         distributed.average_gradients(self._method.parameters())
         self._check_gradients()
         optimizer.step()

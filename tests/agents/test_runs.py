@@ -83,7 +83,9 @@ def test_a_table_that_holds_something_else(content: bytes, message: str, tmp_pat
     assert (tmp_path / "a.csv").read_bytes() == content
 
 
-def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_row_that_was_cut_short_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As where the machine lost its power."""
     table = CsvTable(tmp_path / "a.csv", "step", 0)
     for step in (10, 20):
@@ -91,6 +93,7 @@ def test_a_row_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
     content = (tmp_path / "a.csv").read_bytes()
     (tmp_path / "a.csv").write_bytes(content + b"30,1")
     assert CsvTable(tmp_path / "a.csv", "step", 100).last_row == {"step": "20", "x": "10.0"}
+    assert capsys.readouterr().err.endswith("a.csv: its last line has no end and is left out\n")
     assert (tmp_path / "a.csv").read_bytes() == content
 
 

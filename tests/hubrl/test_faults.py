@@ -159,7 +159,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "step 64: weight value_net.weight holds infinity; the update is left out" in error
-    assert "a lower algorithm.learning_rate, or set train.n_rollbacks" in error
+    assert "a lower algorithm.learning_rate, or raise train.n_rollbacks" in error
     assert last()["num_timesteps"] == 32
     assert run("--resume", "r") == 0
 

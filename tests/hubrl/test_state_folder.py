@@ -155,7 +155,7 @@ def stepped(cls: type[torch.optim.Optimizer], shape: tuple[int, ...]) -> torch.o
     return optimizer
 
 
-OPTIMIZERS = [torch.optim.Adam, torch.optim.AdamW, RMSpropTFLike, torch.optim.SGD]
+OPTIMIZERS = [torch.optim.Adam, torch.optim.AdamW, RMSpropTFLike]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS)

@@ -155,8 +155,8 @@ def test_a_loss_that_is_no_number_ends_in_one_line_or_rolls_back(
     assert run("--config", config, "--run-dir", "stopped") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "stopped, step 4: the loss (task) is NaN; the last checkpoint is whole: train " in error
-    assert "a lower train.learning_rate than 0.001, or set train.n_rollbacks" in error
+    assert "stopped, step 4: the loss (task) is NaN; what was saved before is whole: " in error
+    assert "train anew with a lower train.learning_rate, or raise train.n_rollbacks" in error
     calls.clear()
     train = stopping.train.model_copy(update={"n_rollbacks": 1})
     config.write_text(dump_config(stopping.model_copy(update={"train": train})))

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_hubs import nature_spec, write_hub
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from hubrl import state_folder
+from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError
 from hubrl.signals import StopSignal
 from hubrl.specs import HubSpec, load_hub
@@ -26,7 +27,7 @@ from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, load_config
 from vision_tasks.data import ImageData
 from vision_tasks.methods import Settings, build_method
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
-from vision_tasks.swap import Swap, SwappedEncoders, swapped_encoders
+from vision_tasks.swap import Swap, SwappedEncoder, SwappedEncoders, swapped_encoders
 from vision_tasks.tasks import Classification
 from vision_tasks.training import Trainer
 
@@ -287,6 +288,60 @@ def test_no_encoder_learns_from_a_loss_that_is_not_finite(hub: HubSpec, tmp_path
     for key in before.keys() - {"model.heads.b.bias"}:
         if "encoders" in key:
             assert torch.equal(before[key], after[key]), key
+
+
+def test_no_encoder_learns_from_a_gradient_that_is_not_finite(
+    hub: HubSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swap = Swap(2, tmp_path / "run" / "swap")
+    method = method_of(hub, swap)
+    before = weights_of(method, swap.folder)
+    step = SwappedEncoder.step
+
+    def loud(self: SwappedEncoder, *args: object) -> None:
+        *images, gradients_BD = args
+        step(self, *images, gradients_BD * torch.inf)  # type: ignore[arg-type, operator]
+
+    monkeypatch.setattr(SwappedEncoder, "step", loud)
+    message = r"run, step 0: a gradient of encoder \w is NaN or infinite"
+    with pytest.raises(NotFiniteError, match=message):
+        train(method, tmp_path / "run")
+    after = weights_of(method, swap.folder)
+    assert all(torch.equal(before[key], after[key]) for key in before if "encoders" in key)
+
+
+def test_no_checkpoint_of_a_weight_that_is_not_finite(hub: HubSpec, tmp_path: Path) -> None:
+    swap = Swap(2, tmp_path / "swap")
+    method = method_of(hub, swap)
+    encoders = swapped_encoders(method)
+    assert encoders is not None
+    encoder = encoders[0]
+    assert isinstance(encoder, SwappedEncoder)
+    encoder.run(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), torch.float32)
+    next(encoder.trunk.parameters()).data[0] = torch.nan
+    encoder._is_changed = True
+    with pytest.raises(NotFiniteError, match=r"weight cnn\.0\.weight of encoder a holds NaN"):
+        encoders.files()
+
+
+def test_files_of_another_encoder(hub: HubSpec, tmp_path: Path) -> None:
+    """A stranger's, whose manifest fits."""
+    swap = Swap(1, tmp_path / "run" / "swap")
+    method = method_of(hub, swap)
+    train(method, tmp_path / "run", train__epochs=1)
+    images_BCHW = torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8)
+    for end, message in [("", r"is not of encoder a"), (".optimizer", r"has another shape than")]:
+        encoders = swapped_encoders(method)
+        assert encoders is not None
+        encoder = encoders[0]
+        assert isinstance(encoder, SwappedEncoder)
+        encoders[1].run(images_BCHW, torch.float32)  # type: ignore[attr-defined]
+        file = swap.folder / f"encoder.a{end}.safetensors"
+        whole = file.read_bytes()
+        save_file({key: value[..., None] for key, value in load_file(file).items()}, file)
+        with pytest.raises(DamagedFileError, match=message):
+            encoder(images_BCHW).sum().backward()
+        file.write_bytes(whole)
 
 
 def test_buffers_are_swapped_too(mixed_hub: Path, tmp_path: Path) -> None:

@@ -189,7 +189,12 @@ def test_a_run_rolled_back_learns_at_half_the_rate(hub: Path, tmp_path: Path) ->
     assert rates[2] == pytest.approx([rate / 4 for rate in rates[None]])
 
 
-def test_a_collapse_is_told(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_collapse_is_told(
+    hub: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     run = trainer(small_vision_config(hub, train__epochs=1), tmp_path)
     run.run(StopSignal())
     with (tmp_path / "epochs.csv").open() as lines:
@@ -205,6 +210,8 @@ def test_a_collapse_is_told(hub: Path, tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert "hub.exploration_coef (now 0.3)" in told
     assert "--method single:b" in told
+    monkeypatch.setattr(run._method.model.pathway, "always_active", ("a", "c"))
+    assert run._method.advice(losses) is None  # nothing was chosen
     run._method.advice = lambda losses: f"{losses['task']:.0f} things"
     run._position = Position()
     run.run(StopSignal())

@@ -73,7 +73,8 @@ class HubPathwayMethod(Method):
         """A collapse: nearly all of an epoch's pathway probability belonged to one encoder."""
         shares = {name: losses[f"probability/{name}"] for name in self.hub.encoder_names}
         top = max(shares, key=shares.__getitem__)
-        if shares[top] <= COLLAPSE or len(shares) == 1:
+        n_choices = len(shares) - len(self.model.pathway.always_active)
+        if shares[top] <= COLLAPSE or n_choices == 1:
             return None
         coef = self.settings.exploration_coef
         return (
