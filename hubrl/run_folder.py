@@ -93,15 +93,15 @@ def read_rows(file: Path) -> list[dict[str, str]]:
     try:
         with file.open(encoding="utf-8", newline="") as text:
             lines = list(text)
-        if lines and not lines[-1].endswith(("\n", "\r")):
-            print(f"{file}: its last line has no end and is left out", file=sys.stderr)
-            lines.pop()
-        rows = list(csv.DictReader(lines))
+        is_cut = bool(lines) and not lines[-1].endswith(("\n", "\r"))
+        rows = list(csv.DictReader(lines[:-1] if is_cut else lines))
     except (UnicodeDecodeError, csv.Error):
         raise DamagedFileError(f"{file} is no CSV table: {MEND}") from None
     for number, row in enumerate(rows, start=1):
         if None in row or None in row.values():
             raise DamagedFileError(f"{file}: row {number} has not one cell for each column: {MEND}")
+    if is_cut:
+        print(f"{file}: its last line has no end and is left out", file=sys.stderr)
     return rows
 
 
