@@ -20,8 +20,8 @@ import numpy as np
 
 #: Steps between checkpoints: about a minute of PPO on two cores.
 SAVE_FREQ = 10_000
-#: Seconds between two looks at the process, and looks that make a sample.
-LOOK, N_LOOKS = 0.1, 600
+#: Seconds between two looks at the process, and looks after a checkpoint that end a sample.
+LOOK, N_AFTER = 0.1, 20
 #: Of the whole time; until then torch and Python fill their caches.
 WARM_UP = 0.2
 SAMPLES_FILE = "soak.csv"
@@ -31,11 +31,11 @@ MAX_SLOWER = 0.05
 
 
 class Sample(NamedTuple):
-    """The process over a minute."""
+    """The process from one checkpoint to the next."""
 
     seconds: float
     memory_mb: float
-    """The least resident memory: after a checkpoint, when what is free was given back."""
+    """The least resident memory: after the checkpoint, when what is free was given back."""
     peak_mb: float
     """The most."""
     n_files: int
@@ -75,8 +75,8 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
     samples = []
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         start = time.monotonic()
-        while time.monotonic() - start < seconds and process.poll() is None:
-            samples.append(sample(process, start, min(N_LOOKS, 1 + int(seconds / LOOK / 30))))
+        while time.monotonic() - start < seconds:
+            samples.append(sample(process, start, run_dir / "checkpoints" / "last"))
         process.terminate()
     if process.returncode != 143:
         sys.exit(f"the training ended with {process.returncode}")
@@ -100,15 +100,16 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
     }
 
 
-def sample(process: subprocess.Popen[bytes], start: float, n_looks: int) -> Sample:
-    """What the kernel says of a process, from now on for so many looks, or to its end."""
-    folder = Path("/proc", str(process.pid))
-    memory = []
-    for _ in range(n_looks):
+def sample(process: subprocess.Popen[bytes], start: float, checkpoint: Path) -> Sample:
+    """What the kernel says of a process, until it has written the next checkpoint."""
+    folder, before = Path("/proc", str(process.pid)), _written(checkpoint)
+    memory, n_left = [], N_AFTER
+    while n_left > 0:
         if process.poll() is not None:
             sys.exit(f"the training ended with {process.returncode}")
         status = dict(line.split(":", 1) for line in (folder / "status").read_text().splitlines())
         memory.append(int(status["VmRSS"].split()[0]) / 1024)
+        n_left -= _written(checkpoint) != before
         time.sleep(LOOK)
     return Sample(
         time.monotonic() - start,
@@ -117,6 +118,14 @@ def sample(process: subprocess.Popen[bytes], start: float, n_looks: int) -> Samp
         len(os.listdir(folder / "fd")),
         int(status["Threads"]),
     )
+
+
+def _written(checkpoint: Path) -> int:
+    """When; 0 while it is being replaced."""
+    try:
+        return checkpoint.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def slope(samples: list[Sample], values: list[float]) -> float:
