@@ -30,8 +30,6 @@ class PathwayCallback(BaseCallback):
     :param collapse_steps: agent steps after which a collapse is warned of
     """
 
-    COLLAPSE = 0.95  # of the pathway probability
-
     def __init__(self, collapse_steps: int = 50_000) -> None:
         super().__init__()
         self._collapse_steps = collapse_steps
@@ -77,9 +75,8 @@ class PathwayCallback(BaseCallback):
     ) -> None:
         hub = extractor.pathway.hub
         shares = {name: statistics[f"probability_{name}"] for name in hub.encoder_names}
-        top = max(shares, key=shares.__getitem__)
-        n_choices = len(hub.encoders) - len(extractor.pathway.always_active)
-        if shares[top] <= self.COLLAPSE or n_choices == 1:
+        top = extractor.pathway.collapsed_to(shares)
+        if top is None:
             self._spread_at[place] = self.num_timesteps
             return
         since = self._spread_at.setdefault(place, self.num_timesteps)

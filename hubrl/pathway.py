@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 from weakref import WeakValueDictionary
@@ -25,6 +25,8 @@ from hubrl.specs import EncoderSpec, HubSpec, closest, load_hub
 # with them each step of Adam on their weights, count less: choices that differ between images and
 # between rollouts then don't disturb what the agent has learned from the encoders that stay.
 CHOSEN_SCALE = 0.1
+#: Share of the pathway probability above which one encoder leaves the hub unused.
+COLLAPSE = 0.95
 
 #: Features (R, D) of encoder i for rows (R,) of the batch.
 Encode = Callable[[int, Tensor], Tensor]
@@ -308,6 +310,17 @@ class HubPathway(nn.Module):
             images_BCHW = images_BCHW.index_select(0, rows_R)
         features_RD: Tensor = encoder(images_BCHW, dtype)
         return features_RD
+
+    def collapsed_to(self, shares: Mapping[str, float]) -> str | None:
+        """
+        The encoder that has nearly all of the pathway probability, so that the hub is not used.
+
+        :param shares: mean pathway probability of each encoder, 0..1, by name
+        :return: None if it is spread, or if there is nothing to choose
+        """
+        top = max(shares, key=shares.__getitem__)
+        n_choices = len(self.hub.encoders) - len(self.always_active)
+        return top if shares[top] > COLLAPSE and n_choices > 1 else None
 
     def get_extra_state(self) -> Tensor:
         """For ``state_dict``: which encoders are always active."""

@@ -206,8 +206,8 @@ class Trainer:
         return AdamW(settings) if settings else None
 
     def _schedule(self, optimizer: Optimizer) -> None:
+        rate = self._config.train.learning_rate * ROLLBACK_SCALE**self.n_rollbacks
         for group in optimizer.param_groups:
-            rate = self._config.train.learning_rate * ROLLBACK_SCALE**self.n_rollbacks
             group["lr"] = rate * group["lr_scale"] * self._lr_scale()
 
     def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> dict[str, float]:

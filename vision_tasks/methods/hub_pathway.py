@@ -24,9 +24,6 @@ from vision_tasks.methods.method import (
 from vision_tasks.swap import SwappedEncoders
 from vision_tasks.tasks import Task
 
-#: Of the pathway probability: an encoder that has more leaves the hub unused.
-COLLAPSE = 0.95
-
 # Shape letters: B batch, E encoders, O outputs, D features of one encoder, C H W image,
 # R rows of the batch that activate one encoder.
 
@@ -72,9 +69,8 @@ class HubPathwayMethod(Method):
     def advice(self, losses: dict[str, float]) -> str | None:
         """A collapse: nearly all of an epoch's pathway probability belonged to one encoder."""
         shares = {name: losses[f"probability/{name}"] for name in self.hub.encoder_names}
-        top = max(shares, key=shares.__getitem__)
-        n_choices = len(shares) - len(self.model.pathway.always_active)
-        if shares[top] <= COLLAPSE or n_choices == 1:
+        top = self.model.pathway.collapsed_to(shares)
+        if top is None:
             return None
         coef = self.settings.exploration_coef
         return (
