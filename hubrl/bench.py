@@ -15,6 +15,7 @@ from hubrl import cli
 
 cli.refuse_foreign_modules("agents", "envs")
 
+from agents.algorithms import check_device  # noqa: E402
 from hubrl.benches.machine import machine  # noqa: E402
 from hubrl.benches.measuring import Result  # noqa: E402
 from hubrl.benches.networks import measure_cache, measure_dispatch, measure_generator  # noqa: E402
@@ -28,16 +29,18 @@ from hubrl.benches.training import (  # noqa: E402
 
 
 class Bench(NamedTuple):
-    """A measurement: which results it gives, and how."""
+    """A measurement: which results it gives, and how; some take ``device``."""
 
     names: tuple[str, ...]
-    measure: Callable[[], list[Result]]
+    measure: Callable[..., list[Result]]
+    has_networks: bool = True
 
 
 @click.command("bench")
 @click.argument("name", default="all")
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Write the results here.")
-def command(name: str, file: Path | None) -> None:
+@click.option("--device", default="cpu", show_default=True, help="Of networks: cpu, cuda ...")
+def command(name: str, file: Path | None, device: str) -> None:
     """
     Measure NAME (a bench, the part of its name before the dot, or all).
 
@@ -45,13 +48,15 @@ def command(name: str, file: Path | None) -> None:
     """
     with cli.user_errors():
         chosen = _choose(name)
+        device = str(check_device("--device", device))
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
-    facts = machine()
+    facts = machine(device)
     results = []
     for bench in chosen:
         click.echo(f"measuring {', '.join(bench.names)} ...", err=True)
-        results += [result for result in bench.measure() if _matches(result.name, name)]
+        measured = bench.measure(device=device) if bench.has_networks else bench.measure()
+        results += [result for result in measured if _matches(result.name, name)]
     if file is not None:
         rows = [result._asdict() | {"machine": facts} for result in results]
         file.write_text(json.dumps(rows, indent=1) + "\n")
@@ -68,7 +73,7 @@ BENCHES = (
     Bench(("hub_size", "hub_size.trained", "hub_size.optimizer"), measure_hub_size),
     Bench(("ppo.trained", "ppo.frozen", "ppo.none"), measure_ppo),
     Bench(("dqn.trained", "dqn.frozen"), measure_dqn),
-    Bench(("env", "env.cpu"), measure_env),
+    Bench(("env", "env.cpu"), measure_env, has_networks=False),
     Bench(("cache",), measure_cache),
     Bench(("load",), measure_load),
     Bench(("memory",), measure_memory),

@@ -59,7 +59,7 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
         counts = count_costs(hub, setup)
     console = Console()
     console.print(_counts_table(setup, counts))
-    figures: dict[str, Any] = {"setup": setup._asdict(), "machine": machine()}
+    figures: dict[str, Any] = {"setup": setup._asdict(), "machine": machine(setup.device)}
     figures["counts"] = {name: cost._asdict() for name, cost in counts.items()}
     if only is None:
         figures |= _measure(hub, setup, console)

@@ -12,8 +12,12 @@ import torch
 from hubrl.precision import fast_dtype
 
 
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
+def machine(device: str) -> dict[str, Any]:
+    """
+    What the figures depend on.
+
+    :param device: that networks run on
+    """
     model = [
         line.split(":")[1].strip()
         for line in _lines(Path("/proc/cpuinfo"))
@@ -24,7 +28,8 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "precision": str(fast_dtype("cpu")).removeprefix("torch."),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "precision": str(fast_dtype(torch.device(device).type)).removeprefix("torch."),
         "load_average": round(os.getloadavg()[0], 2),
     }
 

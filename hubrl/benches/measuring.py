@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 #: What a ratio should reach; None: printed beside another.
 GOALS: Mapping[str, float | None] = {
     "dispatch.update": 0.42,
@@ -79,12 +81,16 @@ def interleave(sides: Mapping[str, Measure], rounds: int, warm_up: int = 2) -> d
 
 def timed(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Measure:
     """
+    What a GPU still has to do counts.
+
     :param clock: seconds; ``time.process_time`` counts those of all threads
     """
 
     def seconds() -> float:
         start = clock()
         run()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         return clock() - start
 
     return seconds

@@ -36,24 +36,25 @@ class Side(NamedTuple):
     features: Callable[[Tensor, Casts | None], Tensor]
 
 
-def measure_dispatch() -> list[Result]:
+def measure_dispatch(device: str = "cpu") -> list[Result]:
     """Two of five NatureCNN routed, generator included, against all five; 32: in float32."""
     return [
-        update("dispatch.update"),
-        update("dispatch.update32", precision="float32"),
-        rollout("dispatch.rollout", batch=16),
-        rollout("dispatch.rollout8", batch=8),
+        update("dispatch.update", device=device),
+        update("dispatch.update32", precision="float32", device=device),
+        rollout("dispatch.rollout", batch=16, device=device),
+        rollout("dispatch.rollout8", batch=8, device=device),
     ]
 
 
-def measure_generator(batch: int = 256, rounds: int = 101) -> list[Result]:
+def measure_generator(batch: int = 256, rounds: int = 101, device: str = "cpu") -> list[Result]:
     """The pathway generator's forward pass against that of one NatureCNN, images converted."""
     torch.manual_seed(0)
-    pathway = HubPathway(random_hub(N_ENCODERS), TOP_K)
+    pathway = HubPathway(random_hub(N_ENCODERS), TOP_K).to(device)
     spec = dataclasses.replace(random_spec("one"), architecture="nature_cnn", features_dim=512)
-    encoder = build_encoder(HubSpec(name="one", encoders=(spec,)), spec)
-    dtype = resolve_precision("auto", "cpu")
-    images_BCHW, noise_BE = random_images(batch).float() / 255.0, torch.randn(batch, N_ENCODERS)
+    encoder = build_encoder(HubSpec(name="one", encoders=(spec,)), spec).to(device)
+    dtype = resolve_precision("auto", device)
+    images_BCHW = random_images(batch).to(device).float() / 255.0
+    noise_BE = torch.randn(batch, N_ENCODERS, device=device)
     encoder_images_BCHW = images_BCHW.to(dtype)
     with torch.no_grad():
         seconds = interleave(
@@ -67,7 +68,9 @@ def measure_generator(batch: int = 256, rounds: int = 101) -> list[Result]:
     return [compare("generator", 1e3 * seconds["ours"], 1e3 * seconds["theirs"], "ms")]
 
 
-def measure_cache(n_steps: int = 128, n_envs: int = 8, rounds: int = 7) -> list[Result]:
+def measure_cache(
+    n_steps: int = 128, n_envs: int = 8, rounds: int = 7, device: str = "cpu"
+) -> list[Result]:
     """
     Frozen encoders in an iteration of PPO with four epochs: features kept, or computed each time.
 
@@ -75,9 +78,9 @@ def measure_cache(n_steps: int = 128, n_envs: int = 8, rounds: int = 7) -> list[
     in each epoch. The limit is a fifth if a row costs the same in both.
     """
     torch.manual_seed(0)
-    images_NCHW = random_images(n_steps * n_envs)
+    images_NCHW = random_images(n_steps * n_envs).to(device)
     rollout = Rollout(
-        HubPathway(random_hub(N_ENCODERS), TOP_K, precision="auto"),
+        HubPathway(random_hub(N_ENCODERS), TOP_K, precision="auto").to(device),
         images_NCHW,
         RoutingReplay(N_ENCODERS).hash(images_NCHW),
         torch.rand(len(images_NCHW), N_ENCODERS).topk(TOP_K).indices,
@@ -128,27 +131,29 @@ class Rollout(NamedTuple):
             yield i, rows_B[places_R]
 
 
-def update(name: str, batch: int = 256, precision: str = "auto", rounds: int = 15) -> Result:
+def update(
+    name: str, batch: int = 256, precision: str = "auto", rounds: int = 15, device: str = "cpu"
+) -> Result:
     """Forward and backward, as for a minibatch of an update."""
-    images_BCHW = random_images(batch)
+    images_BCHW = random_images(batch).to(device)
 
     def learn(side: Side) -> None:
         side.pathway.zero_grad()
         side.features(images_BCHW, None).sum().backward()
 
-    return _compare(name, learn, precision, rounds)
+    return _compare(name, learn, precision, rounds, device)
 
 
-def rollout(name: str, batch: int, rounds: int = 101) -> Result:
+def rollout(name: str, batch: int, rounds: int = 101, device: str = "cpu") -> Result:
     """Forward alone, as for a step of a rollout: both sides keep the casts of their weights."""
-    images_BCHW = random_images(batch)
+    images_BCHW = random_images(batch).to(device)
     casts: dict[Side, Casts] = defaultdict(Casts)
 
     def collect(side: Side) -> None:
         with torch.no_grad():
             side.features(images_BCHW, casts[side])
 
-    return _compare(name, collect, "auto", rounds)
+    return _compare(name, collect, "auto", rounds, device)
 
 
 def random_spec(name: str) -> EncoderSpec:
@@ -189,31 +194,34 @@ def random_images(batch: int) -> Tensor:
     return torch.randint(0, 256, (batch, 4, 84, 84), dtype=torch.uint8, generator=generator)
 
 
-def _routed(precision: str) -> Side:
-    pathway = HubPathway(random_hub(N_ENCODERS), TOP_K, precision=precision)
+def _routed(precision: str, device: str) -> Side:
+    pathway = HubPathway(random_hub(N_ENCODERS), TOP_K, precision=precision).to(device)
 
     def features(images_BCHW: Tensor, casts: Casts | None) -> Tensor:
-        noise_BE = NOISE * torch.randn(len(images_BCHW), N_ENCODERS)
+        noise_BE = NOISE * torch.randn(len(images_BCHW), N_ENCODERS, device=device)
         return pathway.route(images_BCHW, noise_BE, casts=casts).features
 
     return Side(pathway, features)
 
 
-def _dense(precision: str) -> Side:
+def _dense(precision: str, device: str) -> Side:
     """What a user would run instead has no generator: all encoders with equal weights."""
-    pathway = HubPathway(random_hub(N_ENCODERS), N_ENCODERS, precision=precision)
+    pathway = HubPathway(random_hub(N_ENCODERS), N_ENCODERS, precision=precision).to(device)
 
     def features(images_BCHW: Tensor, casts: Casts | None) -> Tensor:
         shape = (len(images_BCHW), N_ENCODERS)
-        equal_BE, all_BE = torch.full(shape, 1 / N_ENCODERS), torch.arange(N_ENCODERS).expand(shape)
+        equal_BE = torch.full(shape, 1 / N_ENCODERS, device=device)
+        all_BE = torch.arange(N_ENCODERS, device=device).expand(shape)
         return pathway.aggregate(images_BCHW, equal_BE, all_BE, casts=casts)
 
     return Side(pathway, features)
 
 
-def _compare(name: str, run: Callable[[Side], None], precision: str, rounds: int) -> Result:
+def _compare(
+    name: str, run: Callable[[Side], None], precision: str, rounds: int, device: str
+) -> Result:
     torch.manual_seed(0)
-    ours, theirs = _routed(precision), _dense(precision)
+    ours, theirs = _routed(precision, device), _dense(precision, device)
     sides = {"ours": timed(lambda: run(ours)), "theirs": timed(lambda: run(theirs))}
     seconds = interleave(sides, rounds)
     return compare(name, 1e3 * seconds["ours"], 1e3 * seconds["theirs"], "ms")

@@ -19,22 +19,22 @@ N_STEPS = 2048  # two iterations: the first holds all that the run will hold
 MB = 1e6
 
 
-def measure_load(rounds: int = 3) -> list[Result]:
+def measure_load(rounds: int = 3, device: str = "cpu") -> list[Result]:
     """Seconds from the start of a process to its first environment step."""
     sides = {
-        "ours": timed(lambda: _run("load", "hub", *COMMAND)),
-        "theirs": timed(lambda: _run("load", "plain", _plain())),
+        "ours": timed(lambda: _run("load", "hub", *COMMAND, "--device", device)),
+        "theirs": timed(lambda: _run("load", "plain", _plain(device=device))),
     }
     seconds = interleave(sides, rounds, warm_up=1)
     return [compare("load", seconds["ours"], seconds["theirs"], "s")]
 
 
-def measure_memory(n_steps: int = N_STEPS, rounds: int = 2) -> list[Result]:
+def measure_memory(n_steps: int = N_STEPS, rounds: int = 2, device: str = "cpu") -> list[Result]:
     """Peak resident memory of a PPO run, without the bytes of its weights; Linux alone tells."""
     if not child.STATUS.exists():
         return []
-    ours = ("-n", str(n_steps), "--eval-freq", "0", "--save-freq", "0", "--device", "cpu")
-    theirs = _plain(n_timesteps=n_steps, device="cpu")
+    ours = ("-n", str(n_steps), "--eval-freq", "0", "--save-freq", "0", "--device", device)
+    theirs = _plain(n_timesteps=n_steps, device=device)
     sides = {
         "ours": lambda: float(_run("memory", "hub", *COMMAND, *ours)) / MB,
         "theirs": lambda: float(_run("memory", "plain", theirs)) / MB,
@@ -43,7 +43,7 @@ def measure_memory(n_steps: int = N_STEPS, rounds: int = 2) -> list[Result]:
     return [compare("memory", megabytes["ours"], megabytes["theirs"], "MB")]
 
 
-def _plain(n_timesteps: int = 1_000_000, device: str = "auto") -> str:
+def _plain(n_timesteps: int = 1_000_000, device: str = "cpu") -> str:
     """The plain script's argument, with the sizes of our configuration."""
     config = load_config(built_in_config("ppo"))
     sizes = config.algorithm.model_dump(include={"n_steps", "batch_size", "n_epochs"})

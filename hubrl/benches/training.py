@@ -47,13 +47,16 @@ DQN_HUBS: Mapping[str, Overrides] = {"dqn.trained": TRAINED, "dqn.frozen": FROZE
 DQN_START: Overrides = {"algorithm.learning_starts": 128, "algorithm.buffer_size": 2048}
 
 
-def measure_hub_size(overrides: Overrides = AS_SHIPPED, rounds: int = 4) -> list[Result]:
+def measure_hub_size(
+    overrides: Overrides = AS_SHIPPED, rounds: int = 4, device: str = "cpu"
+) -> list[Result]:
     """A whole PPO iteration, two of 20 encoders against two of five: frozen, and trained."""
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models: dict[str, BaseAlgorithm] = {}
         for n in (LARGE_HUB, SMALL_HUB):
             hub = {"hub.name": str(save_random_hub(folder / f"hub{n}", n)), **overrides}
+            hub |= {"train.device": device}
             models[f"trained{n}"] = stack.enter_context(_our_agent("ppo", hub))
             frozen = {**hub, "hub.freeze": "all"}
             models[f"frozen{n}"] = stack.enter_context(_our_agent("ppo", frozen))
@@ -76,14 +79,19 @@ def measure_hub_size(overrides: Overrides = AS_SHIPPED, rounds: int = 4) -> list
     ]
 
 
-def measure_ppo(overrides: Overrides = AS_SHIPPED, rounds: int = 4) -> list[Result]:
+def measure_ppo(
+    overrides: Overrides = AS_SHIPPED, rounds: int = 4, device: str = "cpu"
+) -> list[Result]:
     """PPO end to end: hub trained, hub frozen, no hub; against plain SB3."""
+    overrides = {**overrides, "train.device": device}
     return _compare_agents("ppo", PPO_HUBS, overrides, _iteration_steps(overrides), rounds)
 
 
-def measure_dqn(n_steps: int = 256, rounds: int = 4) -> list[Result]:
+def measure_dqn(n_steps: int = 256, rounds: int = 4, device: str = "cpu") -> list[Result]:
     """QR-DQN after learning has started: hub trained, hub frozen; against plain sb3-contrib."""
-    return _compare_agents("qrdqn", DQN_HUBS, DQN_START, n_steps, rounds)
+    return _compare_agents(
+        "qrdqn", DQN_HUBS, {**DQN_START, "train.device": device}, n_steps, rounds
+    )
 
 
 def measure_env(n_steps: int = 256, rounds: int = 5) -> list[Result]:
@@ -138,7 +146,10 @@ def _plain_agent(config: RunConfig, kind: VecEnvKind) -> Iterator[BaseAlgorithm]
     algorithm = ALGORITHMS[config.algorithm.name]
     with contextlib.closing(_plain_env(config.env.n_envs, kind)) as env:
         fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
-        yield algorithm.model("CnnPolicy", env, **fields, policy_kwargs=policy_kwargs, device="cpu")
+        device = config.train.device
+        yield algorithm.model(
+            "CnnPolicy", env, **fields, policy_kwargs=policy_kwargs, device=device
+        )
 
 
 def _plain_env(n_envs: int, kind: VecEnvKind) -> VecEnv:
@@ -147,7 +158,7 @@ def _plain_env(n_envs: int, kind: VecEnvKind) -> VecEnv:
 
 
 def _config(algorithm: str, overrides: Overrides) -> RunConfig:
-    """The configuration that ships, on the CPU."""
+    """The configuration that ships, on the CPU unless something else is said."""
     return load_config(built_in_config(algorithm), {"train.device": "cpu", **overrides})
 
 

@@ -1,5 +1,6 @@
 """The bench command around its measurements: medians, goals, files, mistakes."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def three_results(monkeypatch: pytest.MonkeyPatch) -> None:
         Result("toy.beside", 0.9, None, 9.0, 10.0, "ms"),
     ]
     names = tuple(result.name for result in results)
-    monkeypatch.setattr(bench, "BENCHES", (Bench(names, lambda: results),))
+    monkeypatch.setattr(bench, "BENCHES", (Bench(names, lambda device: results),))
 
 
 def test_names_and_goals_of_the_table() -> None:
@@ -101,6 +102,20 @@ def test_results_are_printed_and_written(three_results: None, tmp_path: Path) ->
     assert {"cpu", "cores", "torch", "precision"} <= set(rows[0]["machine"])
 
 
+def test_networks_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+
+    def measure(device: str) -> list[Result]:
+        devices.append(device)
+        return []
+
+    monkeypatch.setattr(bench, "BENCHES", (Bench(("toy",), measure),))
+    assert CliRunner().invoke(bench.command, ["toy", "--device", "cpu"]).exit_code == 0
+    assert devices == ["cpu"]
+    for each in BENCHES:
+        assert ("device" in inspect.signature(each.measure).parameters) == each.has_networks
+
+
 def test_a_name_chooses_one_result(three_results: None) -> None:
     output = CliRunner().invoke(bench.command, ["toy.speed"]).output
     assert "toy.speed" in output
@@ -112,6 +127,7 @@ def test_a_name_chooses_one_result(three_results: None) -> None:
     [
         (["toi"], "bench 'toi' is unknown, allowed: all, toy.update, toy.speed, toy.beside"),
         (["all", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder"),
+        (["all", "--device", "abacus"], "--device is 'abacus', allowed on this machine: auto, cpu"),
     ],
 )
 def test_mistakes_exit_2(three_results: None, arguments: list[str], message: str) -> None:

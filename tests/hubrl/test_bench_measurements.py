@@ -48,7 +48,7 @@ def test_rollout() -> None:
 
 def test_routing_is_even(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    pathway, features = networks._routed("float32")
+    pathway, features = networks._routed("float32", "cpu")
     used: list[int] = []
     encode = pathway.encode
 
