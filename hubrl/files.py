@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 Data = TypeVar("Data")
@@ -73,9 +73,19 @@ def save_tensors(
     temporary = file.with_name(f".{file.name}.new")
     temporary.touch()  # with the rights that a new file has here: safetensors hides it from others
     rights = temporary.stat().st_mode
-    save_file({key: t.detach().contiguous() for key, t in tensors.items()}, temporary, metadata)
+    write_tensors(tensors, temporary, metadata)
     temporary.chmod(rights)
     os.replace(temporary, file)
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file of tensors of numpy's types."""
+    # By safetensors.torch, ctypes would keep 6 kB for each length of a tensor that was ever saved.
+    save_file(
+        {key: t.detach().cpu().contiguous().numpy() for key, t in tensors.items()}, file, metadata
+    )
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ import numpy as np
 import pydantic
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hubrl.files import DamagedFileError, checked, file_sha256, read_json
+from hubrl.files import DamagedFileError, checked, file_sha256, read_json, write_tensors
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -173,7 +173,7 @@ def _write(
     scalars: dict[str, Any] = {}
     for name, part in parts.items():
         tensors, scalars[name] = _pack(part)
-        save_file(tensors, temporary / f"{name}.safetensors")
+        write_tensors(tensors, temporary / f"{name}.safetensors")
     for file in files:
         link_file(file, temporary / file.name)
     (temporary / STATE_FILE).write_text(json.dumps({**state, "scalars": scalars}, indent=1))

@@ -93,7 +93,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(
 ) -> None:
     model = build("a2c")
     save_checkpoint(model, tmp_path / "last", {"number": 1})
-    monkeypatch.setattr(state_folder, "save_file", lambda *_: 1 / 0)
+    monkeypatch.setattr(state_folder, "write_tensors", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_checkpoint(model, tmp_path / "last", {"number": 2})
     monkeypatch.undo()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from torch import nn
 from typing_extensions import TypedDict
 
 from hubrl import state_folder
-from hubrl.files import DamagedFileError
+from hubrl.files import DamagedFileError, write_tensors
 from hubrl.state_folder import Count, NotSavedError, has_state, load_parts, read_state, save_state
 
 
@@ -208,7 +210,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for function in ("save_file", "_sync"):
+    for function in ("write_tensors", "_sync"):
         with monkeypatch.context() as patch:
             patch.setattr(state_folder, function, full)
             message = (
@@ -218,6 +220,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(
                 save(folder, 2)
         assert [file.name for file in tmp_path.iterdir()] == ["last"]
         assert loaded(folder) == (1, 1.0)
+
+
+def test_lengths_that_change_leave_nothing_in_memory(tmp_path: Path) -> None:
+    """A run saves its environments' actions, more of them in each checkpoint."""
+
+    def write(n: int) -> None:
+        write_tensors({"sent": torch.zeros(n, dtype=torch.int16)}, tmp_path / "x.safetensors")
+
+    write(1)
+    tracemalloc.start()
+    for n in range(2, 202):
+        write(n)
+    gc.collect()
+    n_bytes = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert n_bytes < 20_000  # with 6 kB for each length it would be a million
 
 
 class KilledError(BaseException):
@@ -243,7 +261,7 @@ def test_killed_at_any_call_that_touches_the_disk(
 
     with monkeypatch.context() as patch:
         for owner, name in (
-            (state_folder, "save_file"),
+            (state_folder, "write_tensors"),
             (state_folder, "_sync"),
             (state_folder.shutil, "rmtree"),
             (state_folder.os, "replace"),

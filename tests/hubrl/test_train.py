@@ -271,7 +271,7 @@ def test_a_full_disk_is_said_in_one_line(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hubrl.state_folder.save_file", full)
+        patch.setattr("hubrl.state_folder.write_tensors", full)
         assert run("--config", config, "--run-dir", "r") == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
