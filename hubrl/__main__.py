@@ -17,7 +17,7 @@ COMMANDS = {
     "export": "Make an ONNX graph of an agent, or distil it into one encoder.",
     "pretrain": "Train an encoder on a game and make it a hub member.",
     "study": "Compare variants over games and seeds, with intervals.",
-    "hubs": "List, show and check hubs.",
+    "hubs": "List, show, fetch, check, rank, extend and share hubs.",
     "bench": "Measure speed against plain Stable-Baselines3.",
 }
 
