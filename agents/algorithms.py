@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from sb3_contrib import QRDQN, TQC, CrossQ, MaskablePPO, RecurrentPPO
 from sb3_contrib.crossq.policies import CrossQPolicy
@@ -17,7 +15,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
-from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
@@ -36,8 +33,8 @@ from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.optimizer import EncoderScaledAdam
 from hubrl.pathway import always_active_names
-from hubrl.precision import resolve_precision
-from hubrl.specs import TIMM_PREFIX, list_hubs, load_hub
+from hubrl.precision import check_device, resolve_precision
+from hubrl.specs import lasting_name, load_hub
 
 
 class Algorithm(NamedTuple):
@@ -182,7 +179,7 @@ def resolve(config: RunConfig) -> RunConfig:
     dtype = resolve_precision(config.hub.precision, device)
     changes = {
         "precision": str(dtype).removeprefix("torch."),
-        "name": _lasting(config.hub.name),
+        "name": config.hub.name if config.hub.name == "none" else lasting_name(config.hub.name),
         "always_active": _always_active(config.hub),
         "aggregation": _aggregation(config.hub),
     }
@@ -201,35 +198,6 @@ def _aggregation(hub: HubSection) -> str:
         return hub.aggregation
     features_dims = [spec.features_dim for spec in load_hub(hub.name).encoders]
     return aggregation_name(hub.aggregation, features_dims)
-
-
-def check_device(argument: str, name: str) -> torch.device:
-    """
-    The device of this name; SB3 would take the CPU without a word where there is no such GPU.
-
-    :param argument: what the user set, for the message
-    :raises ValueError: if this machine has no such device
-    """
-    try:
-        device = get_device("auto") if name == "auto" else torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError):
-        n_gpus = torch.cuda.device_count()
-        allowed = ["auto", "cpu", "cuda"][: 3 if n_gpus else 2]
-        allowed += [f"cuda:{index}" for index in range(n_gpus)]
-        raise ValueError(
-            f"{argument} is {name!r}, allowed on this machine: {', '.join(allowed)}"
-        ) from None
-    return device
-
-
-def _lasting(hub: str) -> str:
-    """The name of a hub, or its absolute path."""
-    if hub == "none" or hub.startswith(TIMM_PREFIX) or hub.partition(":")[0] in list_hubs():
-        return hub
-    load_hub(hub)
-    path, colon, encoder = (hub, "", "") if Path(hub).exists() else hub.rpartition(":")
-    return f"{Path(path).resolve()}{colon}{encoder}"
 
 
 def _optimizer(algorithm: Algorithm, config: RunConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,7 +16,6 @@ from hubrl import cli
 
 cli.refuse_foreign_modules("agents", "envs")
 
-from agents.algorithms import check_device  # noqa: E402
 from hubrl.benches.machine import machine  # noqa: E402
 from hubrl.benches.measuring import Result  # noqa: E402
 from hubrl.benches.networks import measure_cache, measure_dispatch, measure_generator  # noqa: E402
@@ -26,6 +26,7 @@ from hubrl.benches.training import (  # noqa: E402
     measure_hub_size,
     measure_ppo,
 )
+from hubrl.precision import check_device  # noqa: E402
 
 
 class Bench(NamedTuple):
@@ -48,9 +49,12 @@ def command(name: str, file: Path | None, device: str) -> None:
     """
     with cli.user_errors():
         chosen = _choose(name)
-        device = str(check_device("--device", device))
+        on = check_device("--device", device)
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+    device = str(on)
+    if on.type == "cuda":
+        torch.cuda.set_device(on)
     facts = machine(device)
     results = []
     for bench in chosen:

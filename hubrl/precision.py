@@ -1,4 +1,4 @@
-"""The number format that runs convolutions fastest on a device, found by a short probe."""
+"""Devices, and the number format that runs convolutions fastest on one, found by a short probe."""
 
 from __future__ import annotations
 
@@ -10,6 +10,27 @@ from torch import nn
 
 # Below this gain the rounding of bfloat16 is not worth it; some CPUs are 80 times slower in it.
 MIN_SPEED_UP = 1.3
+
+
+def check_device(argument: str, name: str) -> torch.device:
+    """
+    The device of this name, ``auto`` for a GPU where there is one.
+
+    :param argument: what the user set, for the message
+    :raises ValueError: if this machine has no such device
+    """
+    try:
+        is_gpu = name == "auto" and torch.cuda.is_available()
+        device = torch.device({"auto": "cuda" if is_gpu else "cpu"}.get(name, name))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        n_gpus = torch.cuda.device_count()
+        allowed = ["auto", "cpu", "cuda"][: 3 if n_gpus else 2]
+        allowed += [f"cuda:{index}" for index in range(n_gpus)]
+        raise ValueError(
+            f"{argument} is {name!r}, allowed on this machine: {', '.join(allowed)}"
+        ) from None
+    return device
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype:
@@ -38,7 +59,8 @@ def check_precision(precision: str) -> str:
 def fast_dtype(device_type: str) -> torch.dtype:
     """bfloat16 where it runs a convolution at least 1.3 times as fast as float32, else float32."""
     if device_type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if is_fast else torch.float32
     slow, fast = _probe(torch.float32), _probe(torch.bfloat16)
     return torch.bfloat16 if slow / fast >= MIN_SPEED_UP else torch.float32
 

@@ -22,6 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from hubrl import cli
 from hubrl.files import with_prefix
 from hubrl.plots import import_matplotlib
+from hubrl.precision import check_device
 from hubrl.pretraining import trainer
 from hubrl.pretraining.frames import Player, Policy
 from hubrl.pretraining.member import Member
@@ -34,7 +35,7 @@ from hubrl.state_folder import has_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
-from agents.algorithms import build_model, check_device  # noqa: E402
+from agents.algorithms import build_model  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402

@@ -243,6 +243,20 @@ def list_hubs() -> list[str]:
     return sorted(path.parent.name for path in BUILT_IN_HUBS.glob(f"*/{HUB_FILE}"))
 
 
+def lasting_name(hub: str) -> str:
+    """
+    What finds the same hub from any folder: its name, or its absolute path.
+
+    :param hub: as of ``load_hub``
+    :raises ValueError: if there is no such hub
+    """
+    if hub.startswith(TIMM_PREFIX) or hub.partition(":")[0] in list_hubs():
+        return hub
+    load_hub(hub)
+    path, colon, encoder = (hub, "", "") if Path(hub).exists() else hub.rpartition(":")
+    return f"{Path(path).resolve()}{colon}{encoder}"
+
+
 def load_hub(hub: str | Path | HubSpec, *, weights: bool = True) -> HubSpec:
     """
     Read a hub's cards; the weights are read when an encoder is built.

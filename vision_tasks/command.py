@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -15,8 +16,10 @@ import torch
 from hubrl import cli
 from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError, advice
+from hubrl.precision import check_device, resolve_precision
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
 from hubrl.signals import StopSignal
+from hubrl.specs import lasting_name
 from hubrl.state_folder import NotSavedError
 from vision_tasks import distributed
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, load_config
@@ -61,7 +64,11 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     :param data_names: for the help
     """
 
-    @click.command(task, help=f"Train and test a method on {task}; options win over the file.")
+    @click.command(
+        task,
+        help=f"Train and test a method on {task}; options win over the file. Without --config the "
+        f"settings are those of configs/vision/{task}.yaml.",
+    )
     @click.option("--data", help=f"{', '.join(data_names)}.")
     @click.option("--root", help="Folder of the data.  [default: where its package puts it]")
     @click.option("--hub", help="HUB, HUB:ENCODER, FOLDER or FILE.yaml.")
@@ -83,10 +90,10 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     @click.option("--resume", type=FOLDER, metavar="RUN", help=cli.RESUME_HELP)
     def command(**options: Any) -> int:
         given = {name: value for name, value in options.items() if value is not None}
-        distributed.join()
         with contextlib.ExitStack() as stack:
             with cli.user_errors():
-                config, folder = _run(task, given)
+                distributed.join()
+                config, folder = _shared_run(task, given)
                 is_leader = distributed.rank() == 0
                 is_new = not (folder / CONFIG_FILE).exists()
                 if not is_new and is_leader:
@@ -103,19 +110,15 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     return command
 
 
-def check_device(name: str) -> torch.device:
-    """
-    The device of this name, ``auto`` for a GPU where there is one.
+def _shared_run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
+    """The first process of several decides."""
 
-    :raises ValueError: if this machine has no such device
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"train.device is {name!r}, which this machine doesn't have") from None
-    return torch.device(name)
+    def decide() -> str:
+        config, folder = _run(task, given)
+        return json.dumps([config.model_dump_json(), str(folder)])
+
+    config, folder = json.loads(distributed.from_leader(decide))
+    return VisionConfig.model_validate_json(config), Path(folder)
 
 
 def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
@@ -130,7 +133,7 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
         return config, resume
     file = given.get("config") or BUILT_IN_CONFIGS / f"{task}.yaml"
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
-    config = load_config(file, overrides)
+    config = _resolved(load_config(file, overrides))
     _check_task(config, task, file)
     folder = cli.run_to_continue(
         given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
@@ -139,6 +142,23 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
         folder = given.get("run_dir") or _default_run_dir(config)
         check_new_run(folder)
     return config, folder
+
+
+def _resolved(config: VisionConfig) -> VisionConfig:
+    """
+    The configuration that repeats the run from any folder, in the number format of this machine.
+
+    :raises ValueError: if there is no such device or hub
+    """
+    device = check_device("train.device", config.train.device)
+    dtype = resolve_precision(config.hub.precision, device)
+    hub = {"precision": str(dtype).removeprefix("torch."), "name": lasting_name(config.hub.name)}
+    root = None if config.data.root is None else str(Path(config.data.root).absolute())
+    changes = {
+        "hub": config.hub.model_copy(update=hub),
+        "data": config.data.model_copy(update={"root": root}),
+    }
+    return config.model_copy(update=changes)
 
 
 def _check_task(config: VisionConfig, task: str, place: Path) -> None:
@@ -152,11 +172,24 @@ def _is_complete(folder: Path) -> bool:
 
 def _build(config: VisionConfig, folder: Path) -> tuple[Method, Data]:
     data, what = load_data(config)
+    _check_shares(config, data)
     hub = load_vision_hub(
         config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
     )
-    device = check_device(config.train.device)
+    device = check_device("train.device", config.train.device)
     return build(config, hub, what, folder / SWAP_FOLDER).to(device), data
+
+
+def _check_shares(config: VisionConfig, data: Data) -> None:
+    """
+    :raises ValueError: if the processes can't have equal shares of a step
+    """
+    n, n_images, size = distributed.n_processes(), len(data.train), config.train.batch_size  # type: ignore[arg-type]
+    if n > 1 and (size % n > 0 or size > n_images):
+        raise ValueError(
+            f"train.batch_size is {size}, but torchrun started {n} processes, which share "
+            f"{n_images} images: let it be a multiple of {n}, and {n_images} at most"
+        )
 
 
 def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> int:
@@ -167,6 +200,11 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
     try:
         with stop.caught(), cli.failures(NotSavedError, DamagedFileError, UnreadableImageError):
             number = _learn(Trainer(method, data, config, folder), config, folder, stop)
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(
+            "the GPU's memory is full: lower train.batch_size, hub.top_k or data.image_size, or "
+            "give --swap"
+        ) from error
     finally:
         shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)
     if number is not None:

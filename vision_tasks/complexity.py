@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from hubrl import cli
 from hubrl.benches.machine import machine
+from hubrl.precision import check_device
 from hubrl.specs import HubSpec
 from vision_tasks.costed import DOUBLED, ENSEMBLE, PATHWAY, SINGLE, Setup, load_cards
 from vision_tasks.counting import Cost, count_costs
@@ -55,8 +57,15 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
     """
     setup = Setup(**options)
     with cli.user_errors():
+        if json_file is not None and not json_file.absolute().parent.is_dir():
+            raise ValueError(
+                f"--json {json_file}: there is no folder {json_file.absolute().parent}"
+            )
+        device = check_device("--device", setup.device)
         hub = load_cards(setup)
         counts = count_costs(hub, setup)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     console = Console()
     console.print(_counts_table(setup, counts))
     figures: dict[str, Any] = {"setup": setup._asdict(), "machine": machine(setup.device)}

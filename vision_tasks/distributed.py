@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,9 +11,24 @@ from torch import Tensor, distributed, nn
 
 
 def join() -> None:
-    """Join the processes that ``torchrun`` started; alone, nothing happens."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    """
+    Join the processes that ``torchrun`` started, each with a GPU of its own where there are any.
+
+    :raises ValueError: if there are GPUs, but fewer than processes
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    n_gpus = torch.cuda.device_count()
+    if n_gpus == 0:
+        distributed.init_process_group("gloo")
+        return
+    if int(os.environ["LOCAL_WORLD_SIZE"]) > n_gpus:
+        raise ValueError(
+            f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes, but there are {n_gpus} "
+            f"GPUs: give --nproc-per-node {n_gpus}, or CUDA_VISIBLE_DEVICES= for none"
+        )
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl")
 
 
 def n_processes() -> int:
@@ -24,6 +39,42 @@ def n_processes() -> int:
 def rank() -> int:
     """Which of them this one is; 0 writes the files."""
     return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if n_processes() > 1:
+        distributed.barrier()
+
+
+def from_leader(make: Callable[[], str]) -> str:
+    """
+    What the first process makes, in all processes.
+
+    :param make: called in the first one
+    :raises ValueError: if it raises a ValueError or an OSError
+    """
+    if n_processes() == 1:
+        return make()
+    error = text = ""
+    if rank() == 0:
+        try:
+            text = make()
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    error, text = _shared_text(error), _shared_text(text)
+    if error:
+        raise ValueError(error)
+    return text
+
+
+def largest(number: int) -> int:
+    """Of the numbers of all processes."""
+    if n_processes() == 1:
+        return number
+    numbers = torch.tensor(number)
+    distributed.all_reduce(numbers, distributed.ReduceOp.MAX)
+    return int(numbers)
 
 
 def share_weights(module: nn.Module) -> None:
@@ -79,6 +130,18 @@ class _Mean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         return _mean(grad_outputs[0])
+
+
+def _shared_text(text: str) -> str:
+    """That of the first process."""
+    content = text.encode()
+    length = torch.tensor(len(content))
+    distributed.broadcast(length, 0)
+    if rank() > 0:
+        content = bytes(int(length))
+    characters = torch.tensor(list(content), dtype=torch.uint8)
+    distributed.broadcast(characters, 0)
+    return bytes(characters.tolist()).decode()
 
 
 def _mean(tensor: Tensor) -> Tensor:

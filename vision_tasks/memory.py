@@ -154,15 +154,15 @@ def _load_libraries(device: str) -> None:
 def _restart_peak(device: str) -> int:
     """Bytes at present; the peak counts from now."""
     if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
     CLEAR.write_text("5")  # proc(5): resets the peak
     return _status_bytes("VmRSS")
 
 
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(device)
     return _status_bytes("VmHWM")
 
 

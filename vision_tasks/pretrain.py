@@ -16,9 +16,9 @@ from torch.optim import AdamW
 from hubrl import cli
 from hubrl.architectures import find_architecture
 from hubrl.encoders import Encoder
+from hubrl.precision import check_device
 from hubrl.pretraining.member import add_encoder
 from hubrl.specs import HUB_FILE, EncoderSpec, load_hub
-from vision_tasks.command import check_device
 from vision_tasks.data import load_classification
 from vision_tasks.pretexts import PRETEXTS, Pretext
 from vision_tasks.training import augment
@@ -64,7 +64,7 @@ def command(out: Path, root: Path | None, device: str, **numbers: Any) -> None:
     """Train the encoders that the folder doesn't have yet."""
     budget = Budget(**numbers)
     with cli.user_errors():
-        on = check_device(device)
+        on = check_device("--device", device)
         missing = [name for name in PRETEXTS if not _is_there(out, name, budget)]
         data = load_classification("fashion-mnist", root, IMAGE_SIZE, budget.limit, budget.seed)
         pairs = [data.train[i] for i in range(len(data.train))]  # type: ignore[arg-type]

@@ -37,6 +37,9 @@ IGNORED = (
 )
 
 
+#: Methods whose models are what fine-tuning that encoder alone gives.
+ALONE = ("ensemble-i", "logme")
+
 #: Steps and scores of each seed, by data set and method.
 Curves = dict[str, dict[str, list[list[tuple[int, float]]]]]
 
@@ -48,6 +51,8 @@ class Run(NamedTuple):
     data: str
     method: str
     """With the settings in which runs of this method differ."""
+    member: str
+    """Name of the model in the run's results; empty for the method's own."""
     seed: int
     metric: str
     validation: float
@@ -73,7 +78,9 @@ class Row(NamedTuple):
 
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--out", type=click.Path(path_type=Path), help="Folder.  [default: RUNS/report]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder.  [default: report in the first of RUNS]"
+)
 def command(runs: tuple[Path, ...], out: Path | None) -> None:
     """
     Tables and figures of all finished runs in the folders RUNS.
@@ -82,7 +89,7 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
     """
     with cli.user_errors():
         import_matplotlib()
-        found = [run for folder in runs for run in read_runs(folder)]
+        found = read_runs(*runs)
         if not found:
             raise ValueError(f"there is no finished run in {', '.join(map(str, runs))}")
         curves = _curves(found)
@@ -96,13 +103,14 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
     print(f"report in {out}")
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(*folders: Path) -> list[Run]:
     """
-    The finished runs in a folder, at any depth.
+    The finished runs in some folders, at any depth; settings tell those of a method apart.
 
     :raises ValueError: if one's results or configuration are damaged
     """
-    files = sorted(folder.rglob(RESULTS_FILE))
+    found = {file.resolve(): file for folder in folders for file in folder.rglob(RESULTS_FILE)}
+    files = sorted(found.values())
     configs = {file: _flat(open_run(file.parent).model_dump(mode="json")) for file in files}
     runs = []
     for file in files:
@@ -122,8 +130,8 @@ def read_runs(folder: Path) -> list[Run]:
 def summarise(runs: Sequence[Run]) -> list[Row]:
     """A row for each data set and method, the best first."""
     groups: dict[tuple[str, str], dict[int, Run]] = {}
-    for run in runs:
-        # A single model that was trained alone comes before the same out of an ensemble's run.
+    # A single model that was trained by itself comes before the same out of an ensemble's run.
+    for run in sorted(runs, key=lambda run: run.member != ""):
         groups.setdefault((run.data, run.method), {}).setdefault(run.seed, run)
     rows = [_row(data, method, by_seed, groups) for (data, method), by_seed in groups.items()]
     return sorted(rows, key=lambda row: (row.data, -_sign(row.metric) * row.test.mean))
@@ -139,9 +147,9 @@ def _runs_of(folder: Path, results: Results, config: Mapping[str, Any], label: s
     metric = TASKS[results["task"]].metric
     runs = []
     for name, scores in results["test"].items():
-        method = label if not name else f"single:{name}"
+        method = label if not name else _member_label(str(config["method"]), name, label)
         validation = results["validation"][name][metric]
-        fields = (folder, results["data"], method, results["seed"], metric, validation)
+        fields = (folder, results["data"], method, name, results["seed"], metric, validation)
         runs.append(Run(*fields, scores[metric], results["train_seconds"], config))
     return runs
 
@@ -154,6 +162,11 @@ def _label(config: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> str
     ]
     settings = ", ".join(f"{key.split('.')[-1]}={config[key]}" for key in differing)
     return f"{config['method']} ({settings})" if settings else str(config["method"])
+
+
+def _member_label(method: str, name: str, label: str) -> str:
+    """As ``single:NAME`` where it is that, with the settings of its run."""
+    return f"{'single' if method in ALONE else method}:{name}{label.removeprefix(method)}"
 
 
 def _row(
@@ -200,9 +213,7 @@ def _curves(runs: Sequence[Run]) -> Curves:
     curves: Curves = {}
     for run in runs:
         rows = read_rows(run.folder / EPOCHS_FILE)
-        is_member = run.method.startswith("single:") and run.config["method"] == "ensemble-i"
-        member = run.method.removeprefix("single:") if is_member else ""
-        column = f"validation/{member}/{run.metric}".replace("//", "/")
+        column = "/".join(filter(None, ("validation", run.member, run.metric)))
         points = [_point(row, column, run.folder / EPOCHS_FILE) for row in rows if row.get(column)]
         if points:
             curves.setdefault(run.data, {}).setdefault(run.method, []).append(points)
@@ -227,9 +238,11 @@ def _draw(
     rows: Sequence[Row], runs: Sequence[Run], curves: Curves, out: Path
 ) -> list[tuple[str, str]]:
     """Draw what there is to draw; names of the files, and what each shows."""
-    drawn = [("scores.png", "Test scores"), ("curves.png", "Validation while training")]
+    drawn = [("scores.png", "Test scores")]
     draw_scores(rows, out / "scores.png")
-    draw_curves(curves, out / "curves.png")
+    if curves:
+        draw_curves(curves, out / "curves.png")
+        drawn.append(("curves.png", "Validation while training"))
     by_coefficient = _by_coefficient(runs)
     if by_coefficient:
         draw_exploration(by_coefficient, out / "exploration.png")
@@ -238,7 +251,7 @@ def _draw(
         name = f"routing-{data}.png"
         try:
             draw_routing(*routing(run.folder), out / name)
-        except ValueError as error:  # data or hub are not on this machine
+        except (ValueError, OSError) as error:  # data or hub are not on this machine
             print(f"no figure of the routing on {data}: {error}")
         else:
             drawn.append((name, f"Encoders that the images of each class of {data} activate"))
@@ -265,7 +278,8 @@ def _markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
 
 FOOTER = """Means over seeds with Student's t intervals of 95 %; a single seed has none. Differences
 are taken seed by seed, and above 0 hub-pathway is better. Single models that come out of a run of
-ensemble-i were trained in it side by side, so its time is that of all of them.
+ensemble-i were trained in it side by side, so its time is that of all of them; METHOD:NAME are
+models out of a run of that method.
 """
 
 

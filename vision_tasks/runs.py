@@ -17,6 +17,7 @@ from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import Method, Settings, build_method
 from vision_tasks.swap import Swap
 from vision_tasks.tasks import Classification, Landmarks, Task
+from vision_tasks.training import BEST
 
 
 class LoadedRun(NamedTuple):
@@ -40,7 +41,7 @@ def open_run(folder: Path) -> VisionConfig:
 
 def load_run(folder: Path) -> LoadedRun:
     """
-    A run with its last weights, on the CPU.
+    A run with the weights that its results are of, on the CPU.
 
     :raises ValueError: if it is none, its data, its hub or its checkpoint are missing, or its
         encoders were swapped
@@ -53,7 +54,8 @@ def load_run(folder: Path) -> LoadedRun:
         config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
     )
     method = build(config, hub, task, folder)
-    load_parts({"method": method}, folder / "checkpoints" / "last")
+    name = BEST if config.train.patience else "last"
+    load_parts({"method": method}, folder / "checkpoints" / name)
     return LoadedRun(config, data, method)
 
 

@@ -133,7 +133,7 @@ class SwappedEncoders(EncoderList):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         for encoder in self._swapped.values():
-            encoder._apply(fn)  # type: ignore[no-untyped-call]
+            encoder._apply(fn)
         return self
 
 
@@ -159,6 +159,12 @@ class SwappedEncoder(Encoder):
         self._schedule: Schedule | None = None
         self._is_changed = True
         self.swap_out()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # It keeps parameters, but makes buffers anew.
+        self._tensors |= dict(self.trunk.named_buffers())
+        return self
 
     def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """As of ``Encoder``; images get no gradient."""

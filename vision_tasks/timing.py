@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -60,16 +59,13 @@ def measure_speed(hub: HubSpec, setup: Setup, rounds: int = ROUNDS) -> Speed:
 
 def _inference(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, _ = random_batch(setup)
-    return {
-        name: _timed(setup, partial(_predict, method, images_BCHW))
-        for name, method in methods.items()
-    }
+    return {name: timed(partial(_predict, method, images_BCHW)) for name, method in methods.items()}
 
 
 def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, targets_B = random_batch(setup)
     return {
-        name: _timed(setup, partial(_train, method, images_BCHW, targets_B))
+        name: timed(partial(_train, method, images_BCHW, targets_B))
         for name, method in methods.items()
     }
 
@@ -77,7 +73,7 @@ def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
 def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, _ = random_batch(setup, n_images=1)
     sides = {
-        name: _timed(setup, partial(_predict, methods[name], images_BCHW))
+        name: timed(partial(_predict, methods[name], images_BCHW))
         for name in (SINGLE, ENSEMBLE, PATHWAY)
     }
     pathway = methods[PATHWAY]
@@ -88,7 +84,7 @@ def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure
         with torch.no_grad():
             generator.eval()(images_BCHW, None)
 
-    return {**sides, "generator": _timed(setup, generate)}
+    return {**sides, "generator": timed(generate)}
 
 
 def _predict(method: Method, images_BCHW: Tensor) -> None:
@@ -97,14 +93,3 @@ def _predict(method: Method, images_BCHW: Tensor) -> None:
 
 def _train(method: Method, images_BCHW: Tensor, targets_B: Tensor) -> None:
     train_step(method.train(), images_BCHW, targets_B)
-
-
-def _timed(setup: Setup, run: Callable[[], None]) -> Measure:
-    """Seconds, until the device has done what it was told."""
-
-    def finish() -> None:
-        run()
-        if setup.device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    return timed(finish)

@@ -40,6 +40,8 @@ from vision_tasks.swap import swapped_encoders
 
 RESULTS_FILE = "results.json"
 EPOCHS_FILE = "epochs.csv"
+#: Checkpoint of the best validation score, where training may stop early.
+BEST = "best"
 #: Images of an evaluation step; a training step needs more memory for each.
 EVALUATION_BATCH = 128
 
@@ -116,11 +118,12 @@ class Trainer:
         distributed.share_weights(method)
         self._swapped = swapped_encoders(method)
         self._device = next(method.parameters()).device
-        self._last, self._best = (folder / "checkpoints" / name for name in ("last", "best"))
+        self._last = folder / "checkpoints" / "last"
+        self._stopped_by: int | None = None
         self._position = Position()
         self._scores: Scores = {"best": None, "bad_epochs": 0, "seconds": 0.0}
         self.n_rollbacks = 0
-        if has_state(self._last):
+        if _leader_has_state(self._last):
             state = read_state(self._last, Checkpoint)
             self._position, self._scores = state["position"], state["scores"]
             self.n_rollbacks = state.get("n_rollbacks", 0)
@@ -152,9 +155,9 @@ class Trainer:
                 self._load(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
                 losses = self._train_epoch(phase, optimizer, stop)
-                if stop.number is not None:
+                if self._stopped_by is not None:
                     self._save(self._last, optimizer)
-                    return stop.number
+                    return self._stopped_by
                 self._end_epoch(phase, optimizer, losses)
             self._end_phase(phase)
         self._write_results()
@@ -222,7 +225,9 @@ class Trainer:
             save_freq = self._config.train.save_freq
             if save_freq and (step + 1) % save_freq == 0:
                 self._save(self._last, optimizer)
-            if stop.number is not None:
+            # All processes end at one step, or those that went on would wait for the others.
+            self._stopped_by = distributed.largest(stop.number or 0) or None
+            if self._stopped_by is not None:
                 break
         self._scores["seconds"] += time.perf_counter() - start
         return {name: total / (self._position.step - first) for name, total in sums.items()}
@@ -319,21 +324,28 @@ class Trainer:
         epoch = train.epochs if is_over else self._position.epoch + 1
         self._position = Position(self._position.phase, epoch)
         if is_better and train.patience:
-            self._save(self._best, optimizer)
-        self._save(self._last, optimizer)
+            self._save(self._best(phase), optimizer)
+        # A row of an epoch that no checkpoint has is taken back when the run is resumed.
         if self._log is not None:
             self._log.write(steps, phase, self._scores["seconds"], losses, scores)
+        self._save(self._last, optimizer)
+        if self._log is not None:
             advice = self._method.advice(losses) if losses else None
             if advice is not None:
                 print(advice, file=sys.stderr, flush=True)
 
     def _end_phase(self, phase: str) -> None:
         if self._config.train.patience:
-            self._load({"method": self._method}, self._best)
+            self._load({"method": self._method}, self._best(phase))
         self._method.eval()
         self._method.finish(phase, self._validation_batches)
         self._position = Position(self._position.phase + 1)
         self._scores |= {"best": None, "bad_epochs": 0}
+
+    def _best(self, phase: str) -> Path:
+        """Checkpoint of a phase; the last one's is the run's."""
+        is_last = phase == self._method.phases[-1]
+        return self._folder / "checkpoints" / (BEST if is_last else f"{BEST}-{phase}")
 
     def _evaluate(self, dataset: Dataset[Any]) -> dict[str, dict[str, float]]:
         n_workers = self._config.train.n_workers
@@ -370,6 +382,7 @@ class Trainer:
             }
             files = () if self._swapped is None else self._swapped.files()
             save_state(self._parts(optimizer), state, folder, files)
+        distributed.wait()
 
     def _load(self, parts: dict[str, Any], folder: Path) -> None:
         load_parts(parts, folder)
@@ -451,6 +464,16 @@ class _Log:
     def close(self) -> None:
         """End the thread that writes the events."""
         self._writer.close()
+
+
+def _leader_has_state(folder: Path) -> bool:
+    """The first process looks first: it may put the checkpoint before in a damaged one's place."""
+    if distributed.rank() > 0:
+        distributed.wait()
+    found = has_state(folder)
+    if distributed.rank() == 0:
+        distributed.wait()
+    return found
 
 
 def _batches(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:

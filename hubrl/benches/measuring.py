@@ -81,7 +81,7 @@ def interleave(sides: Mapping[str, Measure], rounds: int, warm_up: int = 2) -> d
 
 def timed(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> Measure:
     """
-    What a GPU still has to do counts.
+    What the current GPU still has to do counts.
 
     :param clock: seconds; ``time.process_time`` counts those of all threads
     """

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from small_images import SIZE, quadrant_data, small_vision_config, write_rgb_hub
 from torch import Tensor
 
 from hubrl import cli
 from hubrl.run_folder import held, read_rows
-from vision_tasks import classification, landmarks, runs
+from vision_tasks import classification, command, landmarks, runs
 from vision_tasks.config import BUILT_IN_CONFIGS, dump_config, load_config
 from vision_tasks.tasks import Classification
 
@@ -70,7 +71,7 @@ def test_a_run_leaves_its_files(
         (("--method", "ensemble-j:a"), r"method is 'ensemble-j:a'.*, allowed: single:ENCODER"),
         (("--top-k", "9"), r"top_k is 9, allowed: 1..3"),
         (("--epochs", "0"), r"train.epochs is '0', allowed: a whole number at least 1"),
-        (("--device", "cuda:7"), r"train.device is 'cuda:7', which this machine doesn't have"),
+        (("--device", "cuda:7"), r"train.device is 'cuda:7', allowed on this machine: auto, cpu"),
         (("--generator", "big"), r"generator is 'big'"),
     ],
 )
@@ -86,6 +87,58 @@ def test_what_users_get_wrong(
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert re.search(message, error), error
+
+
+def test_the_configuration_of_a_run_is_found_from_anywhere(hub: Path, tmp_path: Path) -> None:
+    """And names the number format, which this machine chose by a measurement."""
+    (tmp_path / "data").mkdir()
+    given = ("--method", "single:b", "--run-dir", "r", "--hub", "rgb", "--root", "data")
+    assert run(*small(hub, *given)) == 0
+    config = load_config(tmp_path / "r" / "config.yaml")
+    assert config.hub.name == str(tmp_path / "rgb")
+    assert config.data.root == str(tmp_path / "data")
+    assert config.hub.precision in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(3, 8), (2, 32)])
+def test_processes_without_equal_shares(
+    n: int,
+    batch_size: int,
+    hub: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command.distributed, "n_processes", lambda: n)
+    monkeypatch.setattr(command.distributed, "from_leader", lambda make: make())
+    assert run(*small(hub, "--batch-size", batch_size)) == 2
+    message = (
+        f"train.batch_size is {batch_size}, but torchrun started {n} processes, which share 24"
+    )
+    assert message in capsys.readouterr().err
+
+
+def test_more_processes_than_gpus(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert run(*small(hub)) == 2
+    message = "torchrun started 2 processes, but there are 1 GPUs: give --nproc-per-node 1, or CUDA"
+    assert message in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_full(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Classification, "losses", full)
+    assert run(*small(hub, "--method", "single:b", "--run-dir", "r")) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "the GPU's memory is full: lower train.batch_size, hub.top_k or" in error
 
 
 def test_a_run_folder_is_not_used_twice(

@@ -94,3 +94,17 @@ def test_what_users_get_wrong(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--json", "no/x.json"), "--json no/x.json: there is no folder"),
+        (("--device", "cuda:7"), "--device is 'cuda:7', allowed on this machine: auto, cpu"),
+    ],
+)
+def test_what_is_refused_before_anything_is_measured(
+    args: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--hub", "resnet50x5", *args) == 2
+    assert message in capsys.readouterr().err

@@ -100,6 +100,67 @@ def test_settings_in_which_runs_differ_are_named(finished: Path) -> None:
     }
 
 
+def test_settings_are_named_between_folders_too(finished: Path, tmp_path: Path) -> None:
+    _write(tmp_path / "other", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
+    runs = report.read_runs(finished / "hub-pathway-1", tmp_path / "other", tmp_path / "other")
+    assert [(run.method, run.test) for run in runs] == [
+        ("hub-pathway (exploration_coef=0.0)", 0.7),
+        ("hub-pathway (exploration_coef=0.3)", 0.8),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "label"),
+    [
+        ("ensemble-i", "single:a (epochs=2)"),
+        ("model-soup", "model-soup:a (epochs=2)"),
+    ],
+)
+def test_models_out_of_another_run(method: str, label: str, tmp_path: Path) -> None:
+    for epochs in (1, 2):
+        folder = tmp_path / str(epochs)
+        _write(folder, method, 1, 0.7, train__epochs=epochs)
+        results = json.loads((folder / "results.json").read_text())
+        for part in ("validation", "test"):
+            results[part]["a"] = {"accuracy": 0.6, "loss": 1.0}
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "epochs.csv").write_text(
+            "step,phase,validation/accuracy,validation/a/accuracy\n3,train,0.4,0.3\n"
+        )
+    found = {run.method: run for run in report.read_runs(tmp_path)}
+    assert found[label].test == 0.6
+    assert report._curves([found[label]]) == {"fashion-mnist": {label: [[(3, 0.3)]]}}
+
+
+def test_one_trained_by_itself_comes_first(tmp_path: Path) -> None:
+    _write(tmp_path / "a", "ensemble-i", 1, 0.7)
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    for part in ("validation", "test"):
+        results[part]["a"] = {"accuracy": 0.6, "loss": 1.0}
+    (tmp_path / "a" / "results.json").write_text(json.dumps(results))
+    _write(tmp_path / "b", "single:a", 1, 0.65)
+    rows = {row.method: row for row in report.summarise(report.read_runs(tmp_path))}
+    assert rows["single:a"].test.mean == 0.65
+
+
+def test_without_curves_or_data(
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for file in finished.glob("*/epochs.csv"):
+        file.unlink()
+
+    def missing(*_: object) -> None:
+        raise FileNotFoundError("no such images")
+
+    monkeypatch.setattr(report, "routing", missing)
+    assert run(finished, "--out", tmp_path / "out") == 0
+    assert "no figure of the routing on fashion-mnist: no such images" in capsys.readouterr().out
+    assert "curves.png" not in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_files_of_a_report(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

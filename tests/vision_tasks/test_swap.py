@@ -13,11 +13,12 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from small_hubs import nature_spec, write_hub
+from small_hubs import library_spec, nature_spec, write_hub
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from hubrl import state_folder
+from hubrl.encoders import build_encoder
 from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError
 from hubrl.signals import StopSignal
@@ -419,7 +420,8 @@ def test_torchrun_and_swap_are_refused(
     hub: HubSpec, tmp_path: Path, noise: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distributed, "n_processes", lambda: 2)
-    result = run(hub, "--swap", "2", "--run-dir", str(tmp_path / "run"))
+    monkeypatch.setattr(distributed, "from_leader", lambda make: make())
+    result = run(hub, "--swap", "2", "--batch-size", "8", "--run-dir", str(tmp_path / "run"))
     assert result.exit_code == 2
     assert "hub.swap is 2, but torchrun started 2 processes" in result.output
     assert not (tmp_path / "run").exists()
@@ -429,3 +431,15 @@ def test_swap_must_leave_an_encoder(hub: HubSpec, noise: None) -> None:
     result = run(hub, "--swap", "0")
     assert result.exit_code == 2
     assert "hub.swap" in result.output
+
+
+def test_a_move_to_another_device_keeps_the_statistics(tmp_path: Path) -> None:
+    """Module.to keeps parameters, but makes buffers anew."""
+    spec = library_spec("torchvision:shufflenet_v2_x0_5", 1024)
+    hub = load_hub(write_hub(tmp_path / "norm", [spec]))
+    images_BCHW = torch.randint(0, 256, (2, 3, SIZE, SIZE), dtype=torch.uint8)
+    encoders = SwappedEncoders(hub, (), True, swap=Swap(1, tmp_path / "swap"))
+    expected_BD = build_encoder(hub, hub.encoders[0])(images_BCHW)
+    encoders._apply(torch.clone)
+    with torch.no_grad():
+        torch.testing.assert_close(encoders[0](images_BCHW), expected_BD)

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,9 +23,11 @@ from small_images import (
 
 from hubrl.encoders import is_encoder_weight
 from hubrl.finite import NotFiniteError
+from hubrl.run_folder import create_folder, read_rows
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
-from vision_tasks.config import VisionConfig
+from vision_tasks import runs, training
+from vision_tasks.config import VisionConfig, dump_config
 from vision_tasks.methods import Losses, Settings, build_method
 from vision_tasks.tasks import Classification
 from vision_tasks.training import Position, Trainer, augment
@@ -46,7 +49,7 @@ def last_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("save_freq", [0, 2])
-@pytest.mark.parametrize("steps", [1, 4, 7])
+@pytest.mark.parametrize("steps", [1, 4, 6])
 def test_a_resumed_run_gives_the_same_bytes(
     hub: Path, tmp_path: Path, steps: int, save_freq: int
 ) -> None:
@@ -138,6 +141,66 @@ def test_early_stop_takes_the_best_weights(hub: Path, tmp_path: Path) -> None:
     results = json.loads((tmp_path / "results.json").read_text())
     best = max(float(row["validation/accuracy"]) for row in rows)
     assert results["validation"][""]["accuracy"] == pytest.approx(best)
+
+
+def test_a_loaded_run_has_the_weights_of_its_results(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the best epoch, where training stopped early."""
+    monkeypatch.setattr(runs, "load_data", lambda _: (quadrant_data(), Classification(4)))
+    config = small_vision_config(
+        hub, "single:a", train__epochs=4, train__patience=2, train__learning_rate=0.1
+    )
+    scores = iter((0.5, 0.9, 0.4, 0.3))
+    evaluate = training.evaluate
+
+    def falling(*args: Any) -> dict[str, dict[str, float]]:
+        found = evaluate(*args)
+        found[""]["accuracy"] = next(scores, 0.0)
+        return found
+
+    create_folder(tmp_path / "run", dump_config(config))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", falling)
+        trainer(config, tmp_path / "run").run(StopSignal())
+    loaded = runs.load_run(tmp_path / "run").method.state_dict()
+    best = load_file(tmp_path / "run" / "checkpoints" / "best" / "method.safetensors")
+    last = last_weights(tmp_path / "run")
+    assert all(torch.equal(loaded[key], best[key]) for key in best)
+    assert not all(torch.equal(loaded[key], last[key]) for key in last)
+
+
+def test_each_phase_has_a_best_checkpoint_of_its_own(hub: Path, tmp_path: Path) -> None:
+    """A run that was killed between a best and a last checkpoint goes back a phase."""
+    config = small_vision_config(hub, "distill", train__patience=2)
+    trainer(config, tmp_path / "whole").run(StopSignal())
+    cut = trainer(config, tmp_path / "cut")
+    save = cut._save
+
+    def killed(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        save(folder, optimizer)
+        if folder.name == "best":
+            raise KeyboardInterrupt
+
+    cut._save = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(StopSignal())
+    assert trainer(config, tmp_path / "cut").run(StopSignal()) is None
+    whole, resumed = last_weights(tmp_path / "whole"), last_weights(tmp_path / "cut")
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_kill_between_a_row_and_its_checkpoint(hub: Path, tmp_path: Path) -> None:
+    cut = trainer(small_vision_config(hub), tmp_path)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    cut._save = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        cut.run(StopSignal())
+    trainer(small_vision_config(hub), tmp_path).run(StopSignal())
+    assert [row["step"] for row in read_rows(tmp_path / "epochs.csv")] == ["3", "6"]
 
 
 def test_a_loss_that_is_no_number_stops_at_once(hub: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vision_tasks.data.images import ImageArray, ImageFiles, Part
-from vision_tasks.data.sources import ClassSource, needed_file, needed_root
+from vision_tasks.data.sources import ClassSource, existing_file, needed_file, needed_root
 
 CIFAR_LAYOUT = (
     "train.bin, test.bin and fine_label_names.txt of cifar-100-binary.tar.gz "
@@ -61,7 +61,7 @@ def load_stanford_cars(root: Path | None) -> ClassSource:
     """
     folder = _inner(needed_root(root, "stanford-cars", CARS_LAYOUT), "stanford_cars")
     meta_file = needed_file(folder, "devkit/cars_meta.mat", "stanford-cars", CARS_LAYOUT)
-    names = tuple(str(name) for name in _read_mat(meta_file)["class_names"])
+    names = tuple(str(name) for name in _read_mat(meta_file, "class_names"))
     train, test = (
         _read_cars(
             needed_file(folder, annotations, "stanford-cars", CARS_LAYOUT),
@@ -149,13 +149,13 @@ def _read_cifar(file: Path, n_classes: int) -> Part:
 
 def _read_cars(annotations_file: Path, images: Path, n_classes: int) -> Part:
     files, labels = [], []
-    for number, record in enumerate(_read_mat(annotations_file)["annotations"], 1):
+    for number, record in enumerate(_read_mat(annotations_file, "annotations"), 1):
         where = f"{annotations_file}: record {number}"
         # Classes are counted from one.
         label = int(record["class"]) - 1
         if not 0 <= label < n_classes:
             _refuse_label(where, label + 1, n_classes)
-        files.append(_existing(images / str(record["fname"]), where))
+        files.append(existing_file(images / str(record["fname"]), where))
         labels.append(label)
     return Part(ImageFiles(files), torch.tensor(labels))
 
@@ -185,27 +185,23 @@ def _read_list(
         path, name = parse_line(line)
         if name not in labels_of:
             raise ValueError(f"{where} is of class {name!r}, which is not one of the {len(names)}")
-        files.append(_existing(images / path, where))
+        files.append(existing_file(images / path, where))
         labels.append(labels_of[name])
     if not files:
         raise ValueError(f"{list_file} names no image: replace it")
     return Part(ImageFiles(files), torch.tensor(labels))
 
 
-def _read_mat(file: Path) -> Any:
+def _read_mat(file: Path, key: str) -> Any:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
     try:
-        return loadmat(file, squeeze_me=True)
+        return loadmat(file, squeeze_me=True)[key]
+    except KeyError:
+        raise ValueError(f"{file} has no {key}: replace it") from None
     except (MatReadError, ValueError, OSError, NotImplementedError) as error:
         raise ValueError(f"{file} can't be read as a MAT file ({error}): replace it") from error
-
-
-def _existing(file: Path, where: str) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{where} names {file}, which is missing: unpack all images")
-    return file
 
 
 def _refuse_label(where: str, label: int, n_classes: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def _find(folder: Path, name: str) -> Path:
 def _read_idx(file: Path, magic: int) -> NDArray[np.uint8]:
     try:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} can't be unpacked ({error}): replace it") from error
     n_axes = magic & 0xFF
     header = [int.from_bytes(data[i : i + 4], "big") for i in range(0, 4 * n_axes + 4, 4)]

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -139,7 +139,9 @@ def read_image(file: Path) -> Image.Image:
                 white = Image.new("RGBA", coloured.size, "white")
                 return Image.alpha_composite(white, coloured).convert("RGB")
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError) as error:
+    except UnreadableImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(
             f"{file} can't be read as an image ({error}): replace or remove it"
         ) from error

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from vision_tasks.data.images import Box, ImageFiles, Images, Part, crop, to_tensor
-from vision_tasks.data.sources import PointSource, needed_file, needed_root
+from vision_tasks.data.sources import PointSource, existing_file, needed_file, needed_root
 
 # Shape letters: N images, P points.
 Floats = NDArray[np.float64]
@@ -220,7 +220,7 @@ def _read_wflw(list_file: Path, images: Path) -> Part:
             raise ValueError(f"{where} has {len(values)} numbers, not 206 (98 points, box, flags)")
         left, top, right, bottom = values[196:200]
         faces.append(Face(np.array(values[:196]).reshape(98, 2), (left, top, right, bottom)))
-        files.append(_existing(images / name.strip(), where))
+        files.append(existing_file(images / name.strip(), where))
     return _part(faces, lambda boxes: ImageFiles(files, boxes))
 
 
@@ -238,7 +238,7 @@ def _read_aflw(list_file: Path, images: Path) -> Part:
             )
             _check_points(face, 19, where)
             faces.append(face)
-            files.append(_existing(images / name, where))
+            files.append(existing_file(images / name, where))
     return _part(faces, lambda boxes: ImageFiles(files, boxes))
 
 
@@ -281,9 +281,3 @@ def _numbers(words: Sequence[str], where: str) -> list[float]:
 def _check_points(face: Face, n_points: int, where: str) -> None:
     if len(face.points_P2) != n_points:
         raise ValueError(f"{where} has {len(face.points_P2)} points, not {n_points}")
-
-
-def _existing(file: Path, where: str) -> Path:
-    if not file.is_file():
-        raise FileNotFoundError(f"{where} names {file}, which is missing: unpack all images")
-    return file

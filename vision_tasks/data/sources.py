@@ -68,3 +68,15 @@ def needed_file(root: Path, path: str, name: str, layout: str) -> Path:
     if not file.exists():
         raise FileNotFoundError(f"--root {root} has no {path}; {name} needs a folder with {layout}")
     return file
+
+
+def existing_file(file: Path, where: str) -> Path:
+    """
+    An image that an annotation names.
+
+    :param where: the annotation is
+    :raises FileNotFoundError: if it is missing
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{where} names {file}, which is missing: unpack all images")
+    return file

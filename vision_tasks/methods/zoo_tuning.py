@@ -190,7 +190,8 @@ def _mixed_sample(batches: Batches) -> Tensor:
     kept: list[Tensor] = []
     stride = 1
     for images_BCHW, _ in batches():
-        kept += images_BCHW[::stride]
+        # Copies: a view would keep its whole batch.
+        kept += [image_CHW.clone() for image_CHW in images_BCHW[::stride]]
         if len(kept) > N_SAMPLED:
             kept, stride = kept[::2], 2 * stride
     order_N = torch.randperm(len(kept), generator=torch.Generator().manual_seed(0))

@@ -89,7 +89,11 @@ def test_stanford_cars_refuse_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "stanford_cars" / "cars_train" / "00002.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"record 2 names .*00002.jpg, which is missing"):
         load_classification("stanford-cars", tmp_path, 16, None, 0)
-    (tmp_path / "stanford_cars" / "devkit" / "cars_meta.mat").write_text("text")
+    meta = tmp_path / "stanford_cars" / "devkit" / "cars_meta.mat"
+    savemat(meta, {"names": np.zeros(2)})
+    with pytest.raises(ValueError, match=r"cars_meta.mat has no class_names: replace it"):
+        load_classification("stanford-cars", tmp_path, 16, None, 0)
+    meta.write_text("text")
     with pytest.raises(ValueError, match=r"cars_meta.mat can't be read as a MAT file"):
         load_classification("stanford-cars", tmp_path, 16, None, 0)
 

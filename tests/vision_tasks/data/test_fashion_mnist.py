@@ -77,9 +77,12 @@ def test_damaged_files_are_named(files: Path) -> None:
     with pytest.raises(ValueError, match="train-labels-idx1-ubyte is no whole IDX file of 1 axes"):
         load_classification("fashion-mnist", files, 28, None, 0)
     (raw / "train-images-idx3-ubyte").unlink()
-    (raw / "train-images-idx3-ubyte.gz").write_bytes(b"abc")
-    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz can't be unpacked"):
-        load_classification("fashion-mnist", files, 28, None, 0)
+    whole = bytearray(gzip.compress(bytes(1000)))
+    whole[12] ^= 0xFF  # within what is compressed
+    for content in (b"abc", bytes(whole)):
+        (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz can't be unpacked"):
+            load_classification("fashion-mnist", files, 28, None, 0)
 
 
 @pytest.mark.skipif(not DEBIAN_FOLDER.is_dir(), reason="needs Debian's dataset-fashion-mnist")

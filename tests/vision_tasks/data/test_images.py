@@ -86,6 +86,15 @@ def test_an_unreadable_image_is_named(tmp_path: Path) -> None:
             read_image(tmp_path / name)
 
 
+def test_an_image_that_would_fill_the_memory_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(tmp_path / "huge.png", size=(200, 200))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
+    with pytest.raises(UnreadableImageError, match=r"huge.png can't be read as an image .*bomb"):
+        read_image(tmp_path / "huge.png")
+
+
 def test_a_worker_process_names_it_in_one_line(tmp_path: Path) -> None:
     part = Part(ImageFiles([tmp_path / "missing.png"]), torch.zeros(1))
     loader = DataLoader(ImageDataset(part, np.array([0]), 8), num_workers=1)
