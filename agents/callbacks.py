@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from sb3_contrib import QRDQN
+from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 from stable_baselines3.common.vec_env import VecEnv
@@ -23,7 +25,7 @@ from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
 from hubrl.run_folder import CsvTable, cell_number
 from hubrl.signals import StopSignal
-from hubrl.state_folder import read_state
+from hubrl.state_folder import has_state, read_state
 
 #: Agent steps between two rows of ``progress.csv``: a PPO iteration of 8 environments.
 LOG_FREQ = 1024
@@ -153,7 +155,7 @@ class EvaluationCallback(BaseCallback):
         # An evaluation that a signal cut short is made up for when the run is resumed.
         self._last = self._table.last_step
         self._due = EveryN(self._train.eval_freq, self._last)
-        if self._best_checkpoint.exists():
+        if has_state(self._best_checkpoint):
             self._best_mean = read_state(self._best_checkpoint, BestCheckpoint)["mean_return"]
 
     def _on_rollout_start(self) -> None:
@@ -182,17 +184,21 @@ class EvaluationCallback(BaseCallback):
             self._keep(episodes)
 
     def _keep(self, episodes: Episodes) -> None:
-        self._last = self.num_timesteps
-        for i, (score, length) in enumerate(zip(*episodes, strict=True)):
-            row = {"timesteps": self._last, "episode": i, "return": score, "length": length}
-            self._table.append(row)
         mean = safe_mean(episodes.returns)
-        self.logger.record("eval/mean_reward", mean)
-        self.logger.record("eval/mean_ep_length", safe_mean(episodes.lengths))
-        _print(f"{self._last:,} steps  evaluation: mean return {mean:.2f}")
         if mean > self._best_mean:
             self._best_mean = mean
             save_checkpoint(self.model, self._best_checkpoint, {"mean_return": mean})
+        # Last: these rows say that the evaluation is done, and a kill may come before them.
+        self._last = self.num_timesteps
+        self._table.append(
+            *(
+                {"timesteps": self._last, "episode": i, "return": score, "length": length}
+                for i, (score, length) in enumerate(zip(*episodes, strict=True))
+            )
+        )
+        self.logger.record("eval/mean_reward", mean)
+        self.logger.record("eval/mean_ep_length", safe_mean(episodes.lengths))
+        _print(f"{self._last:,} steps  evaluation: mean return {mean:.2f}")
 
 
 class EncodersCallback(BaseCallback):
@@ -265,7 +271,12 @@ class CheckpointCallback(BaseCallback):
             self.save()
 
     def _on_step(self) -> bool:
-        return self._stop.number is None
+        if self._stop.number is None:
+            return True
+        # DQN's target network moves between the steps of a rollout (tau): its second step would
+        # save one that has moved already.
+        is_first = self.locals.get("num_collected_steps", 1) == 1
+        return isinstance(self.model, (DQN, QRDQN)) and self.model.tau < 1 and not is_first
 
     def _on_training_end(self) -> None:
         if self._stop.number is None:

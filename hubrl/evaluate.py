@@ -21,6 +21,7 @@ from agents.evaluation import Episodes, bootstrap_interval, evaluate  # noqa: E4
 from agents.runs import checkpoint_dir, derive_seed, open_run  # noqa: E402
 from agents.zips import hub_of, rebuild  # noqa: E402
 from envs import EnvironmentFaultError, make_vec_env, with_action_masks  # noqa: E402
+from hubrl.state_folder import has_state  # noqa: E402
 from hubrl.train import image_format, make_env  # noqa: E402
 
 N_ENVS = 8
@@ -30,13 +31,18 @@ N_ENVS = 8
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--episodes", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option(
-    "--checkpoint", type=click.Choice(["best", "last"]), help="[default: best, where there is one]"
+    "--checkpoint",
+    type=click.Choice(["best", "last"]),
+    help="Of a run.  [default: best, where there is one]",
 )
 @click.option(
     "--seed", type=click.IntRange(0, 2**32 - 1), help="Of the games.  [default: from the run's]"
 )
 @click.option(
-    "--json", "file", type=click.Path(path_type=Path), help="[default: RUN/evaluation.json]"
+    "--json",
+    "file",
+    type=click.Path(path_type=Path),
+    help="Where figures go.  [default: RUN/evaluation.json; of a zip nowhere]",
 )
 @click.option("--env", help="Where the agent of a zip plays; Gymnasium id.")
 @click.option("--algo", help="What the agent of a zip was trained with.  [default: ppo]")
@@ -53,36 +59,34 @@ def command(
     Play whole games with the agent of the folder RUN, or of a zip that SB3's save has written.
 
     Prints the mean unclipped return with a 95 % bootstrap interval. The games are others than those
-    by which training chose the best checkpoint. As in training, actions are sampled unless the
-    configuration says deterministic_eval.
+    by which training chose the best checkpoint. As in training, actions are sampled, unless the
+    run's configuration says deterministic_eval.
     """
+    with cli.user_errors():
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"--json {file}: there is no folder {file.parent}")
+        if file is not None and file.is_dir():
+            raise ValueError(f"--json {file} is a folder: give a file")
+        if run.is_file() and checkpoint is not None:
+            raise ValueError("--checkpoint is for a run's folder: a zip holds one agent")
     if run.is_file():
-        with cli.user_errors():
-            played = _play_zip(run, algo or "ppo", env, episodes, seed or 0)
-        mean, low, high = bootstrap_interval(played.returns)
-        click.echo(
-            f"{env}, {run}, {episodes} games: mean return {mean:.2f} "
-            f"(95% interval {low:.2f} to {high:.2f})"
-        )
+        _evaluate_zip(run, algo or "ppo", env, episodes, seed or 0, file)
         return
     with cli.user_errors():
         if env or algo:
             raise ValueError("--env and --algo are for an agent's zip: a run's folder knows them")
         config = open_run(run)
         if checkpoint is None:
-            checkpoint = "best" if checkpoint_dir(run, "best").exists() else "last"
+            checkpoint = "best" if has_state(checkpoint_dir(run, "best")) else "last"
         games = make_env(config, min(N_ENVS, episodes))
         model = build_model(config, games)
         state = load_checkpoint(model, checkpoint_dir(run, checkpoint))
-        file = file or run / "evaluation.json"
-        if not file.parent.is_dir():
-            raise ValueError(f"--json {file}: there is no folder {file.parent}")
     seed = derive_seed(config.train.seed, "evaluate") if seed is None else seed
     deterministic = config.train.deterministic_eval
     played = _play(model, games, episodes, deterministic, seed)
     facts = {"checkpoint": checkpoint, "timesteps": state["num_timesteps"], "seed": seed}
     result = _result(config, facts, played)
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    _write(result, file or run / "evaluation.json")
     low, high = result["interval_95"]
     click.echo(
         f"{config.env.id}, {checkpoint} checkpoint at {state['num_timesteps']:,} steps, "
@@ -91,10 +95,26 @@ def command(
     )
 
 
-def _play_zip(file: Path, algo: str, env: str | None, episodes: int, seed: int) -> Episodes:
+def _evaluate_zip(
+    agent: Path, algo: str, env: str | None, episodes: int, seed: int, file: Path | None
+) -> None:
+    with cli.user_errors():
+        if env is None:
+            raise ValueError(f"{agent} doesn't say where its agent plays: give --env")
+        played = _play_zip(agent, algo, env, episodes, seed)
+    result: dict[str, Any] = {"env": env, "algorithm": algo, "deterministic": False, "seed": seed}
+    result |= _returns(played)
+    if file is not None:
+        _write(result, file)
+    low, high = result["interval_95"]
+    click.echo(
+        f"{env}, {agent}, {episodes} games: mean return {result['mean_return']:.2f} "
+        f"(95% interval {low:.2f} to {high:.2f})"
+    )
+
+
+def _play_zip(file: Path, algo: str, env: str, episodes: int, seed: int) -> Episodes:
     """Sampled actions, as by default in training."""
-    if env is None:
-        raise ValueError(f"{file} doesn't say where its agent plays: give --env")
     image = image_format(hub_of(file))
     games = make_vec_env(env, min(N_ENVS, episodes), training=False, image=image)
     if algo == "maskable_ppo":
@@ -112,7 +132,6 @@ def _play(
 
 
 def _result(config: RunConfig, facts: dict[str, Any], played: Episodes) -> dict[str, Any]:
-    mean, low, high = bootstrap_interval(played.returns)
     return {
         "env": config.env.id,
         "algorithm": config.algorithm.name,
@@ -120,11 +139,22 @@ def _result(config: RunConfig, facts: dict[str, Any], played: Episodes) -> dict[
         "sticky": config.env.sticky,
         "deterministic": config.train.deterministic_eval,
         **facts,
+        **_returns(played),
+    }
+
+
+def _returns(played: Episodes) -> dict[str, Any]:
+    mean, low, high = bootstrap_interval(played.returns)
+    return {
         "mean_return": mean,
         "interval_95": [low, high],
         "returns": played.returns,
         "lengths": played.lengths,
     }
+
+
+def _write(result: dict[str, Any], file: Path) -> None:
+    file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

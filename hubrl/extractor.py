@@ -131,7 +131,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
                 "exploration_coef is a schedule, but nothing tells the extractor the run's "
                 "progress: call learn(..., callback=hubrl.PathwayCallback()), or give one number"
             )
-        return end + (start - end) * self.progress_remaining
+        # The last rollout may pass the end of the run.
+        return end + (start - end) * max(self.progress_remaining, 0.0)
 
     def forward(self, observations_BCHW: Tensor) -> Tensor:
         """
@@ -234,18 +235,21 @@ def _is_collecting() -> bool:
     """
     Whether an on-policy agent collects a rollout, rather than predicts.
 
-    Both happen in evaluation mode and without grad; SB3 collects with the policy's ``forward`` and
-    predicts with its ``get_distribution``, and nothing but the caller tells them apart. A call of
-    the policy for deterministic actions is no collection.
+    Both happen in evaluation mode and without grad, and nothing but the callers tells them apart:
+    SB3 collects with the policy's ``forward`` in the algorithm's ``collect_rollouts``, and predicts
+    with the policy's ``get_distribution``. What is collected is kept until the next rollout; for
+    another loop over a policy that would be for ever.
     """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, BasePolicy) and frame.f_code.co_name != "extract_features":
-            is_forward = frame.f_code.co_name == "forward" and hasattr(caller, "evaluate_actions")
-            return is_forward and not frame.f_locals.get("deterministic")
+    while frame is not None and not isinstance(frame.f_locals.get("self"), BasePolicy):
         frame = frame.f_back
-    return False
+    while frame is not None and frame.f_code.co_name == "extract_features":
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name != "forward" or frame.f_locals.get("deterministic"):
+        return False
+    while frame is not None and not isinstance(frame.f_locals.get("self"), BaseAlgorithm):
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "collect_rollouts"
 
 
 def _rows_without_padding() -> Tensor | None:

@@ -147,15 +147,16 @@ class CsvTable:
         else:
             self._file.unlink(missing_ok=True)
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; missing columns stay empty."""
-        new = [column for column in row if column not in self._columns]
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Write rows; missing columns stay empty."""
+        columns = dict.fromkeys(column for row in rows for column in row)
+        new = [column for column in columns if column not in self._columns]
         if new:
-            rows = read_rows(self._file) if self._columns else []
+            before = read_rows(self._file) if self._columns else []
             self._columns += new
-            self._rewrite(rows)
+            self._rewrite(before)
         with self._file.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerow(row)
+            csv.DictWriter(file, self._columns).writerows(rows)
 
     def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
         temporary = self._file.with_suffix(".new")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import sys
@@ -14,6 +16,7 @@ from typing import Any
 import click
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
@@ -101,6 +104,8 @@ HUB_OPTIONS = (
 )
 #: The place of a fault's record in a run folder.
 FAULT_FILE = "environment-fault.json"
+#: Of glibc's ``mallopt``: how many heaps there may be.
+M_ARENA_MAX = -8
 FILE = click.Path(path_type=Path)
 EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
@@ -139,6 +144,7 @@ def command(**options: Any) -> int:
     # kernel and torch a description: 1024 of them take more memory than the networks.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
+    _share_heap()
     given = {name: value for name, value in options.items() if value not in (None, ())}
     resume = given.pop("resume", None)
     if resume not in (None, cli.AUTO):
@@ -149,6 +155,16 @@ def command(**options: Any) -> int:
             given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
         )
     return _start(config, given.get("run_dir")) if folder is None else _continue(folder)
+
+
+def _share_heap() -> None:
+    """
+    One heap for all threads: glibc gives each emulator's thread one of its own, where what a ROM
+    leaves when it is loaded anew fits no other thread.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(M_ARENA_MAX, 1)
 
 
 def _start(config: RunConfig, run_dir: Path | None) -> int:
@@ -296,14 +312,23 @@ def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: i
             except NotFiniteError as error:
                 n_rollbacks += 1
                 _check_rollbacks(error, n_rollbacks, config)
-                env = model.get_env()
-                assert env is not None
-                env.close()
+                _let_go(model, error)
                 with cli.user_errors(), cli.failures(EnvironmentFaultError):
                     model, _ = _restored(config, folder, n_rollbacks)
                 print(f"{error}: back to step {model.num_timesteps:,} at half the learning rate")
             else:
                 return 0 if stop.number is None else 128 + stop.number
+
+
+def _let_go(model: BaseAlgorithm, error: NotFiniteError) -> None:
+    """Close its environments, and free its replay buffer: another may have no room beside it."""
+    error.__traceback__ = None  # frames of the training hold the buffer, too
+    env = model.get_env()
+    assert env is not None
+    env.close()
+    if isinstance(model, OffPolicyAlgorithm):
+        model.replay_buffer = None
+    gc.collect()
 
 
 def _learn(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import signal
 from functools import partial
@@ -100,6 +101,28 @@ def test_evaluations_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     assert best["mean_return"] == max(means.values())
     assert means[best["num_timesteps"]] == best["mean_return"]
+
+
+def test_a_kill_before_the_best_checkpoint_leaves_its_evaluation_to_be_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = callbacks.save_checkpoint
+
+    def killed(model: BaseAlgorithm, folder: Path, *args: Any, **kwargs: Any) -> None:
+        if folder.name == "best" and model.num_timesteps == 128:
+            raise KeyboardInterrupt
+        save(model, folder, *args, **kwargs)
+
+    settings = {"train__eval_freq": 60, "train__save_freq": 60, "train__n_timesteps": 160}
+    means = itertools.count()
+    monkeypatch.setattr(callbacks, "safe_mean", lambda _: next(means))  # each is the best so far
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            learn(tmp_path, **settings)
+    assert evaluated(tmp_path) == [64]
+    learn(tmp_path, **settings)
+    assert evaluated(tmp_path) == [64, 128, 160]
 
 
 def test_no_evaluation_where_none_is_wanted(tmp_path: Path) -> None:

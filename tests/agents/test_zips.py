@@ -70,8 +70,15 @@ def test_the_command_plays_a_zip(
     }
     PPO("CnnPolicy", small_env(), policy_kwargs=kwargs, seed=0).save(tmp_path / "own.zip")
     arguments = [str(tmp_path / "own.zip"), "--env", env_id, "--episodes", "3"]
-    hubrl.evaluate.command.main(arguments, standalone_mode=False)
-    assert "own.zip, 3 games: mean return" in capsys.readouterr().out
+    file = tmp_path / "figures.json"
+    hubrl.evaluate.command.main([*arguments, "--json", str(file)], standalone_mode=False)
+    figures = json.loads(file.read_text())
+    assert len(figures["returns"]) == 3
+    assert f"own.zip, 3 games: mean return {np.mean(figures['returns']):.2f}" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(Exception, match="--checkpoint is for a run's folder"):
+        hubrl.evaluate.command.main([*arguments, "--checkpoint", "last"], standalone_mode=False)
     with pytest.raises(Exception, match="doesn't say where its agent plays: give --env"):
         hubrl.evaluate.command.main(arguments[:1], standalone_mode=False)
 

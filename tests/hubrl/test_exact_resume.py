@@ -76,6 +76,20 @@ def test_every_algorithm(
     assert finals(Path("cut")) == finals(Path("whole"))
 
 
+@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])
+def test_a_target_network_that_moves_within_a_rollout(
+    algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = {"algorithm__tau": 0.1, "algorithm__target_update_interval": 1, "env__n_envs": 1}
+    config = write_small_config(tmp_path / "c.yaml", algorithm, hub__name="none", **target)
+    assert run("--config", config, "--run-dir", "whole") == 0
+    stop_at([50], monkeypatch)
+    assert run("--config", config, "--run-dir", "cut") == 143
+    assert run("--resume", "cut") == 0
+    assert finals(Path("cut")) == finals(Path("whole"))
+
+
 def test_games_of_atari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = write_small_config(tmp_path / "c.yaml", env__id="ALE/Breakout-v5")

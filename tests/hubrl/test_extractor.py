@@ -115,11 +115,14 @@ def test_only_collecting_and_learning_are_noisy(hub5: Path, monkeypatch) -> None
     policy.get_distribution(images)  # with grad, as in a user's own script
     with torch.no_grad():
         policy(images, deterministic=True)
-        assert seen == [False, False]
-        policy(images)
+        policy(images)  # nor is this a rollout, of which something would be kept
+    assert seen == [False] * 3
+    assert not extractor_of(model).replay._collected
+    model.learn(1, callback=lambda *_: policy.predict(images.numpy()) is None)
+    assert seen == [False] * 3 + [True, False]
     policy.set_training_mode(True)
     policy.predict_values(images)
-    assert seen == [False, False, True, True]
+    assert seen[-1] is True
 
 
 def test_without_replay_the_ratio_is_far_from_one(hub5: Path, monkeypatch) -> None:
@@ -274,6 +277,8 @@ def test_schedule_by_hand(hub5: Path) -> None:
         extractor(torch.zeros(1, 4, 36, 36))
     extractor.progress_remaining = 0.25  # three quarters are over
     assert extractor.exploration_coef == pytest.approx(0.04)
+    extractor.progress_remaining = -0.1  # a rollout of whole episodes passes the end
+    assert extractor.exploration_coef == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from small_runs import write_small_config
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents import faults
+from agents.config import RunConfig
 from envs import episode_seed
 from envs.tiny import TinyImage
 from hubrl import cli, train
@@ -196,6 +198,31 @@ def test_rolled_back_with_half_the_learning_rate(
     back = "back to step 32 at half" if save_freq else "back to step 0 at half"
     assert capsys.readouterr().out.count(back) == 2
     assert (last()["n_rollbacks"], last()["num_timesteps"]) == (2, 128)
+
+
+def test_a_rollback_frees_the_replay_buffer_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them may not fit into the memory."""
+    buffers: list[weakref.ref[Any]] = []
+    build = train._build
+
+    def watched(config: RunConfig) -> BaseAlgorithm:
+        assert not [buffer for buffer in buffers if buffer() is not None]
+        model = build(config)
+        buffers.append(weakref.ref(model.replay_buffer))  # type: ignore[attr-defined]
+        return model
+
+    class Spoiler(train.EpisodesCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps == 48 and len(buffers) == 1:
+                next(self.model.policy.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(train, "_build", watched)
+    monkeypatch.setattr(train, "EpisodesCallback", Spoiler)
+    config = write_small_config(tmp_path / "c.yaml", "dqn", train__n_rollbacks=1)
+    assert run("--config", config, "--run-dir", "r") == 0
+    assert len(buffers) == 2
 
 
 def test_not_more_often_than_wished(
