@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from small_hubs import BatchNormTrunk, nature_spec, write_hub
 from hubrl.architectures import ARCHITECTURES, Architecture
 from hubrl.specs import EncoderSpec
 
-# Each core runs tests of its own; threads of small networks would only wait for each other.
+# Each core runs tests of its own; threads of small networks would only wait for each other, those
+# of processes that tests start, too.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
