@@ -35,7 +35,10 @@ class Sample(NamedTuple):
 
     seconds: float
     memory_mb: float
-    """The least resident memory: after the checkpoint, when what is free was given back."""
+    """
+    Resident memory in the two seconds after the checkpoint, when what is free was given back: the
+    median of the looks, since some fall into the moment before it is taken again.
+    """
     peak_mb: float
     """The most."""
     n_files: int
@@ -48,7 +51,7 @@ class Sample(NamedTuple):
 @click.option("--run-dir", type=click.Path(path_type=Path), default="runs/soak", show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Where the figures go.")
 def command(minutes: float, hub: str, run_dir: Path, file: Path | None) -> None:
-    """Train PPO on Breakout for some time, with a checkpoint each minute."""
+    """Train PPO on Breakout for some time, with a checkpoint each 10,000 steps."""
     figures = soak(minutes * 60, hub, run_dir)
     text = json.dumps(figures, indent=1)
     print(text)
@@ -89,6 +92,7 @@ def soak(seconds: float, hub: str, run_dir: Path) -> dict[str, float]:
         "minutes": round(seconds / 60, 1),
         "memory_mb": round(float(np.median([s.memory_mb for s in warm])), 1),
         "memory_slope_mb_per_hour": slope(warm, [s.memory_mb for s in warm]),
+        "memory_slope_standard_error": slope_error(warm, [s.memory_mb for s in warm]),
         "peak_mb": round(float(np.median([s.peak_mb for s in warm])), 1),
         "peak_slope_mb_per_hour": slope(warm, [s.peak_mb for s in warm]),
         "files_left": warm[-1].n_files - warm[0].n_files,
@@ -113,7 +117,7 @@ def sample(process: subprocess.Popen[bytes], start: float, checkpoint: Path) -> 
         time.sleep(LOOK)
     return Sample(
         time.monotonic() - start,
-        min(memory),
+        float(np.median(memory[-N_AFTER:])),
         max(memory),
         len(os.listdir(folder / "fd")),
         int(status["Threads"]),
@@ -131,6 +135,12 @@ def _written(checkpoint: Path) -> int:
 def slope(samples: list[Sample], values: list[float]) -> float:
     """By how much they rise in an hour: least squares."""
     return round(float(np.polyfit([s.seconds / 3600 for s in samples], values, 1)[0]), 2)
+
+
+def slope_error(samples: list[Sample], values: list[float]) -> float:
+    """Standard error of ``slope``, in its unit."""
+    _, covariance = np.polyfit([s.seconds / 3600 for s in samples], values, 1, cov=True)
+    return round(float(np.sqrt(covariance[0, 0])), 2)
 
 
 def speed(file: Path) -> list[float]:
