@@ -28,7 +28,7 @@ def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgori
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("hub", ["none", "hub5"])
+@pytest.mark.parametrize("hub", [pytest.param("none", marks=pytest.mark.slow), "hub5"])
 def test_every_algorithm_survives_save_and_load(
     algorithm: str, hub: str, hub5: Path, tmp_path: Path
 ) -> None:

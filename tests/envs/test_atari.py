@@ -173,7 +173,10 @@ class TestAgainstSB3:
       those in which the game's mode was selected; SB3's Monitor counts from the first no-op.
     """
 
-    @pytest.mark.parametrize(("env_id", "share"), GAMES)
+    @pytest.mark.parametrize(
+        ("env_id", "share"),
+        [*GAMES[:3], *(pytest.param(*game, marks=pytest.mark.slow) for game in GAMES[3:])],
+    )
     def test_same_play(self, env_id: str, share: float) -> None:
         steps = play_both(env_id, 150)
         for step in steps:

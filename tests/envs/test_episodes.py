@@ -17,7 +17,7 @@ from envs.episodes import TimeLimitError, time_limit
     "env_id",
     ["hubrl/TinyImage-v0", "hubrl/TinyImageContinuous-v0", "ALE/Breakout-v5", "ALE/Qbert-v5"],
 )
-@pytest.mark.parametrize("sticky", [0.0, 0.25])
+@pytest.mark.parametrize("sticky", [0.25, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_other_environments_are_led_there(env_id: str, sticky: float) -> None:
     if sticky and not env_id.startswith("ALE/"):
         pytest.skip("Atari alone has sticky actions")

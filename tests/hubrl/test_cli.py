@@ -114,7 +114,9 @@ def test_our_own_modules_are_accepted() -> None:
     cli.refuse_foreign_modules("agents", "envs")
 
 
-@pytest.mark.parametrize("name", ["agents/__init__.py", "envs.py"])
+@pytest.mark.parametrize(
+    "name", ["envs.py", pytest.param("agents/__init__.py", marks=pytest.mark.slow)]
+)
 def test_a_foreign_module_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")

@@ -134,7 +134,13 @@ def test_gradients_are_those_of_the_explicit_sum_of_losses(
         assert max(float(gradient.abs().max()) for gradient in gradients) > 1e-3
 
 
-@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("ppo", "dqn", "sac") else pytest.param(name, marks=pytest.mark.slow)
+        for name in AGENTS
+    ],
+)
 def test_doubling_the_coefficient_doubles_the_difference(name: str, hub5: Path) -> None:
     none, half, whole = (first_gradients(name, hub5, coef) for coef in (0.0, 0.5, 1.0))
     for part in none:
@@ -194,7 +200,7 @@ def test_predict_is_free_of_noise_and_learning_is_not(
     assert not any(noisy for noisy, _ in seen)
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": "all"}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"freeze": "all"}, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", AGENTS)
 def test_save_load_copy_and_parameters(
     name: str, options: dict[str, Any], hub5: Path, tmp_path: Path
@@ -274,18 +280,33 @@ def test_trpo_is_refused(hub5: Path) -> None:
         TRPO("CnnPolicy", env, policy_kwargs=kwargs)
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("float32", 1e-5), ("bfloat16", 1e-3)])
+ROUTINGS: list[dict[str, Any]] = [
+    {},
+    {"freeze": "all"},
+    {"freeze": "a", "always_active": "norm"},
+    {"freeze": "norm", "always_active": "norm"},
+    {"aggregation": "sum"},
+]
+
+
+def _is_quick(name: str, options: dict[str, Any], precision: str) -> bool:
+    if name == "ppo":
+        return precision == "float32" or not options
+    return precision == "float32" and not options
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options", "precision", "bound"),
     [
-        {},
-        {"freeze": "all"},
-        {"freeze": "a", "always_active": "norm"},
-        {"freeze": "norm", "always_active": "norm"},
-        {"aggregation": "sum"},
+        pytest.param(
+            *(name, options, precision, bound),
+            marks=[] if _is_quick(name, options, precision) else pytest.mark.slow,
+        )
+        for name in ON_POLICY
+        for options in ROUTINGS
+        for precision, bound in (("float32", 1e-5), ("bfloat16", 1e-3))
     ],
 )
-@pytest.mark.parametrize("name", ON_POLICY)
 def test_update_begins_with_the_rollouts_policy(
     name, options, precision, bound, tmp_path, batch_norm_architecture
 ) -> None:

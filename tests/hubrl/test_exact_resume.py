@@ -53,7 +53,7 @@ def stop_at(timesteps: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "ProgressCallback", Stopper)
 
 
-QUICK = [("ppo", "hub5"), ("qrdqn", "none")]
+QUICK = [("ppo", "hub5")]
 REST = [(algorithm, hub) for algorithm in SMALL_OF for hub in ("none", "hub5")]
 
 
@@ -76,7 +76,7 @@ def test_every_algorithm(
     assert finals(Path("cut")) == finals(Path("whole"))
 
 
-@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])
+@pytest.mark.parametrize("algorithm", ["qrdqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_a_target_network_that_moves_within_a_rollout(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -125,6 +125,7 @@ def test_a_graph_that_is_not_the_agent_is_not_kept(
     assert not list((folder / "export").iterdir())
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_its_teacher(
     hub5: Path,
     tmp_path: Path,

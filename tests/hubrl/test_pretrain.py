@@ -350,7 +350,7 @@ def test_the_encoder_of_an_agent_becomes_a_member(breakout_run, tmp_path):
         assert score["interval95"][0] <= score["mean"] <= score["interval95"][1]
 
 
-@pytest.mark.parametrize("objective", ["contrast", "inverse"])
+@pytest.mark.parametrize("objective", ["inverse", pytest.param("contrast", marks=pytest.mark.slow)])
 def test_an_agent_plays_for_another_objective(objective, breakout_run, tmp_path):
     arguments = ("--env", "ALE/Breakout-v5", "--objective", objective, "--play", str(breakout_run))
     run(*arguments, "--out", str(tmp_path / "hub"), "-n", "160")

@@ -77,7 +77,7 @@ def test_a_run_with_all_its_files(algorithm: str, hub: str, hub5: Path, tmp_path
     assert not [path for path in Path("r").rglob("*") if path.suffix in pickles]
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_a_saved_configuration_repeats_the_run(algorithm: str, hub5: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml", algorithm)
     assert run("--config", config, "--hub", hub5, "--seed", 3, "--run-dir", "a") == 0
@@ -376,7 +376,10 @@ def test_errors_while_learning_are_not_masked(
         )
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "a2c", "dqn", "qrdqn"])
+@pytest.mark.parametrize(
+    "algorithm",
+    ["ppo", "qrdqn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a2c", "dqn"))],
+)
 def test_atari_with_the_shipped_configuration(algorithm: str) -> None:
     args = ["--algo", algorithm, "--env", "ALE/Pong-v5", "--hub", "none", "-n", 256]
     assert run(*args, "--n-envs", 2, "--eval-freq", 0, "--run-dir", "r") == 0
