@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import ctypes
+import gc
 import hashlib
 import os
 import resource
@@ -76,6 +77,9 @@ class Fuzzing:
                 f"-timeout={HANG_SECONDS}", f"-max_len={MAX_LENGTH}", "-len_control=0", "-seed=1",
                 "-verbosity=0", "-mutate_depth=2",
             ]  # fmt: skip
+            # What was imported stays: so Python looks often for what an input leaves in cycles.
+            gc.collect()
+            gc.freeze()
             atheris.Setup([sys.argv[0], *options], self._try, custom_mutator=self._mutate)
             atheris.Fuzz()
 
