@@ -6,6 +6,7 @@ import csv
 import itertools
 import os
 import signal
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,12 @@ def test_a_kill_before_the_best_checkpoint_leaves_its_evaluation_to_be_done(
     assert evaluated(tmp_path) == [64]
     learn(tmp_path, **settings)
     assert evaluated(tmp_path) == [64, 128, 160]
+
+
+def test_a_run_frees_the_model_of_the_run_before(tmp_path: Path) -> None:
+    before = weakref.ref(learn(tmp_path / "before"))
+    learn(tmp_path / "after")
+    assert before() is None
 
 
 def test_no_evaluation_where_none_is_wanted(tmp_path: Path) -> None:
