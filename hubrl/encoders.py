@@ -334,8 +334,7 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
             f"{spec.image_size[0]}x{spec.image_size[1]} px and no less than half of it; "
             "render larger observations"
         )
-    seen = _frame_channels(channels, spec)
-    if seen != spec.channels and {seen, spec.channels} != {1, 3}:
+    if not takes_channels(spec, channels):
         n, is_each = spec.n_frames, spec.frames == "each"
         takes = f"{n} frames, grey or RGB: {n} or {3 * n} channels" if is_each else spec.channels
         raise ValueError(
@@ -343,6 +342,12 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
             f"stack {n if is_each else spec.channels} grey frames (VecFrameStack) or use another "
             "hub"
         )
+
+
+def takes_channels(spec: EncoderSpec, channels: int) -> bool:
+    """Whether the encoder sees images of so many channels, grey and RGB made of each other."""
+    seen = _frame_channels(channels, spec)
+    return seen == spec.channels or {seen, spec.channels} == {1, 3}
 
 
 def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: EncoderSpec) -> None:

@@ -14,7 +14,7 @@ MIN_SPEED_UP = 1.3
 
 def check_device(argument: str, name: str) -> torch.device:
     """
-    The device of this name, ``auto`` for a GPU where there is one.
+    The device of this name, ``auto`` for a GPU where there is one; a GPU with its index.
 
     :param argument: what the user set, for the message
     :raises ValueError: if this machine has no such device
@@ -22,7 +22,7 @@ def check_device(argument: str, name: str) -> torch.device:
     try:
         is_gpu = name == "auto" and torch.cuda.is_available()
         device = torch.device({"auto": "cuda" if is_gpu else "cpu"}.get(name, name))
-        torch.zeros(1, device=device)
+        return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError):
         n_gpus = torch.cuda.device_count()
         allowed = ["auto", "cpu", "cuda"][: 3 if n_gpus else 2]
@@ -30,7 +30,6 @@ def check_device(argument: str, name: str) -> torch.device:
         raise ValueError(
             f"{argument} is {name!r}, allowed on this machine: {', '.join(allowed)}"
         ) from None
-    return device
 
 
 def resolve_precision(precision: str, device: torch.device | str) -> torch.dtype:

@@ -1,6 +1,7 @@
 """One training step of hub-pathway in this process, or in each that ``torchrun`` started.
 
-Usage: one_step.py HUB FOLDER; the gradients of all weights go to FOLDER/gradients.safetensors.
+Usage: one_step.py HUB FOLDER; the gradients of all weights go to FOLDER/gradients.safetensors, and
+with them, as "idle", how far the weights of the hub's last encoder went, which no image activates.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from small_images import SIZE, quadrant_data, small_vision_config
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
@@ -29,10 +31,19 @@ if __name__ == "__main__":
     with torch.no_grad():  # noise is of a process' own, and would change the routing
         method.model.pathway.generator.noise_scale.bias.fill_(-1e4)
         torch.nn.init.normal_(method.model.pathway.generator.scores.weight, std=0.3)
+        method.model.pathway.generator.scores.bias[-1] = -1e4
+    idle = list(method.model.pathway.encoders[-1].weights)
+    before = [weight.detach().clone() for weight in idle]
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: object) -> None:
+        for name, weight in method.named_parameters():
+            none = torch.zeros_like(weight)
+            gradients[name] = none if weight.grad is None else weight.grad.clone()
+
+    register_optimizer_step_pre_hook(keep)
     Trainer(method, quadrant_data(24), config, folder).run(StopSignal())
     if distributed.rank() == 0:
-        gradients = {
-            name: weight.grad if weight.grad is not None else torch.zeros_like(weight)
-            for name, weight in method.named_parameters()
-        }
+        went = [(now.detach() - then).abs().max() for now, then in zip(idle, before, strict=True)]
+        gradients["idle"] = torch.stack(went).max()
         save_file(gradients, folder / "gradients.safetensors")

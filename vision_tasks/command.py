@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     def command(**options: Any) -> int:
         given = {name: value for name, value in options.items() if value is not None}
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_gpu_memory())
             with cli.user_errors():
                 distributed.join()
                 config, folder = _shared_run(task, given)
@@ -200,11 +201,6 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
     try:
         with stop.caught(), cli.failures(NotSavedError, DamagedFileError, UnreadableImageError):
             number = _learn(Trainer(method, data, config, folder), config, folder, stop)
-    except torch.OutOfMemoryError as error:
-        raise click.ClickException(
-            "the GPU's memory is full: lower train.batch_size, hub.top_k or data.image_size, or "
-            "give --swap"
-        ) from error
     finally:
         shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)
     if number is not None:
@@ -212,6 +208,17 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
     if distributed.rank() == 0:
         print((folder / RESULTS_FILE).read_text())
     return 0
+
+
+@contextlib.contextmanager
+def _gpu_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise click.ClickException(
+            "the GPU's memory is full: lower train.batch_size, hub.top_k or data.image_size, or "
+            "give --swap"
+        ) from error
 
 
 def _learn(trainer: Trainer, config: VisionConfig, folder: Path, stop: StopSignal) -> int | None:

@@ -16,7 +16,16 @@ from hubrl import cli
 from hubrl.benches.machine import machine
 from hubrl.precision import check_device
 from hubrl.specs import HubSpec
-from vision_tasks.costed import DOUBLED, ENSEMBLE, PATHWAY, SINGLE, Setup, load_cards
+from vision_tasks.costed import (
+    DOUBLED,
+    ENSEMBLE,
+    GENERATOR,
+    PATHWAY,
+    SINGLE,
+    Setup,
+    check_setup,
+    load_cards,
+)
 from vision_tasks.counting import Cost, count_costs
 from vision_tasks.memory import Memory, measure_memory
 from vision_tasks.timing import Speed, measure_speed
@@ -62,7 +71,9 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
                 f"--json {json_file}: there is no folder {json_file.absolute().parent}"
             )
         device = check_device("--device", setup.device)
+        setup = setup._replace(device=str(device))
         hub = load_cards(setup)
+        check_setup(hub, setup)
         counts = count_costs(hub, setup)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -71,17 +82,20 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
     figures: dict[str, Any] = {"setup": setup._asdict(), "machine": machine(setup.device)}
     figures["counts"] = {name: cost._asdict() for name, cost in counts.items()}
     if only is None:
-        figures |= _measure(hub, setup, console)
+        figures |= _measure(hub, setup, counts, console)
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1))
 
 
-def _measure(hub: HubSpec, setup: Setup, console: Console) -> dict[str, Any]:
+def _measure(
+    hub: HubSpec, setup: Setup, counts: Mapping[str, Cost], console: Console
+) -> dict[str, Any]:
     speed = measure_speed(hub, setup)
     console.print(_single_image_table(speed))
     memory = {mode: measure_memory(setup, mode) for mode in MODES}
     for mode, by_model in memory.items():
         console.print(_memory_table(mode, by_model))
+    console.print(_costs_table(setup, counts, speed, memory))
     ratios = _ratios(setup, speed, memory)
     console.print(_ratio_table(ratios))
     return {
@@ -128,11 +142,39 @@ def _counts_table(setup: Setup, counts: Mapping[str, Cost]) -> Table:
 
 
 def _single_image_table(speed: Speed) -> Table:
-    rows = [(name, f"{1000 * seconds:.1f}") for name, seconds in speed.single_image.items()]
-    return _table("Inference of one image", ("model", "ms"), rows)
+    """The supplement's table 2."""
+    ms = {name: 1000 * seconds for name, seconds in speed.single_image.items()}
+    rows = [
+        (name, f"{ms[GENERATOR]:.1f}", f"{ms[name] - ms[GENERATOR]:.1f}", f"{ms[name]:.1f}")
+        if name == PATHWAY
+        else (name, "", f"{ms[name]:.1f}", f"{ms[name]:.1f}")
+        for name in (SINGLE, ENSEMBLE, PATHWAY)
+    ]
+    return _table("Inference of one image, ms", ("model", "generator", "models", "all"), rows)
+
+
+def _costs_table(
+    setup: Setup,
+    counts: Mapping[str, Cost],
+    speed: Speed,
+    memory: Mapping[str, Mapping[str, Memory]],
+) -> Table:
+    """The supplement's table 1, with memory and speed of training and inference."""
+    rows = []
+    for name in (SINGLE, ENSEMBLE, PATHWAY):
+        cells = [name, f"{counts[name].parameters / 1e6:.2f}", f"{counts[name].flops / 1e9:.2f}"]
+        for mode, seconds in zip(MODES, (speed.inference, speed.training), strict=True):
+            of_model = memory[mode].get(name)
+            cells.append("" if of_model is None else f"{of_model.total:.0f}")
+            cells.append(f"{setup.batch_size / seconds[name]:.4g}")
+        rows.append(cells)
+    measured = (f"{what}, {mode}" for mode in MODES for what in ("MB", "images/s"))
+    columns = ("model", "parameters, M", "FLOPs, G", *measured)
+    return _table(f"All costs, batch {setup.batch_size}", columns, rows)
 
 
 def _memory_table(mode: str, by_model: Mapping[str, Memory]) -> Table:
+    """The supplement's table 3."""
     rows = [
         (name, f"{m.loaded:.0f}", f"+{m.generator:.0f}", f"+{m.models:.0f}")
         for name, m in by_model.items()

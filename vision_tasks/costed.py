@@ -9,16 +9,17 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from hubrl.encoders import check_image_shape
 from hubrl.specs import HubSpec
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import Method, Settings, build_method
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
 from vision_tasks.tasks import Classification
 
-# Shape letters: B batch, E encoders, C H W image.
+# Shape letters: B batch, M encoders to choose from, C H W image.
 
 SINGLE, ENSEMBLE, PATHWAY = "single", "ensemble-j", "hub-pathway"
+#: A part of the pathway.
+GENERATOR = "generator"
 #: The pathway over twice as many encoders: its time and memory should be the same.
 DOUBLED = "hub-pathway, hub doubled"
 MODELS = (SINGLE, ENSEMBLE, PATHWAY, DOUBLED)
@@ -50,13 +51,18 @@ def load_cards(setup: Setup) -> HubSpec:
     """
     The hub's cards, at the setup's image size.
 
-    :raises ValueError: if there is no such hub, or an encoder takes no images of this size
+    :raises ValueError: as ``load_vision_hub`` does
     """
     with torch.device("meta"):
-        hub = load_vision_hub(setup.hub, setup.image_size, pretrained=False)
-    for spec in hub.encoders:
-        check_image_shape(spec, (3, setup.image_size, setup.image_size))
-    return hub
+        return load_vision_hub(setup.hub, setup.image_size, pretrained=False)
+
+
+def check_setup(hub: HubSpec, setup: Setup) -> None:
+    """
+    :raises ValueError: if one of the models can't be built of the hub
+    """
+    for name in MODELS:
+        build_model(hub, setup, name, device="meta")
 
 
 def build_model(hub: HubSpec, setup: Setup, name: str, device: str | None = None) -> Method:
@@ -108,20 +114,19 @@ class SpreadGenerator(nn.Module):
         self.n_encoders = n_encoders
         self.random = torch.Generator().manual_seed(0)
 
-    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        """Scores (B, E)."""
-        scores_BE: Tensor = self.generator(images_BCHW, noise_BE)
-        spread_BE = torch.randn(len(images_BCHW), self.n_encoders, generator=self.random)
-        return scores_BE - scores_BE.detach() + self.SPREAD * spread_BE.to(scores_BE.device)
+    def forward(self, images_BCHW: Tensor, noise_BM: Tensor | None) -> Tensor:
+        """Scores (B, M)."""
+        scores_BM: Tensor = self.generator(images_BCHW, noise_BM)
+        spread_BM = torch.randn(len(images_BCHW), self.n_encoders, generator=self.random)
+        return scores_BM - scores_BM.detach() + self.SPREAD * spread_BM.to(scores_BM.device)
 
 
 def spread_routing(method: Method) -> Method:
     """The method; a pathway of it chooses as in ``SpreadGenerator``."""
     if isinstance(method, HubPathwayMethod):
         pathway = method.model.pathway
-        pathway.generator = SpreadGenerator(  # type: ignore[assignment]
-            pathway.generator, len(pathway.encoders)
-        )
+        n_choices = len(pathway.encoders) - len(pathway.always_active)
+        pathway.generator = SpreadGenerator(pathway.generator, n_choices)  # type: ignore[assignment]
     return method
 
 

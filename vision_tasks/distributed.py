@@ -89,12 +89,15 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     Mean of the gradients over all processes.
 
-    An encoder that no image of a process activated has no gradient there, and counts as 0.
+    An encoder that no image of a process activated has no gradient there, and counts as 0; one that
+    none of any process did keeps none, so that the optimizer leaves it alone.
     """
     if n_processes() == 1:
         return
-    for parameter in parameters:
-        if parameter.requires_grad:
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    has_gradient = torch.tensor([float(parameter.grad is not None) for parameter in learning])
+    for parameter, share in zip(learning, _mean(has_gradient).tolist(), strict=True):
+        if share > 0:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)

@@ -43,16 +43,17 @@ def draw_scores(rows: Sequence[Row], file: Path) -> None:
 
 
 def draw_curves(
-    curves: Mapping[str, Mapping[str, Sequence[Sequence[tuple[int, float]]]]], file: Path
+    curves: Mapping[str, Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]], file: Path
 ) -> None:
     """
     Validation score of each method while it is trained: mean over seeds, band from least to most.
 
-    :param curves: by data set and method, for each seed (step, score)
+    :param curves: by data set, method and seed: (step, score)
     """
     figure, panels = _panels(len(curves), height=4.0)
     for panel, (data, methods) in zip(panels, curves.items(), strict=True):
-        for i, (method, seeds) in enumerate(methods.items()):
+        for i, (method, by_seed) in enumerate(methods.items()):
+            seeds = list(by_seed.values())
             n = min(len(seed) for seed in seeds)
             steps = [step for step, _ in seeds[0][:n]]
             scores = np.array([[score for _, score in seed[:n]] for seed in seeds])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from hubrl.encoders import at_image_size
+from hubrl.encoders import at_image_size, takes_channels
 from hubrl.fetching.recipes import fetch_hub, fetch_line, load_cards
 from hubrl.specs import EncoderSpec, HubSpec
 
@@ -17,9 +17,15 @@ def load_vision_hub(name: str, image_size: int, *, pretrained: bool = True) -> H
     :param image_size: pixels of both sides
     :param pretrained: False: the cards are enough, since nothing reads the weights
     :raises ValueError: if there is no such hub, its weights can't be had, or an encoder can't take
-        images of this size
+        colour images or images of this size
     """
     hub = fetch_hub(name, _say) if pretrained else load_cards(name)
+    for spec in hub.encoders:
+        if not takes_channels(spec, 3):
+            raise ValueError(
+                f"encoder {spec.name!r} of {name} takes {spec.channels} channels, but images have "
+                "three colours: take a hub of image encoders, such as packaged5"
+            )
     return at_image_size(hub, image_size)
 
 

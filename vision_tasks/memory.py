@@ -27,7 +27,7 @@ from vision_tasks.costed import (
 from vision_tasks.methods import Method
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
 
-# Shape letters: B batch, E encoders, C H W image.
+# Shape letters: B batch, M encoders to choose from, C H W image.
 
 ROOT = Path(__file__).resolve().parents[1]
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -140,9 +140,9 @@ def _generate(method: Method, images_BCHW: Tensor) -> None:
     assert isinstance(method, HubPathwayMethod)
     pathway = method.model.pathway
     with torch.set_grad_enabled(method.training):
-        shape = (len(images_BCHW), len(pathway.encoders))
-        noise_BE = torch.randn(shape, device=images_BCHW.device) if method.training else None
-        pathway.generator(images_BCHW, noise_BE)
+        shape = (len(images_BCHW), len(pathway.encoders) - len(pathway.always_active))
+        noise_BM = torch.randn(shape, device=images_BCHW.device) if method.training else None
+        pathway.generator(images_BCHW, noise_BM)
 
 
 def _load_libraries(device: str) -> None:

@@ -12,6 +12,7 @@ import click
 import torch
 from torch import Tensor
 from torch.optim import AdamW
+from torch.utils.data import Dataset
 
 from hubrl import cli
 from hubrl.architectures import find_architecture
@@ -67,8 +68,7 @@ def command(out: Path, root: Path | None, device: str, **numbers: Any) -> None:
         on = check_device("--device", device)
         missing = [name for name in PRETEXTS if not _is_there(out, name, budget)]
         data = load_classification("fashion-mnist", root, IMAGE_SIZE, budget.limit, budget.seed)
-        pairs = [data.train[i] for i in range(len(data.train))]  # type: ignore[arg-type]
-        images, targets = (torch.stack(part) for part in zip(*pairs, strict=True))
+        images, targets = _stacked(data.train)
         for name in missing:
             start = time.perf_counter()
             card, encoder, loss = pretrain(name, (images, targets), data.n_outputs, budget, on)
@@ -76,6 +76,12 @@ def command(out: Path, root: Path | None, device: str, **numbers: Any) -> None:
             add_encoder(out, card, tensors)
             print(f"{name}: loss {loss:.4g}, {time.perf_counter() - start:.0f} s", flush=True)
     print(f"hub {out}: {', '.join(load_hub(out).encoder_names)}")
+
+
+def _stacked(dataset: Dataset[Any]) -> Images:
+    pairs = [dataset[i] for i in range(len(dataset))]  # type: ignore[arg-type]
+    images, targets = (torch.stack(part) for part in zip(*pairs, strict=True))
+    return images, targets
 
 
 def pretrain(

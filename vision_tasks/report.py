@@ -15,7 +15,7 @@ from hubrl.plots import import_matplotlib
 from hubrl.run_folder import cell_number, read_rows
 from vision_tasks.figures import draw_curves, draw_exploration, draw_routing, draw_scores
 from vision_tasks.metrics import Interval, mean_over_seeds, paired_difference
-from vision_tasks.routing import routing
+from vision_tasks.routing import Routing, routing
 from vision_tasks.runs import open_run
 from vision_tasks.tasks import Classification, Landmarks
 from vision_tasks.training import EPOCHS_FILE, RESULTS_FILE, Results
@@ -27,21 +27,22 @@ TASKS: dict[str, type[Classification] | type[Landmarks]] = {
 }
 MORE_IS_BETTER = {task.metric: task.is_more_better for task in TASKS.values()}
 #: Settings in which runs of one method may differ and still be the same method.
-IGNORED = (
-    "method",
-    "train.seed",
-    "train.device",
-    "train.n_workers",
-    "train.save_freq",
-    "data.root",
-)
+IGNORED = ("method", "train.seed", "train.device", "train.n_workers", "train.save_freq")
+COEFFICIENT = "hub.exploration_coef"
+#: Settings that some methods alone make use of.
+USED_BY = {
+    "hub.top_k": (OURS,),
+    "hub.generator": (OURS,),
+    COEFFICIENT: (OURS,),
+    "hub.exploitation_coef": (OURS, "uniform"),
+}
+#: What names a data set of the user's own, while others are the same wherever they lie.
+FOLDER = "folder"
 
-
-#: Methods whose models are what fine-tuning that encoder alone gives.
-ALONE = ("ensemble-i", "logme")
-
-#: Steps and scores of each seed, by data set and method.
-Curves = dict[str, dict[str, list[list[tuple[int, float]]]]]
+#: Settings by key path.
+Settings = Mapping[str, Any]
+#: Steps and scores by data set, method and seed.
+Curves = dict[str, dict[str, dict[int, list[tuple[int, float]]]]]
 
 
 class Run(NamedTuple):
@@ -57,9 +58,10 @@ class Run(NamedTuple):
     metric: str
     validation: float
     test: float
+    others: Mapping[str, float]
+    """The other test scores."""
     seconds: float
-    config: Mapping[str, Any]
-    """By key path."""
+    config: Settings
 
 
 class Row(NamedTuple):
@@ -70,10 +72,14 @@ class Row(NamedTuple):
     metric: str
     seeds: tuple[int, ...]
     test: Interval
+    others: Mapping[str, Interval]
+    """Of the other test scores."""
     validation: Interval
     seconds: float
+    ours: str | None
+    """Hub-pathway that this method is compared with: the one that has its settings."""
     difference: Interval | None
-    """Of hub-pathway and this method on the seeds that both have; above 0 is better."""
+    """Of that and this method on the seeds that both have; above 0 is better."""
 
 
 @click.command("report")
@@ -93,11 +99,12 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
         if not found:
             raise ValueError(f"there is no finished run in {', '.join(map(str, runs))}")
         curves = _curves(found)
-    out = out or runs[0] / "report"
-    out.mkdir(parents=True, exist_ok=True)
+        out = out or runs[0] / "report"
+        out.mkdir(parents=True, exist_ok=True)
     rows = summarise(found)
     _write_csv(out / "runs.csv", [_run_cells(run) for run in found])
     _write_csv(out / "summary.csv", [_row_cells(row) for row in rows])
+    _write_csv(out / "curves.csv", _curve_cells(curves))
     pictures = "".join(f"\n![{what}]({name})\n" for name, what in _draw(rows, found, curves, out))
     (out / "report.md").write_text(_markdown(rows, found) + pictures)
     print(f"report in {out}")
@@ -105,7 +112,10 @@ def command(runs: tuple[Path, ...], out: Path | None) -> None:
 
 def read_runs(*folders: Path) -> list[Run]:
     """
-    The finished runs in some folders, at any depth; settings tell those of a method apart.
+    The finished runs in some folders, at any depth; settings tell those of a data set apart.
+
+    Of a single model and a seed there is one: that which was trained by itself comes before the
+    same out of an ensemble's run.
 
     :raises ValueError: if one's results or configuration are damaged
     """
@@ -115,25 +125,23 @@ def read_runs(*folders: Path) -> list[Run]:
     runs = []
     for file in files:
         results, config = checked(read_json(file), Results, file), configs[file]
-        alike = [
-            c
-            for c in configs.values()
-            if (c["method"], c["data.name"]) == (config["method"], config["data.name"])
-        ]
+        beside = [c for c in configs.values() if c["data.name"] == config["data.name"]]
         try:
-            runs += _runs_of(file.parent, results, config, _label(config, alike))
+            runs += _runs_of(file.parent, results, config, _label(config, beside))
         except KeyError as error:
             raise DamagedFileError(f"{file} has no score {error}: train that run again") from None
-    return runs
+    first: dict[tuple[str, str, int], Run] = {}
+    for run in sorted(runs, key=lambda run: run.member != ""):
+        first.setdefault((run.data, run.method, run.seed), run)
+    return [run for run in runs if run is first[run.data, run.method, run.seed]]
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
     """A row for each data set and method, the best first."""
     groups: dict[tuple[str, str], dict[int, Run]] = {}
-    # A single model that was trained by itself comes before the same out of an ensemble's run.
-    for run in sorted(runs, key=lambda run: run.member != ""):
-        groups.setdefault((run.data, run.method), {}).setdefault(run.seed, run)
-    rows = [_row(data, method, by_seed, groups) for (data, method), by_seed in groups.items()]
+    for run in runs:
+        groups.setdefault((run.data, run.method), {})[run.seed] = run
+    rows = [_row(by_seed, list(groups.values())) for by_seed in groups.values()]
     return sorted(rows, key=lambda row: (row.data, -_sign(row.metric) * row.test.mean))
 
 
@@ -143,55 +151,91 @@ def best_single(rows: Iterable[Row], data: str) -> Row | None:
     return max(singles, key=lambda r: _sign(r.metric) * r.validation.mean, default=None)
 
 
-def _runs_of(folder: Path, results: Results, config: Mapping[str, Any], label: str) -> list[Run]:
+def _runs_of(folder: Path, results: Results, config: Settings, label: str) -> list[Run]:
     metric = TASKS[results["task"]].metric
     runs = []
     for name, scores in results["test"].items():
-        method = label if not name else _member_label(str(config["method"]), name, label)
+        method = label if not name else _member_label(config, name, label)
         validation = results["validation"][name][metric]
+        others = {key: each for key, each in scores.items() if key not in (metric, "loss")}
         fields = (folder, results["data"], method, name, results["seed"], metric, validation)
-        runs.append(Run(*fields, scores[metric], results["train_seconds"], config))
+        runs.append(Run(*fields, scores[metric], others, results["train_seconds"], config))
     return runs
 
 
-def _label(config: Mapping[str, Any], alike: Sequence[Mapping[str, Any]]) -> str:
-    differing = [
-        key
-        for key in config
-        if key not in IGNORED and len({str(other.get(key)) for other in alike}) > 1
-    ]
-    settings = ", ".join(f"{key.split('.')[-1]}={config[key]}" for key in differing)
+def _relevant(config: Settings) -> Settings:
+    """Settings that a run's scores depend on."""
+    method, is_folder = config["method"], config["data.name"] == FOLDER
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in IGNORED
+        and method in USED_BY.get(key, (method,))
+        and (key != "data.root" or is_folder)
+    }
+
+
+def _label(config: Settings, beside: Sequence[Settings], without: str | None = None) -> str:
+    """The method, with the settings in which runs of its data set differ."""
+    all_settings = [_relevant(other) for other in beside]
+    differing = {
+        key: value
+        for key, value in _relevant(config).items()
+        if key != without and len({str(each[key]) for each in all_settings if key in each}) > 1
+    }
+    names = {key: "hub" if key == "hub.name" else key.split(".")[-1] for key in differing}
+    settings = ", ".join(f"{names[key]}={value}" for key, value in differing.items())
     return f"{config['method']} ({settings})" if settings else str(config["method"])
 
 
-def _member_label(method: str, name: str, label: str) -> str:
+def _member_label(config: Settings, name: str, label: str) -> str:
     """As ``single:NAME`` where it is that, with the settings of its run."""
-    return f"{'single' if method in ALONE else method}:{name}{label.removeprefix(method)}"
+    method = str(config["method"])
+    # Where training may stop early, an ensemble's members stop together.
+    is_alone = method == "logme" or (method == "ensemble-i" and config["train.patience"] == 0)
+    return f"{'single' if is_alone else method}:{name}{label.removeprefix(method)}"
 
 
-def _row(
-    data: str,
-    method: str,
-    by_seed: Mapping[int, Run],
-    groups: Mapping[tuple[str, str], Mapping[int, Run]],
-) -> Row:
+def _row(by_seed: Mapping[int, Run], groups: Sequence[Mapping[int, Run]]) -> Row:
     runs = [by_seed[seed] for seed in sorted(by_seed)]
-    metric, ours = runs[0].metric, groups.get((data, OURS), {})
+    first, ours = runs[0], _compared_with(runs[0], groups)
     common = [seed for seed in sorted(by_seed) if seed in ours]
     difference = None
-    if common and method != OURS:
-        mine, theirs = ([g[s].test * _sign(metric) for s in common] for g in (ours, by_seed))
+    if common and ours is not by_seed:
+        mine, theirs = ([g[s].test * _sign(first.metric) for s in common] for g in (ours, by_seed))
         difference = paired_difference(mine, theirs)
+    others = {name: mean_over_seeds([run.others[name] for run in runs]) for name in first.others}
     return Row(
-        data,
-        method,
-        metric,
+        first.data,
+        first.method,
+        first.metric,
         tuple(sorted(by_seed)),
         mean_over_seeds([run.test for run in runs]),
+        others,
         mean_over_seeds([run.validation for run in runs]),
         sum(run.seconds for run in runs) / len(runs),
+        next(iter(ours.values())).method if difference is not None else None,
         difference,
     )
+
+
+def _compared_with(run: Run, groups: Sequence[Mapping[int, Run]]) -> Mapping[int, Run]:
+    """
+    Hub-pathway with the settings of a run, by seed; of several that differ in what it alone uses,
+    as the exploration coefficient, that which has the most seeds.
+    """
+
+    def shared(config: Settings) -> Settings:
+        return {key: value for key, value in _relevant(config).items() if key not in USED_BY}
+
+    ours = [
+        group
+        for group in groups
+        for first in [next(iter(group.values()))]
+        if (first.data, first.config["method"]) == (run.data, OURS)
+        and shared(first.config) == shared(run.config)
+    ]
+    return max(ours, key=len, default={})
 
 
 def _sign(metric: str) -> int:
@@ -216,8 +260,18 @@ def _curves(runs: Sequence[Run]) -> Curves:
         column = "/".join(filter(None, ("validation", run.member, run.metric)))
         points = [_point(row, column, run.folder / EPOCHS_FILE) for row in rows if row.get(column)]
         if points:
-            curves.setdefault(run.data, {}).setdefault(run.method, []).append(points)
+            curves.setdefault(run.data, {}).setdefault(run.method, {})[run.seed] = points
     return curves
+
+
+def _curve_cells(curves: Curves) -> list[dict[str, Any]]:
+    return [
+        {"data": data, "method": method, "seed": seed, "step": step, "validation": score}
+        for data, methods in curves.items()
+        for method, seeds in methods.items()
+        for seed, points in seeds.items()
+        for step, score in points
+    ]
 
 
 def _point(row: Mapping[str, str], column: str, file: Path) -> tuple[int, float]:
@@ -225,13 +279,18 @@ def _point(row: Mapping[str, str], column: str, file: Path) -> tuple[int, float]
 
 
 def _by_coefficient(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
-    """Test scores of hub-pathway by data set and exploration coefficient."""
+    """
+    Test scores of hub-pathway by exploration coefficient, for each data set and what else runs
+    differ in.
+    """
+    ours = [run for run in runs if run.config["method"] == OURS]
     scores: dict[str, dict[float, list[float]]] = {}
-    for run in runs:
-        if run.config["method"] == OURS:
-            coef = float(run.config["hub.exploration_coef"])
-            scores.setdefault(run.data, {}).setdefault(coef, []).append(run.test)
-    return {data: by_coef for data, by_coef in scores.items() if len(by_coef) > 1}
+    for run in ours:
+        beside = [other.config for other in ours if other.data == run.data]
+        rest = _label(run.config, beside, without=COEFFICIENT).removeprefix(OURS)
+        by_coef = scores.setdefault(f"{run.data}{rest}", {})
+        by_coef.setdefault(float(run.config[COEFFICIENT]), []).append(run.test)
+    return {name: by_coef for name, by_coef in scores.items() if len(by_coef) > 1}
 
 
 def _draw(
@@ -247,31 +306,49 @@ def _draw(
     if by_coefficient:
         draw_exploration(by_coefficient, out / "exploration.png")
         drawn.append(("exploration.png", "Test score over the exploration coefficient"))
-    for data, run in {run.data: run for run in reversed(runs) if run.method == OURS}.items():
-        name = f"routing-{data}.png"
+    for data, run in _routed(rows, runs).items():
+        name = f"routing-{data}"
         try:
-            draw_routing(*routing(run.folder), out / name)
+            found = routing(run.folder)
         except (ValueError, OSError) as error:  # data or hub are not on this machine
             print(f"no figure of the routing on {data}: {error}")
         else:
-            drawn.append((name, f"Encoders that the images of each class of {data} activate"))
+            draw_routing(*found, out / f"{name}.png")
+            _write_csv(out / f"{name}.csv", _routing_cells(found))
+            what = f"Encoders that the images of each class of {data} activate"
+            drawn.append((f"{name}.png", f"{what} ({run.method}, seed {run.seed})"))
     return drawn
+
+
+def _routed(rows: Sequence[Row], runs: Sequence[Run]) -> dict[str, Run]:
+    """For each data set a run of hub-pathway: of that with the most seeds, the first."""
+    n_seeds = {(row.data, row.method): len(row.seeds) for row in rows}
+    ours = [run for run in runs if run.config["method"] == OURS]
+    ours.sort(key=lambda run: (n_seeds[run.data, run.method], -run.seed))
+    return {run.data: run for run in ours}
+
+
+def _routing_cells(found: Routing) -> list[dict[str, Any]]:
+    shares = [dict(zip(found.encoders, row.round(4), strict=True)) for row in found.usage_CE]
+    return [{"class": name, **row} for name, row in zip(found.classes, shares, strict=True)]
 
 
 def _markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     lines = ["# Image tasks", ""]
     for data in dict.fromkeys(row.data for row in rows):
         of_data = [row for row in rows if row.data == data]
-        lines += [f"## {data}", "", _settings(next(run for run in runs if run.data == data)), ""]
-        metric = of_data[0].metric
-        lines += [
-            f"| method | seeds | test {metric} | validation | {OURS} less this | training s |",
-            "|---|---|---|---|---|---|",
-        ]
+        lines += [f"## {data}", "", _settings([run for run in runs if run.data == data]), ""]
+        metric, others = of_data[0].metric, of_data[0].others
+        scores = [f"test {metric}", *others, "validation", f"{OURS} less this"]
+        head = ["method", "seeds", *scores, "training s"]
+        lines += [_cells(head), _cells(["---"] * len(head))]
         lines += [_markdown_row(row) for row in of_data]
         best = best_single(of_data, data)
         if best is not None:
             lines += ["", f"Best single encoder, by validation: {best.method}."]
+        named = {row.ours for row in of_data if row.ours not in (None, OURS)}
+        if named:
+            lines += ["", f"Differences are those of {' or '.join(map(str, sorted(named)))}."]
         lines += [""]
     return "\n".join([*lines, FOOTER])
 
@@ -283,20 +360,34 @@ models out of a run of that method.
 """
 
 
-def _settings(run: Run) -> str:
-    c = run.config
-    return (
-        f"Hub {c['hub.name']}, {c['data.image_size']} px, limit {c['data.limit']}, "
-        f"{c['train.epochs']} epochs of batches of {c['train.batch_size']}, learning rate "
-        f"{c['train.learning_rate']} (encoders x {c['train.encoder_lr_scale']})."
-    )
+#: Settings that all runs of a data set may have in common, in words.
+WORDS = {
+    "hub.name": "hub {}",
+    "data.image_size": "{} px",
+    "data.limit": "limit {}",
+    "train.epochs": "{} epochs",
+    "train.batch_size": "batches of {}",
+    "train.learning_rate": "learning rate {}",
+    "train.encoder_lr_scale": "of encoders x {}",
+}
+
+
+def _settings(runs: Sequence[Run]) -> str:
+    """Those that are the same in all; the others are in the table."""
+    values = {key: {str(run.config[key]) for run in runs} for key in WORDS}
+    words = [WORDS[key].format(*value) for key, value in values.items() if len(value) == 1]
+    return f"All runs: {', '.join(words)}."
 
 
 def _markdown_row(row: Row) -> str:
-    seeds = " ".join(map(str, row.seeds))
+    scores = [_percent(interval) for interval in (row.test, *row.others.values(), row.validation)]
     difference = "" if row.difference is None else _percent(row.difference)
-    test, validation = (_percent(i) for i in (row.test, row.validation))
-    return f"| {row.method} | {seeds} | {test} | {validation} | {difference} | {row.seconds:.0f} |"
+    seeds = " ".join(map(str, row.seeds))
+    return _cells([row.method, seeds, *scores, difference, f"{row.seconds:.0f}"])
+
+
+def _cells(texts: Sequence[str]) -> str:
+    return f"| {' | '.join(texts)} |"
 
 
 def _percent(interval: Interval) -> str:
@@ -314,6 +405,7 @@ def _run_cells(run: Run) -> dict[str, Any]:
         "metric": run.metric,
         "validation": run.validation,
         "test": run.test,
+        **run.others,
         "seconds": run.seconds,
     }
 
@@ -321,15 +413,15 @@ def _run_cells(run: Run) -> dict[str, Any]:
 def _row_cells(row: Row) -> dict[str, Any]:
     cells: dict[str, Any] = {"data": row.data, "method": row.method, "metric": row.metric}
     cells["seeds"] = " ".join(map(str, row.seeds))
-    for name in ("test", "validation", "difference"):
-        interval = getattr(row, name)
+    intervals = {"test": row.test, **row.others, "validation": row.validation}
+    for name, interval in {**intervals, "difference": row.difference}.items():
         if interval is not None:
             cells |= {
                 name: interval.mean,
                 f"{name}_low": interval.low,
                 f"{name}_high": interval.high,
             }
-    return cells | {"seconds": row.seconds}
+    return cells | {"compared_with": row.ours, "seconds": row.seconds}
 
 
 def _write_csv(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from hubrl.benches.measuring import Measure, interleave, timed
 from hubrl.specs import HubSpec
 from vision_tasks.costed import (
     ENSEMBLE,
+    GENERATOR,
     MODELS,
     PATHWAY,
     SINGLE,
@@ -84,7 +85,7 @@ def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure
         with torch.no_grad():
             generator.eval()(images_BCHW, None)
 
-    return {**sides, "generator": timed(generate)}
+    return {**sides, GENERATOR: timed(generate)}
 
 
 def _predict(method: Method, images_BCHW: Tensor) -> None:

@@ -159,6 +159,9 @@ class Trainer:
                     self._save(self._last, optimizer)
                     return self._stopped_by
                 self._end_epoch(phase, optimizer, losses)
+            # A next phase shall not hold what this one's optimizer did.
+            del optimizer
+            self._method.zero_grad(set_to_none=True)
             self._end_phase(phase)
         self._write_results()
         return None
@@ -374,6 +377,7 @@ class Trainer:
 
     def _save(self, folder: Path, optimizer: Optimizer) -> None:
         self._check_weights()
+        distributed.average_buffers(self._method)
         if distributed.rank() == 0:
             state: Checkpoint = {
                 "position": self._position,

@@ -7,11 +7,18 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
 import yaml
-from small_images import SIZE, quadrant_data, small_vision_config, write_rgb_hub
+from small_images import (
+    SIZE,
+    landmark_data,
+    quadrant_data,
+    small_vision_config,
+    write_rgb_hub,
+)
 from torch import Tensor
 
 from hubrl import cli
@@ -134,11 +141,51 @@ def test_a_gpu_that_is_full(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "build", full)
+        assert run(*small(hub, "--method", "single:b", "--run-dir", "r")) == 1
+    assert "the GPU's memory is full: lower train.batch_size" in capsys.readouterr().err
     monkeypatch.setattr(Classification, "losses", full)
     assert run(*small(hub, "--method", "single:b", "--run-dir", "r")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "the GPU's memory is full: lower train.batch_size, hub.top_k or" in error
+
+
+def test_landmarks_to_the_end(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "load_landmarks", lambda *_: landmark_data())
+    sizes = ("--image-size", SIZE, "--epochs", 2, "--batch-size", 8, "--device", "cpu")
+    assert run("--hub", hub, *sizes, "--run-dir", "r", task=landmarks) == 0
+    results = json.loads(Path("r/results.json").read_text())
+    assert set(results["test"][""]) == {"nme", "failure_rate", "auc", "loss"}
+    rows = read_rows(Path("r/epochs.csv"))
+    assert float(rows[1]["validation/nme"]) < float(rows[0]["validation/nme"])
+
+
+def test_models_of_timm_are_a_hub(hub: Path) -> None:
+    names = "timm:mobilenetv3_small_050,resnet10t"
+    assert run(*small(hub, "--hub", names, "--random-init", "--run-dir", "r")) == 0
+    assert load_config(Path("r/config.yaml")).hub.name == names
+    assert json.loads(Path("r/results.json").read_text())["hub"] == names
+
+
+def test_the_papers_hub_without_a_network(
+    hub: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line says which files to put where."""
+
+    def no_network(*_: object, **__: object) -> None:
+        raise URLError("no network")
+
+    for place in ("HUBRL_CACHE", "TORCH_HOME"):
+        monkeypatch.setenv(place, str(hub / "cache"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    assert run(*small(hub, "--hub", "resnet50x5", "--run-dir", "r")) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"{hub}/cache/files/moco_v2_800ep_pretrain.pth.tar is missing; put it there" in error
+    assert f"resnet50-0676ba61.pth into {hub}/cache/hub/checkpoints" in error
+    assert not Path("r").exists()
 
 
 def test_a_run_folder_is_not_used_twice(

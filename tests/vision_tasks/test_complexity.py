@@ -11,9 +11,12 @@ from small_images import SIZE, write_rgb_hub
 from torch import nn
 
 from hubrl import cli
+from hubrl.specs import HubSpec, load_hub, save_hub
 from vision_tasks import complexity
 from vision_tasks.costed import Setup, load_cards
 from vision_tasks.counting import count_costs, count_flops
+from vision_tasks.memory import find_peak
+from vision_tasks.timing import measure_speed
 
 
 def run(*args: object) -> int:
@@ -64,8 +67,29 @@ def test_all_figures_of_a_small_hub(
     for ratio in figures["ratios"]:
         assert ratio["ratio"] == pytest.approx(ratio["ours"] / ratio["theirs"])
     output = capsys.readouterr().out
-    assert "ms" in output
+    assert "Inference of one image, ms" in output
+    assert "All costs, batch 3" in output
     assert "hub-pathway" in output
+
+
+def test_a_setup_that_the_doubled_hub_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub = write_rgb_hub(tmp_path / "rgb")
+    sizes = ("--image-size", SIZE, "--top-k", 3, "--generator", "uniform", "--only", "counts")
+    assert run("--hub", hub, *sizes) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+
+
+def test_costs_of_a_hub_with_an_encoder_that_is_always_active(tmp_path: Path) -> None:
+    specs = load_hub(write_rgb_hub(tmp_path / "rgb")).encoders
+    save_hub(HubSpec(name="rgb", encoders=specs, always_active=("a",)), tmp_path / "rgb")
+    setup = Setup(str(tmp_path / "rgb"), 4, SIZE, 3, generator="small")
+    speed = measure_speed(load_cards(setup), setup, rounds=1)
+    assert speed.training["hub-pathway"] > 0
+    assert find_peak(setup, "training", "hub-pathway", "generator").above >= 0
 
 
 @pytest.mark.slow

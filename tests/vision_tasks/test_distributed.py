@@ -46,13 +46,14 @@ def one_step(hub: Path, folder: Path, *launcher: str) -> dict[str, torch.Tensor]
 
 @pytest.mark.slow
 def test_gradients_are_those_of_the_double_batch(tmp_path: Path) -> None:
-    hub = write_rgb_hub(tmp_path / "rgb")
+    hub = write_rgb_hub(tmp_path / "rgb", 4)
     one = one_step(hub, tmp_path / "one")
     two = one_step(hub, tmp_path / "two", *LAUNCHER)
     scores = "model.pathway.generator.scores.weight"
     assert float(one[scores].abs().max()) > 1e-4
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    assert one["idle"] == two["idle"] == 0
     assert not (tmp_path / "two" / "checkpoints" / "best").exists()
     assert (tmp_path / "two" / "results.json").exists()
 

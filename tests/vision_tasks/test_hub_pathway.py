@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -82,6 +84,19 @@ def test_an_untrained_aggregator_is_the_weighted_sum(hub: Path) -> None:
     for i, rows_R, outputs_RO in parts:
         expected = expected.index_add(0, rows_R, output.weights[rows_R, i, None] * outputs_RO)
     torch.testing.assert_close(output.features, expected)
+
+
+def test_evaluation_takes_an_encoders_share_at_a_time(hub: Path) -> None:
+    method = build_method("hub-pathway", load_hub(hub), Classification(4), SETTINGS).eval()
+    image, _ = quadrant_images(1, seed=3)
+    images = image.expand(9, *image.shape[1:])  # all of them activate the same two encoders
+    expected, pathway = method(images), method.model.pathway
+    with torch.no_grad(), mock.patch.object(pathway, "encode", wraps=pathway.encode) as encode:
+        torch.testing.assert_close(method(images), expected)
+    n_rows = [len(call.args[2]) for call in encode.call_args_list]
+    share = math.ceil(9 * 2 / len(pathway.encoders))
+    assert max(n_rows) == share < 9
+    assert sum(n_rows) == 18
 
 
 def test_the_generator_is_settled_before_the_first_step(hub: Path) -> None:

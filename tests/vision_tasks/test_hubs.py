@@ -25,14 +25,20 @@ def test_cards_are_enough_without_weights() -> None:
         load_vision_hub("packaged5", 28, pretrained=False)
 
 
+def test_a_games_encoders_take_no_images() -> None:
+    message = r"encoder '.*' of atari5 takes 4 channels, but images have three colours: take a hub"
+    with pytest.raises(ValueError, match=message):
+        load_vision_hub("atari5", 84)
+
+
 def test_a_hub_is_fetched_on_first_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HUBRL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("hubrl.specs.BUILT_IN_HUBS", tmp_path)
-    monkeypatch.setitem(PROVIDERS, "file", lambda address, spec: NatureConv(4).state_dict())
+    monkeypatch.setitem(PROVIDERS, "file", lambda address, spec: NatureConv(3).state_dict())
     (tmp_path / "one").mkdir()
-    card = dataclasses.replace(nature_spec("net"), provider="file:x")
+    card = dataclasses.replace(nature_spec("net"), channels=3, provider="file:x")
     save_hub(HubSpec(name="one", encoders=(card,)), tmp_path / "one")
     hub = load_vision_hub("one", 44)
     assert capsys.readouterr().out == "fetching net (MIT) from file:x\n"

@@ -47,13 +47,16 @@ def finished(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def _write(folder: Path, method: str, seed: int, score: float, **overrides: object) -> None:
-    config = small_vision_config(Path("rgb"), method, train__seed=seed, **overrides)
+def _write(
+    folder: Path, method: str, seed: int, score: float, hub: str = "rgb", **overrides: object
+) -> None:
+    config = small_vision_config(Path(hub), method, train__seed=seed, **overrides)
     create_folder(folder, dump_config(config))
     # On validation single:a is the best.
     validation = {"accuracy": 0.99 if method == "single:a" else 0.5, "loss": 1.0}
     results = RESULTS | {
         "method": method,
+        "data": config.data.name,
         "seed": seed,
         "train_seconds": 10.0 * seed,
         "validation": {"": validation},
@@ -129,7 +132,72 @@ def test_models_out_of_another_run(method: str, label: str, tmp_path: Path) -> N
         )
     found = {run.method: run for run in report.read_runs(tmp_path)}
     assert found[label].test == 0.6
-    assert report._curves([found[label]]) == {"fashion-mnist": {label: [[(3, 0.3)]]}}
+    assert report._curves([found[label]]) == {"fashion-mnist": {label: {1: [(3, 0.3)]}}}
+
+
+def test_members_that_stopped_together_are_no_single_models(tmp_path: Path) -> None:
+    _write(tmp_path, "ensemble-i", 1, 0.7, train__patience=3)
+    results = json.loads((tmp_path / "results.json").read_text())
+    for part in ("validation", "test"):
+        results[part]["a"] = {"accuracy": 0.6, "loss": 1.0}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert [run.method for run in report.read_runs(tmp_path)] == ["ensemble-i", "ensemble-i:a"]
+
+
+def test_each_method_is_compared_with_hub_pathway_of_its_settings(finished: Path) -> None:
+    """A second hub, whose hub-pathway has one seed of a coefficient and two of another."""
+    _write(finished / "a", "hub-pathway", 1, 0.60, "same")
+    _write(finished / "b", "hub-pathway", 1, 0.70, "same", hub__exploration_coef=0.0)
+    _write(finished / "c", "hub-pathway", 2, 0.80, "same", hub__exploration_coef=0.0)
+    _write(finished / "d", "zoo-tuning", 1, 0.65, "same", hub__exploration_coef=0.0, hub__top_k=3)
+    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    ours = "hub-pathway (hub=same, exploration_coef=0.0)"
+    zoo = rows["zoo-tuning (hub=same)"]
+    assert (zoo.ours, zoo.difference) == (ours, (pytest.approx(0.05), None, None))
+    other = rows["hub-pathway (hub=same, exploration_coef=0.3)"]
+    assert (other.ours, other.difference) == (ours, (pytest.approx(0.10), None, None))
+    single = rows["single:a (hub=rgb)"]
+    assert single.ours == "hub-pathway (hub=rgb, exploration_coef=0.3)"
+    assert single.difference is not None
+    assert single.difference.mean == pytest.approx(0.03)
+    assert rows[ours].difference is None
+
+
+def test_coefficients_of_runs_that_differ_in_nothing_else(finished: Path) -> None:
+    _write(finished / "a", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
+    _write(finished / "b", "hub-pathway", 1, 0.6, train__epochs=9)
+    assert report._by_coefficient(report.read_runs(finished)) == {
+        "fashion-mnist (epochs=2)": {0.0: [0.7], 0.3: [0.80, 0.84, 0.88]}
+    }
+
+
+def test_folders_of_images_are_other_data(finished: Path) -> None:
+    for i, root in enumerate("xy"):
+        data = {"data__name": "folder", "data__root": root}
+        _write(finished / root, "single:a", 1, 0.1 * i, **data)
+    _write(finished / "z", "hub-pathway", 4, 0.9, data__root="elsewhere")
+    methods = {(run.data, run.method) for run in report.read_runs(finished)}
+    assert {method for data, method in methods if data == "folder"} == {
+        "single:a (root=x)",
+        "single:a (root=y)",
+    }
+    assert ("fashion-mnist", "hub-pathway") in methods
+
+
+def test_landmarks_have_three_scores_and_less_error_is_better(tmp_path: Path) -> None:
+    for method, nme in (("hub-pathway", 0.05), ("single:a", 0.06)):
+        _write(tmp_path / method, method, 1, 0.0)
+        scores = {"": {"nme": nme, "failure_rate": 0.25, "auc": 0.5, "loss": 1.0}}
+        results = json.loads((tmp_path / method / "results.json").read_text())
+        results |= {"task": "landmarks", "validation": scores, "test": scores}
+        (tmp_path / method / "results.json").write_text(json.dumps(results))
+    found = report.read_runs(tmp_path)
+    rows = report.summarise(found)
+    assert [row.method for row in rows] == ["hub-pathway", "single:a"]
+    assert rows[1].difference == (pytest.approx(0.01), None, None)
+    text = report._markdown(rows, found)
+    assert "| method | seeds | test nme | failure_rate | auc | validation | hub-pathway" in text
+    assert "| single:a | 1 | 6.00 | 25.00 | 50.00 | 6.00 | 1.00 | 10 |" in text
 
 
 def test_one_trained_by_itself_comes_first(tmp_path: Path) -> None:
@@ -169,10 +237,24 @@ def test_files_of_a_report(
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| single:b | 1 | 90.00 | 50.00 |" in text
     assert "Best single encoder, by validation: single:a." in text
+    assert "Differences are those of hub-pathway (exploration_coef=0.3)." in text
+    with (tmp_path / "out" / "curves.csv").open() as lines:
+        curves = list(csv.DictReader(lines))
+    assert len(curves) == 16
+    first = {"data": "fashion-mnist", "method": "single:b", "seed": "1", "step": "3"}
+    assert first | {"validation": "0.4"} in curves
     with (tmp_path / "out" / "runs.csv").open() as lines:
         assert len(list(csv.DictReader(lines))) == 8
     for name in ("scores", "curves", "exploration"):
         assert (tmp_path / "out" / f"{name}.png").stat().st_size > 5000
+
+
+def test_a_report_needs_a_folder(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("")
+    assert run(finished, "--out", tmp_path / "out") == 2
+    assert "out" in capsys.readouterr().err
 
 
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,6 +301,9 @@ def test_routing_is_what_the_method_does(tmp_path: Path, monkeypatch: pytest.Mon
         expected = [(mine == i).any(axis=1).mean() for i in range(3)]
         np.testing.assert_allclose(row, expected)
     assert found.examples[0].shape == (36, 36, 3)
+    cells = report._routing_cells(found)
+    assert [row["class"] for row in cells] == list(found.classes)
+    assert [list(row) for row in cells] == [["class", "a", "b", "c"]] * len(found.classes)
 
 
 def test_routing_of_another_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

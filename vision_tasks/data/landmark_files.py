@@ -19,12 +19,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from vision_tasks.data.images import Box, ImageFiles, Images, Part, crop, to_tensor
+from vision_tasks.data.images import (
+    Box,
+    ImageFiles,
+    Images,
+    Part,
+    UnreadableImageError,
+    crop,
+    to_tensor,
+)
 from vision_tasks.data.sources import PointSource, existing_file, needed_file, needed_root
 
 # Shape letters: N images, P points.
 Floats = NDArray[np.float64]
 T = TypeVar("T")
+Eyes = tuple[tuple[int, ...], tuple[int, ...]]
 
 #: Of the longer side of a face's box, at each side.
 MARGIN = 0.125
@@ -38,6 +47,11 @@ TRAIN_300W = ("afw", "helen/trainset", "lfpw/trainset")
 TEST_300W = ("helen/testset", "lfpw/testset", "ibug")
 LAYOUT_WFLW = "WFLW_images/ and WFLW_annotations/list_98pt_rect_attr_train_test/"
 LAYOUT_COFW = "COFW_train_color.mat and COFW_test_color.mat"
+#: Points whose means are the two ends of the inter-ocular distance.
+EYES_300W: Eyes = ((36,), (45,))
+EYES_WFLW: Eyes = ((60,), (72,))
+EYES_COFW: Eyes = ((8,), (9,))
+EYES_AFLW: Eyes = ((6, 7, 8), (9, 10, 11))
 LAYOUT_AFLW = (
     "face_landmarks_aflw_train.csv, face_landmarks_aflw_test.csv (columns image_name, scale, "
     "box_size, center_w, center_h, then x and y of 19 points) and the images, in images/ or beside"
@@ -68,7 +82,7 @@ def load_300w(root: Path | None) -> PointSource:
         _read_pts([needed_file(folder, part, "300w", LAYOUT_300W) for part in parts])
         for parts in (TRAIN_300W, TEST_300W)
     )
-    return PointSource("68 points of 300-W", ((36,), (45,)), train, test)
+    return PointSource("68 points of 300-W", EYES_300W, train, test)
 
 
 def load_wflw(root: Path | None) -> PointSource:
@@ -85,7 +99,7 @@ def load_wflw(root: Path | None) -> PointSource:
         _read_wflw(needed_file(folder, f"{lists}_{part}.txt", "wflw", LAYOUT_WFLW), images)
         for part in ("train", "test")
     )
-    return PointSource("98 points of WFLW", ((60,), (72,)), train, test)
+    return PointSource("98 points of WFLW", EYES_WFLW, train, test)
 
 
 def load_cofw(root: Path | None) -> PointSource:
@@ -101,7 +115,7 @@ def load_cofw(root: Path | None) -> PointSource:
         _read_cofw(needed_file(folder, f"COFW_{part}_color.mat", "cofw", LAYOUT_COFW), suffix)
         for part, suffix in (("train", "Tr"), ("test", "T"))
     )
-    return PointSource("29 points of COFW", ((8,), (9,)), train, test)
+    return PointSource("29 points of COFW", EYES_COFW, train, test)
 
 
 def load_aflw(root: Path | None) -> PointSource:
@@ -121,7 +135,7 @@ def load_aflw(root: Path | None) -> PointSource:
         )
         for part in ("train", "test")
     )
-    return PointSource("19 points of AFLW", ((6, 7, 8), (9, 10, 11)), train, test)
+    return PointSource("19 points of AFLW", EYES_AFLW, train, test)
 
 
 def read_pts(file: Path) -> Floats:
@@ -180,13 +194,21 @@ class MatImages:
         def read(mat: Any) -> Any:
             return mat[mat[self._key][0, index]][()]
 
-        image = _with_mat(self._file, read)
-        # MATLAB's axes come in the opposite order: (3, W, H), or (W, H) where it is grey.
-        picture = Image.fromarray(np.ascontiguousarray(image.T)).convert("RGB")
+        try:
+            image = _with_mat(self._file, read)
+            # MATLAB's axes come in the opposite order: (3, W, H), or (W, H) where it is grey.
+            picture = Image.fromarray(np.ascontiguousarray(image.T)).convert("RGB")
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UnreadableImageError(
+                f"{self._file}: image {index + 1} of {self._key} can't be read ({error}): replace "
+                "the file"
+            ) from error
         return to_tensor(crop(picture, self._boxes[index]))
 
 
-def _part(faces: Sequence[Face], images: Callable[[list[Box]], Images]) -> Part:
+def _part(faces: Sequence[Face], images: Callable[[list[Box]], Images], place: str) -> Part:
+    if not faces:
+        raise ValueError(f"{place} lists no face: replace it")
     boxes = [square(face) for face in faces]
     return Part(images(boxes), targets(faces, boxes))
 
@@ -198,9 +220,9 @@ def _read_pts(folders: Sequence[Path]) -> Part:
             raise ValueError(f"{folder} has no .pts file; 300w needs {LAYOUT_300W}")
     faces = [Face(read_pts(file)) for file in files]
     for file, face in zip(files, faces, strict=True):
-        _check_points(face, 68, str(file))
+        _check_points(face, 68, EYES_300W, str(file))
     images = [_image_beside(file) for file in files]
-    return _part(faces, lambda boxes: ImageFiles(images, boxes))
+    return _part(faces, lambda boxes: ImageFiles(images, boxes), str(folders[0]))
 
 
 def _image_beside(file: Path) -> Path:
@@ -213,33 +235,40 @@ def _image_beside(file: Path) -> Path:
 def _read_wflw(list_file: Path, images: Path) -> Part:
     faces, files = [], []
     for number, line in enumerate(list_file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
         where = f"{list_file}: line {number}"
         *numbers, name = line.split(maxsplit=206)
         values = _numbers(numbers, where)
         if len(values) != 206:
             raise ValueError(f"{where} has {len(values)} numbers, not 206 (98 points, box, flags)")
         left, top, right, bottom = values[196:200]
-        faces.append(Face(np.array(values[:196]).reshape(98, 2), (left, top, right, bottom)))
+        face = Face(np.array(values[:196]).reshape(98, 2), (left, top, right, bottom))
+        _check_points(face, 98, EYES_WFLW, where)
+        faces.append(face)
         files.append(existing_file(images / name.strip(), where))
-    return _part(faces, lambda boxes: ImageFiles(files, boxes))
+    return _part(faces, lambda boxes: ImageFiles(files, boxes), str(list_file))
 
 
 def _read_aflw(list_file: Path, images: Path) -> Part:
     faces, files = [], []
     with list_file.open(newline="") as lines:
-        for number, (name, *numbers) in enumerate(csv.reader(lines), 1):
-            if number == 1:
+        for number, cells in enumerate(csv.reader(lines), 1):
+            if number == 1 or not cells:
                 continue
             where = f"{list_file}: line {number}"
+            name, *numbers = cells
+            if len(numbers) != 4 + 2 * 19:
+                raise ValueError(f"{where} has {len(numbers)} numbers, not 42 (box, 19 points)")
             _, size, x, y, *points = _numbers(numbers, where)
             face = Face(
-                np.array(points).reshape(-1, 2),
+                np.array(points).reshape(19, 2),
                 (x - size / 2, y - size / 2, x + size / 2, y + size / 2),
             )
-            _check_points(face, 19, where)
+            _check_points(face, 19, EYES_AFLW, where)
             faces.append(face)
             files.append(existing_file(images / name, where))
-    return _part(faces, lambda boxes: ImageFiles(files, boxes))
+    return _part(faces, lambda boxes: ImageFiles(files, boxes), str(list_file))
 
 
 def _read_cofw(file: Path, suffix: str) -> Part:
@@ -255,7 +284,9 @@ def _read_cofw(file: Path, suffix: str) -> Part:
         Face(points_P2, (left - 1, top - 1, left - 1 + width, top - 1 + height))
         for points_P2, (left, top, width, height) in zip(points_NP2, boxes.T, strict=True)
     ]
-    return _part(faces, lambda squares: MatImages(file, f"Is{suffix}", squares))
+    for number, face in enumerate(faces, 1):
+        _check_points(face, 29, EYES_COFW, f"{file}: face {number}")
+    return _part(faces, lambda squares: MatImages(file, f"Is{suffix}", squares), str(file))
 
 
 def _with_mat(file: Path, read: Callable[[Any], T]) -> T:
@@ -278,6 +309,11 @@ def _numbers(words: Sequence[str], where: str) -> list[float]:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_points(face: Face, n_points: int, where: str) -> None:
+def _check_points(face: Face, n_points: int, eyes: Eyes, where: str) -> None:
     if len(face.points_P2) != n_points:
         raise ValueError(f"{where} has {len(face.points_P2)} points, not {n_points}")
+    if not np.isfinite(face.points_P2).all():
+        raise ValueError(f"{where} has a point that is no number: correct it")
+    left_2, right_2 = (face.points_P2[list(eye)].mean(axis=0) for eye in eyes)
+    if np.array_equal(left_2, right_2):
+        raise ValueError(f"{where} has both eyes at one place: correct it")

@@ -35,7 +35,8 @@ class EnsembleI(Ensemble):
     Each encoder is fine-tuned alone; their predictions are averaged at test.
 
     Their losses are added, which changes no model's gradient: after it each model is what
-    ``single:ENCODER`` gives with the same seed. So their results count, too.
+    ``single:ENCODER`` gives with the same seed, as long as training doesn't stop early, which they
+    do together. So their results count, too.
     """
 
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:

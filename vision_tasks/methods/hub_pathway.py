@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -124,12 +126,23 @@ class HubPathwayModel(nn.Module):
         heads = list(self.heads.values())
 
         def encode(i: int, rows_R: Tensor) -> Tensor:
-            features_RD = self.pathway.encode(i, images_BCHW, rows_R)
-            outputs_RO: Tensor = heads[i](features_RD.float())
+            some = [self.pathway.encode(i, images_BCHW, rows) for rows in self._pieces(rows_R, n)]
+            outputs_RO: Tensor = heads[i](torch.cat(some).float())
             parts.append(Part(i, rows_R, outputs_RO))
             return outputs_RO
 
+        n = len(images_BCHW)
         return self.pathway(images_BCHW, encode=encode), parts
+
+    def _pieces(self, rows_R: Tensor, n_images: int) -> Sequence[Tensor]:
+        """
+        An encoder's rows: all at once in training; else as many as its share of the batch, so that
+        memory is the same however the images are routed.
+        """
+        if torch.is_grad_enabled():
+            return (rows_R,)
+        share = math.ceil(n_images * self.pathway.top_k / len(self.pathway.encoders))
+        return rows_R.split(share)
 
 
 def settle_generator(pathway: HubPathway, batches: Batches) -> None:

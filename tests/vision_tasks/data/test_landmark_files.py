@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 import h5py
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vision_tasks.data import ImageDataset, load_landmarks
+from vision_tasks.data.images import UnreadableImageError
 from vision_tasks.data.landmark_files import Face, read_pts, square
 
 SIZE = 64
@@ -74,6 +76,12 @@ def test_300w_refuses_what_is_wrong(folder_300w: Path) -> None:
     write_pts(file, np.zeros((67, 2)))
     with pytest.raises(ValueError, match=r"ibug/1.pts has 67 points, not 68"):
         load_landmarks("300w", folder_300w, SIZE, None, 0)
+    write_pts(file, np.ones((68, 2)))
+    with pytest.raises(ValueError, match=r"ibug/1.pts has both eyes at one place: correct it"):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
+    write_pts(file, np.full((68, 2), np.nan))
+    with pytest.raises(ValueError, match=r"ibug/1.pts has a point that is no number"):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
     file.write_text("version: 1\nn_points: 68\n{\n1 2\n")
     with pytest.raises(ValueError, match=r"ibug/1.pts is no whole .pts file .* replace it"):
         load_landmarks("300w", folder_300w, SIZE, None, 0)
@@ -133,6 +141,12 @@ def test_wflw(tmp_path: Path) -> None:
     test_file.write_text(wflw_line("a.png", points).replace("0--", "").replace(" ", " x", 1))
     with pytest.raises(ValueError, match=r"test.txt: line 1: could not convert string to float"):
         load_landmarks("wflw", tmp_path, SIZE, None, 0)
+    test_file.write_text("\n\n")
+    with pytest.raises(ValueError, match=r"test.txt lists no face: replace it"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
+    test_file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"test.txt.*wflw needs .*WFLW_images/ and"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
 
 
 def write_cofw(file: Path, suffix: str, seeds: tuple[int, ...]) -> None:
@@ -166,6 +180,30 @@ def test_cofw(tmp_path: Path) -> None:
         mat["bboxesT"] = np.zeros((4, 5))
     with pytest.raises(ValueError, match=r"has arrays of \(87, 2\) and \(4, 5\)"):
         load_landmarks("cofw", tmp_path, SIZE, None, 0)
+    (tmp_path / "COFW_test_color.mat").unlink()
+    with pytest.raises(FileNotFoundError, match=r"COFW_test_color.mat.*cofw needs"):
+        load_landmarks("cofw", tmp_path, SIZE, None, 0)
+
+
+def test_cofw_names_an_image_that_is_none(tmp_path: Path) -> None:
+    write_cofw(tmp_path / "COFW_train_color.mat", "Tr", (0, 1, 2))
+    write_cofw(tmp_path / "COFW_test_color.mat", "T", (3, 4))
+    with h5py.File(tmp_path / "COFW_test_color.mat", "a") as mat:
+        del mat["#refs#/1"]
+        mat["#refs#/other"] = np.zeros((4, 5, 6, 7))
+        mat["IsT"][0, 1] = mat["#refs#/other"].ref
+    data = load_landmarks("cofw", tmp_path, SIZE, None, 0)
+    message = r"COFW_test_color.mat: image 2 of IsT can't be read .*: replace the file"
+    with pytest.raises(UnreadableImageError, match=message):
+        data.test[1]
+
+
+def test_cofw_needs_h5py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("COFW_train_color.mat", "COFW_test_color.mat"):
+        (tmp_path / name).touch()
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ValueError, match=r"COFW needs h5py: `pip install 'hubrl\[vision\]'`"):
+        load_landmarks("cofw", tmp_path, SIZE, None, 0)
 
 
 def write_aflw(file: Path, names: list[str], points: list[NDArray[np.float64]]) -> None:
@@ -193,7 +231,19 @@ def test_aflw(tmp_path: Path) -> None:
     assert all(points_are_bright(part) for part in data[:3])
 
     write_aflw(tmp_path / "face_landmarks_aflw_test.csv", names[:1], [points[0][:18]])
-    with pytest.raises(ValueError, match=r"aflw_test.csv: line 2 has 18 points, not 19"):
+    with pytest.raises(ValueError, match=r"aflw_test.csv: line 2 has 40 numbers, not 42"):
+        load_landmarks("aflw", tmp_path, SIZE, None, 0)
+    file = tmp_path / "face_landmarks_aflw_test.csv"
+    write_aflw(file, names[:1], points[:1])
+    whole = file.read_text()
+    file.write_text(whole.replace(",50,", ",large,"))
+    with pytest.raises(ValueError, match=r"aflw_test.csv: line 2: could not convert string to fl"):
+        load_landmarks("aflw", tmp_path, SIZE, None, 0)
+    file.write_text(whole.splitlines()[0] + "\n\n")
+    with pytest.raises(ValueError, match=r"aflw_test.csv lists no face: replace it"):
+        load_landmarks("aflw", tmp_path, SIZE, None, 0)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"aflw_test.csv.*aflw needs"):
         load_landmarks("aflw", tmp_path, SIZE, None, 0)
 
 
