@@ -224,7 +224,10 @@ class ResNet10(nn.Module):
             maps_BCHW: Tensor = self.stem(images_BCHW)
             return maps_BCHW
         convolution, norm, relu, pool = self.stem
-        return pool(relu(fuse_conv_bn_eval(convolution, norm)(images_BCHW)))
+        assert isinstance(convolution, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        maps_BCHW = pool(relu(fuse_conv_bn_eval(convolution, norm)(images_BCHW)))
+        return maps_BCHW
 
 
 class ResidualBlock(nn.Module):

@@ -142,7 +142,7 @@ class HubPathwayModel(nn.Module):
         if torch.is_grad_enabled():
             return (rows_R,)
         share = math.ceil(n_images * self.pathway.top_k / len(self.pathway.encoders))
-        return rows_R.split(share)
+        return torch.split(rows_R, share)
 
 
 def settle_generator(pathway: HubPathway, batches: Batches) -> None:
