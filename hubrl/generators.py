@@ -8,7 +8,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import fuse_conv_bn_eval
 
 from hubrl.encoders import orthogonal_init
 
@@ -211,23 +210,9 @@ class ResNet10(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Outputs (B, O)."""
-        features_BD = self.stages(self._stem(images_BCHW)).mean(dim=(2, 3))
+        features_BD = self.stages(self.stem(images_BCHW)).mean(dim=(2, 3))
         outputs_BO: Tensor = self.linear(features_BD)
         return outputs_BO
-
-    def _stem(self, images_BCHW: Tensor) -> Tensor:
-        """
-        Its maps are the largest by far, so where nothing learns they are made once: the
-        normalisation becomes a part of the convolution, which halves the network's peak of memory.
-        """
-        if self.training or torch.is_grad_enabled():
-            maps_BCHW: Tensor = self.stem(images_BCHW)
-            return maps_BCHW
-        convolution, norm, relu, pool = self.stem
-        assert isinstance(convolution, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        maps_BCHW = pool(relu(fuse_conv_bn_eval(convolution, norm)(images_BCHW)))
-        return maps_BCHW
 
 
 class ResidualBlock(nn.Module):
