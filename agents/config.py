@@ -16,6 +16,7 @@ from hubrl.sections import (
     Integer,
     NonNegative,
     Positive,
+    Schedule,
     Section,
     parse,
     read_mapping,
@@ -41,42 +42,6 @@ LATER_KEYS: Mapping[str, Mapping[str, Any]] = {
     },
     "train": {"n_checkpoints": 2, "n_rollbacks": 0},
 }
-
-
-class Schedule(Section):
-    """
-    A number that moves linearly from ``start`` to ``end`` over the run.
-
-    In YAML: ``{start: 0.1, end: 0.01}``, or ``0.1`` for a constant, or ``{linear: 0.1}`` for
-    ``{start: 0.1, end: 0}``.
-    """
-
-    start: NonNegative
-    end: NonNegative
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _expand(cls, data: Any) -> Any:
-        if isinstance(data, (int, float, str)):
-            return {"start": data, "end": data}
-        if isinstance(data, dict) and set(data) == {"linear"}:
-            return {"start": data["linear"], "end": 0.0}
-        return data
-
-    @pydantic.model_serializer
-    def _shorten(self) -> float | dict[str, float]:
-        if self.start == self.end:
-            return self.start
-        return {"start": self.start, "end": self.end}
-
-    def __call__(self, progress_remaining: float) -> float:
-        """
-        The value at a point of the run.
-
-        :param progress_remaining: 1 at the start, 0 at the end, as in SB3
-        """
-        # SB3's last rollout may pass the end: a learning rate must not become negative.
-        return self.end + (self.start - self.end) * max(progress_remaining, 0.0)
 
 
 class EnvSection(Section):

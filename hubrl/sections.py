@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Self, TypeVar, get_args
 
 import pydantic
 from pydantic import BeforeValidator, Field
@@ -34,6 +34,47 @@ class Section(pydantic.BaseModel):
     """Frozen data; an unknown key is an error."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Schedule(Section):
+    """
+    A number that moves linearly from ``start`` to ``end`` over the run.
+
+    In YAML: ``{start: 0.1, end: 0.01}``, or ``0.1`` for a constant, or ``{linear: 0.1}`` for
+    ``{start: 0.1, end: 0}``.
+    """
+
+    start: NonNegative
+    end: NonNegative
+
+    @classmethod
+    def constant(cls, value: float) -> Self:
+        """One that doesn't move."""
+        return cls(start=value, end=value)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _expand(cls, data: Any) -> Any:
+        if isinstance(data, (int, float, str)):
+            return {"start": data, "end": data}
+        if isinstance(data, dict) and set(data) == {"linear"}:
+            return {"start": data["linear"], "end": 0.0}
+        return data
+
+    @pydantic.model_serializer
+    def _shorten(self) -> float | dict[str, float]:
+        if self.start == self.end:
+            return self.start
+        return {"start": self.start, "end": self.end}
+
+    def __call__(self, progress_remaining: float) -> float:
+        """
+        The value at a point of the run.
+
+        :param progress_remaining: 1 at the start, 0 at the end, as in SB3
+        """
+        # SB3's last rollout may pass the end: a learning rate must not become negative.
+        return self.end + (self.start - self.end) * max(progress_remaining, 0.0)
 
 
 Config = TypeVar("Config", bound=Section)

@@ -14,6 +14,7 @@ from hubrl.sections import (
     Integer,
     NonNegative,
     Positive,
+    Schedule,
     Section,
     parse,
     read_mapping,
@@ -55,7 +56,7 @@ class HubSection(Section):
     :param name: a hub, ``HUB:ENCODER``, a folder or a YAML file
     :param top_k: encoders that an image activates
     :param generator: a key of ``hubrl.generators.GENERATORS``
-    :param exploration_coef: weight of the pathway exploration loss
+    :param exploration_coef: weight of the pathway exploration loss, which may change over a phase
     :param exploitation_coef: weight of the exploitation loss
     :param random_init: random weights in the place of the pretrained ones
     :param precision: what the encoders compute in
@@ -65,7 +66,7 @@ class HubSection(Section):
     name: str
     top_k: Count
     generator: str
-    exploration_coef: NonNegative
+    exploration_coef: Schedule
     exploitation_coef: NonNegative
     random_init: bool
     precision: Literal["auto", "float32", "bfloat16"]

@@ -184,8 +184,13 @@ def _label(config: Settings, beside: Sequence[Settings], without: str | None = N
         if key != without and len({str(each[key]) for each in all_settings if key in each}) > 1
     }
     names = {key: "hub" if key == "hub.name" else key.split(".")[-1] for key in differing}
-    settings = ", ".join(f"{names[key]}={value}" for key, value in differing.items())
+    settings = ", ".join(f"{names[key]}={_text(value)}" for key, value in differing.items())
     return f"{config['method']} ({settings})" if settings else str(config["method"])
+
+
+def _text(value: Any) -> str:
+    """A setting; schedules as "0.3 to 0"."""
+    return f"{value['start']:g} to {value['end']:g}" if isinstance(value, dict) else str(value)
 
 
 def _member_label(config: Settings, name: str, label: str) -> str:
@@ -283,7 +288,11 @@ def _by_coefficient(runs: Sequence[Run]) -> dict[str, dict[float, list[float]]]:
     Test scores of hub-pathway by exploration coefficient, for each data set and what else runs
     differ in.
     """
-    ours = [run for run in runs if run.config["method"] == OURS]
+    ours = [
+        run
+        for run in runs
+        if run.config["method"] == OURS and not isinstance(run.config[COEFFICIENT], dict)
+    ]
     scores: dict[str, dict[float, list[float]]] = {}
     for run in ours:
         beside = [other.config for other in ours if other.data == run.data]

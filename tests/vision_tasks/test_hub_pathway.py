@@ -12,11 +12,14 @@ from small_images import SIZE, landmark_data, quadrant_images, write_rgb_hub
 from torch import Tensor
 from torch.nn import functional as F
 
+from hubrl.sections import Schedule
 from hubrl.specs import load_hub
 from vision_tasks.methods import Method, Settings, build_method
 from vision_tasks.tasks import Classification, Landmarks
 
-SETTINGS = Settings(seed=0, image_size=SIZE, exploration_coef=0.3, exploitation_coef=0.7)
+SETTINGS = Settings(
+    seed=0, image_size=SIZE, exploration_coef=Schedule.constant(0.3), exploitation_coef=0.7
+)
 
 
 @pytest.fixture
@@ -74,6 +77,17 @@ def test_losses_and_gradients_are_the_papers(kind: str, hub: Path) -> None:
         if other is not None:
             mine = torch.zeros_like(other) if mine is None else mine  # nothing activated it
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_exploration_coefficient_may_move(hub: Path) -> None:
+    settings = SETTINGS._replace(exploration_coef=Schedule(start=0.4, end=0.1))
+    method = build_method("hub-pathway", load_hub(hub), Classification(4), settings).eval()
+    images, targets = quadrant_images(16, seed=3)
+    for progress, coef in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
+        method.progress = progress
+        total, parts = method.loss("train", images, targets)
+        expected = parts["task"] + coef * parts["exploration"] + 0.7 * parts["exploitation"]
+        torch.testing.assert_close(total, expected)
 
 
 def test_an_untrained_aggregator_is_the_weighted_sum(hub: Path) -> None:

@@ -163,6 +163,13 @@ def test_each_method_is_compared_with_hub_pathway_of_its_settings(finished: Path
     assert rows[ours].difference is None
 
 
+def test_a_coefficient_that_moves_has_no_place_among_numbers(finished: Path) -> None:
+    _write(finished / "a", "hub-pathway", 1, 0.7, hub__exploration_coef={"linear": 0.3})
+    found = report.read_runs(finished)
+    assert "hub-pathway (exploration_coef=0.3 to 0)" in {run.method for run in found}
+    assert report._by_coefficient(found) == {}
+
+
 def test_coefficients_of_runs_that_differ_in_nothing_else(finished: Path) -> None:
     _write(finished / "a", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
     _write(finished / "b", "hub-pathway", 1, 0.6, train__epochs=9)

@@ -21,6 +21,7 @@ from hubrl import state_folder
 from hubrl.encoders import build_encoder
 from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError
+from hubrl.sections import Schedule
 from hubrl.signals import StopSignal
 from hubrl.specs import HubSpec, load_hub
 from vision_tasks import classification, distributed, runs
@@ -148,7 +149,7 @@ def test_training_gives_the_numbers_of_encoders_in_memory(
     [
         {"precision": "bfloat16"},
         {"pretrained": False},
-        {"top_k": 1, "exploration_coef": 0.0},
+        {"top_k": 1, "exploration_coef": Schedule.constant(0.0)},
         {"top_k": 5, "generator": "uniform"},
     ],
     ids=["bfloat16", "random", "top1", "uniform"],
@@ -189,7 +190,7 @@ def test_no_more_than_n_encoders_are_in_memory(hub: HubSpec, tmp_path: Path) -> 
 def test_an_encoder_that_no_image_activates_stays_as_it_is(hub: HubSpec, tmp_path: Path) -> None:
     """Not even weight decay moves it, nor does it count a step."""
     swap = Swap(2, tmp_path / "run" / "swap")
-    method = method_of(hub, swap, exploration_coef=0.0)
+    method = method_of(hub, swap, exploration_coef=Schedule.constant(0.0))
     with torch.no_grad():
         method.model.pathway.generator.scores.bias.copy_(torch.tensor([50.0, 50.0, 0, 0, 0]))
     before = weights_of(method, swap.folder)

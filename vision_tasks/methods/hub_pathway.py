@@ -61,12 +61,16 @@ class HubPathwayMethod(Method):
         exploration = pathway_exploration_loss(mean_1E)
         total = (
             task
-            + self.settings.exploration_coef * exploration
+            + self._exploration_coef * exploration
             + self.settings.exploitation_coef * exploitation
         )
         parts = {"task": task, "exploration": exploration, "exploitation": exploitation}
         shares = zip(self.hub.encoder_names, mean_1E[0], strict=True)
         return Losses(total, parts | {f"probability/{name}": share for name, share in shares})
+
+    @property
+    def _exploration_coef(self) -> float:
+        return self.settings.exploration_coef(1.0 - self.progress)
 
     def advice(self, losses: dict[str, float]) -> str | None:
         """A collapse: nearly all of an epoch's pathway probability belonged to one encoder."""
@@ -74,7 +78,7 @@ class HubPathwayMethod(Method):
         top = self.model.pathway.collapsed_to(shares)
         if top is None:
             return None
-        coef = self.settings.exploration_coef
+        coef = self._exploration_coef
         return (
             f"pathway collapse: encoder {top!r} has {shares[top]:.0%} of the pathway probability; "
             f"raise hub.exploration_coef (now {coef:g}), or train the encoder alone, which is "

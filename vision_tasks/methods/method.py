@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hubrl.aggregation import Concat
 from hubrl.encoders import Encoder, build_encoder
 from hubrl.precision import resolve_precision
+from hubrl.sections import Schedule
 from hubrl.specs import EncoderSpec, HubSpec
 from vision_tasks.swap import Swap
 from vision_tasks.tasks import Task
@@ -41,7 +42,7 @@ class Settings(NamedTuple):
     :param image_size: side of the data's images, in pixels
     :param top_k: encoders that an image activates
     :param generator: a key of ``hubrl.generators.GENERATORS``
-    :param exploration_coef: weight of the pathway exploration loss
+    :param exploration_coef: weight of the pathway exploration loss over a phase
     :param exploitation_coef: weight of the exploitation loss
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: float32, bfloat16 or auto
@@ -52,7 +53,7 @@ class Settings(NamedTuple):
     image_size: int
     top_k: int = 2
     generator: str = "even"
-    exploration_coef: float = 0.3
+    exploration_coef: Schedule = Schedule.constant(0.3)
     exploitation_coef: float = 1.0
     pretrained: bool = True
     precision: str = "float32"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hubrl.sections import Schedule
 from hubrl.specs import HubSpec
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
 from vision_tasks.methods.method import Settings
@@ -20,7 +21,9 @@ class Uniform(HubPathwayMethod):
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         settings = settings._replace(
-            generator="uniform", top_k=len(hub.encoders), exploration_coef=0.0
+            generator="uniform",
+            top_k=len(hub.encoders),
+            exploration_coef=Schedule.constant(0.0),
         )
         # Always active encoders would weigh more than the others.
         super().__init__(dataclasses.replace(hub, always_active=()), task, settings)
