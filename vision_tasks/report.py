@@ -271,7 +271,7 @@ def _curves(runs: Sequence[Run]) -> Curves:
 
 def _curve_cells(curves: Curves) -> list[dict[str, Any]]:
     return [
-        {"data": data, "method": method, "seed": seed, "step": step, "validation": score}
+        {"data": data, "method": method, "seed": seed, "step": step, "validation": round(score, 6)}
         for data, methods in curves.items()
         for method, seeds in methods.items()
         for seed, points in seeds.items()
