@@ -340,7 +340,9 @@ def read_yaml(file: Path, what: str) -> Any:
     try:
         if file.stat().st_size > MAX_YAML:
             raise _RefusedError(f"{file.stat().st_size:,} bytes long, allowed: {MAX_YAML:,}")
-        return yaml.load(file.read_text(), _PlainLoader)
+        text = file.read_text()
+        _check_events(text)
+        return yaml.load(text, _PlainLoader)
     except _RefusedError as error:
         raise ValueError(f"{what} {file}, {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # such as dates of a 13th month
@@ -371,32 +373,8 @@ class _RefusedError(Exception):
     """YAML that is valid, but not taken."""
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """Refuses a document before anything is built of it."""
-
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        name, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
-        if name is not None:  # of an alias, too
-            raise self._refusal(
-                event,
-                f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place "
-                "what it stands for",
-            )
-        if tag is not None:
-            raise self._refusal(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
-        if any(map(_is_control, getattr(event, "value", ""))):
-            raise self._refusal(
-                event, f"has control characters, allowed: text ({event.value[:20]!r})"
-            )
-        if self.depth == MAX_DEPTH:
-            raise self._refusal(event, f"is nested deeper than the {MAX_DEPTH} levels allowed")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
+class _PlainLoader(yaml.CSafeLoader):
+    """Refuses numbers that take long to read or don't fit."""
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         is_int, text = node.tag.endswith(":int"), str(node.value)
@@ -405,16 +383,37 @@ class _PlainLoader(yaml.SafeLoader):
             number: int | float = read(node)
             if not is_int or int(number).bit_length() <= MAX_BITS:
                 return number
-        raise self._refusal(
-            node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most"
-        )
-
-    def _refusal(self, place: Any, why: str) -> _RefusedError:
-        return _RefusedError(f"line {place.start_mark.line + 1}, {why}")
+        raise _refusal(node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most")
 
 
 for _kind in ("int", "float"):
     _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.construct_number)
+
+
+def _check_events(document: str) -> None:
+    """Refuse a document before anything is built of it."""
+    depth = 0
+    for event in yaml.parse(document, yaml.CSafeLoader):
+        name, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
+        if name is not None:  # of an alias, too
+            raise _refusal(
+                event,
+                f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place "
+                "what it stands for",
+            )
+        if tag is not None:
+            raise _refusal(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
+        text = getattr(event, "value", "")
+        if any(map(_is_control, text)):
+            raise _refusal(event, f"has control characters, allowed: text ({text[:20]!r})")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise _refusal(event, f"is nested deeper than the {MAX_DEPTH} levels allowed")
+
+
+def _refusal(place: Any, why: str) -> _RefusedError:
+    return _RefusedError(f"line {place.start_mark.line + 1}, {why}")
 
 
 def _is_control(char: str) -> bool:
@@ -422,7 +421,7 @@ def _is_control(char: str) -> bool:
     return unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
 
 
-class _PlainDumper(yaml.SafeDumper):
+class _PlainDumper(yaml.CSafeDumper):
     """Writes out each value, where PyYAML would name one that it meets again."""
 
     def ignore_aliases(self, data: Any) -> bool:

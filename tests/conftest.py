@@ -20,6 +20,9 @@ from hubrl.specs import EncoderSpec
 # of processes that tests start, too.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test cuts the power, and waiting for the disk takes a twentieth of all. Processes that tests
+# start do wait.
+os.fsync = lambda descriptor: None  # type: ignore[assignment]
 
 
 def pytest_collection_finish() -> None:

@@ -130,4 +130,4 @@ def test_the_scan_lets_pass(source: str) -> None:
 
 
 def test_our_own_loader_of_yaml_is_a_safe_one() -> None:
-    assert issubclass(specs._PlainLoader, yaml.SafeLoader)
+    assert issubclass(specs._PlainLoader, yaml.CSafeLoader)
