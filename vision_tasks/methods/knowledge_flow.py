@@ -41,10 +41,13 @@ class KnowledgeFlow(LogMe):
     Ours: a stage ends where maps become smaller, and is fed by the stage of each teacher that is
     as deep, at the student's map size; an encoder without maps (a transformer's tokens are none)
     takes part with its pooled features. The dependence loss' coefficient rises linearly from 0 to
-    1, and the teachers' weights are multiplied by the share of training that is left, so that the
-    student is independent at the end of a run of any length. The regularizer that keeps the
-    student's outputs from changing is left out.
+    1 over the first half of training, and the teachers' weights are multiplied by what is left of
+    it, so that the student is independent in time to learn alone in a run of any length. The
+    regularizer that keeps the student's outputs from changing is left out.
     """
+
+    #: Share of training from which the student learns alone.
+    ALONE_FROM = 0.5
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__(hub, task, settings)
@@ -72,14 +75,16 @@ class KnowledgeFlow(LogMe):
         ).to(images_1CHW.device)
 
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
-        """The task's loss of the mixture + the share of training that is done x dependence."""
+        """The task's loss of the mixture + (1 - the teachers' part) x dependence."""
         task = self.task.losses(self.mixture(images_BCHW), targets_B).mean()
         dependence = dependence_loss(torch.stack([mixer.shares()[0] for mixer in self._mixers()]))
-        total = task + self.progress * dependence
+        total = task + (1.0 - self._flow) * dependence
         return Losses(total, {"task": task, "dependence": dependence})
 
     def mixture(self, images_BCHW: Tensor) -> Tensor:
         """Outputs (B, O) of the student with what it has of its teachers at present."""
+        if self._flow == 0.0:
+            return self.forward(images_BCHW)
         dtype = resolve_precision(self.settings.precision, images_BCHW.device)
         maps = [
             maps_of(teacher, self._names(i), images_BCHW, dtype)
@@ -98,9 +103,14 @@ class KnowledgeFlow(LogMe):
 
     def _mix(self, mixer: Mixer, theirs: list[Tensor]) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], own_BCHW: Tensor) -> Tensor:
-            return mixer(own_BCHW, theirs, 1.0 - self.progress)  # type: ignore[no-any-return]
+            return mixer(own_BCHW, theirs, self._flow)  # type: ignore[no-any-return]
 
         return hook
+
+    @property
+    def _flow(self) -> float:
+        """Factor of the teachers' weights: 1 at the start, 0 from where the student is alone."""
+        return max(0.0, 1.0 - self.progress / self.ALONE_FROM)
 
     def _names(self, teacher: int) -> set[str]:
         return {name for sources in self._sources for i, name in sources if i == teacher}
