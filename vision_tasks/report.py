@@ -114,6 +114,8 @@ def read_runs(*folders: Path) -> list[Run]:
     """
     The finished runs in some folders, at any depth; settings tell those of a data set apart.
 
+    A hub's folder below the current one is named from here: others may be shown the report.
+
     Of a single model and a seed there is one: that which was trained by itself comes before the
     same out of an ensemble's run.
 
@@ -121,7 +123,7 @@ def read_runs(*folders: Path) -> list[Run]:
     """
     found = {file.resolve(): file for folder in folders for file in folder.rglob(RESULTS_FILE)}
     files = sorted(found.values())
-    configs = {file: _flat(open_run(file.parent).model_dump(mode="json")) for file in files}
+    configs = {file: _settings_of(file.parent) for file in files}
     runs = []
     for file in files:
         results, config = checked(read_json(file), Results, file), configs[file]
@@ -245,6 +247,14 @@ def _compared_with(run: Run, groups: Sequence[Mapping[int, Run]]) -> Mapping[int
 
 def _sign(metric: str) -> int:
     return 1 if MORE_IS_BETTER[metric] else -1
+
+
+def _settings_of(folder: Path) -> Settings:
+    config = _flat(open_run(folder).model_dump(mode="json"))
+    hub, here = Path(config["hub.name"]), Path.cwd()
+    if hub.is_relative_to(here):
+        config["hub.name"] = str(hub.relative_to(here))
+    return config
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,6 +163,18 @@ def test_each_method_is_compared_with_hub_pathway_of_its_settings(finished: Path
     assert rows[ours].difference is None
 
 
+def test_a_hub_below_the_current_folder_is_named_from_there(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _write(finished / "a", "zoo-tuning", 1, 0.7, str(tmp_path / "hubs" / "same"))
+    _write(finished / "b", "zoo-tuning", 2, 0.7, "/elsewhere/same")
+    assert {run.method for run in report.read_runs(finished)} >= {
+        "zoo-tuning (hub=hubs/same)",
+        "zoo-tuning (hub=/elsewhere/same)",
+    }
+
+
 def test_a_coefficient_that_moves_has_no_place_among_numbers(finished: Path) -> None:
     _write(finished / "a", "hub-pathway", 1, 0.7, hub__exploration_coef={"linear": 0.3})
     found = report.read_runs(finished)
