@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,8 @@ def draw_scores(rows: Sequence[Row], file: Path) -> None:
         panel.set_yticks(y, [f"{row.method} ({len(row.seeds)})" for row in of_data])
         panel.set(xlabel=f"test {of_data[0].metric}", title=name)
         panel.grid(axis="x", alpha=0.3)
-    figure.text(0.01, 0.01, "in brackets: seeds; bars: 95 % intervals over them", fontsize=7)
+    note = "in brackets: seeds; bars: 95 % intervals over them"
+    figure.supxlabel(note, x=0.01, ha="left", fontsize=7)
     _save(figure, file)
 
 
@@ -50,23 +51,25 @@ def draw_curves(
 
     :param curves: by data set, method and seed: (step, score)
     """
-    figure, panels = _panels(len(curves), height=4.0)
+    names = list(dict.fromkeys(method for methods in curves.values() for method in methods))
+    figure, panels = _panels(len(curves), height=max(4.0, 0.7 + 0.2 * len(names)), margin=2.4)
     for panel, (data, methods) in zip(panels, curves.items(), strict=True):
-        for i, (method, by_seed) in enumerate(methods.items()):
+        for method, by_seed in methods.items():
             seeds = list(by_seed.values())
             n = min(len(seed) for seed in seeds)
             steps = [step for step, _ in seeds[0][:n]]
             scores = np.array([[score for _, score in seed[:n]] for seed in seeds])
+            i = names.index(method)
             colour = COLOURS[i % len(COLOURS)]
             dash = DASHES[i // len(COLOURS) % len(DASHES)]
-            look = {"color": colour, "linestyle": dash, "marker": "o", "ms": 3}
+            look = {"color": colour, "linestyle": dash, "marker": "o", "ms": 2}
             panel.plot(steps, scores.mean(axis=0), label=method, **look)
             panel.fill_between(
                 steps, scores.min(axis=0), scores.max(axis=0), color=colour, alpha=0.15, lw=0
             )
         panel.set(xlabel="steps", ylabel="validation score", title=data)
-        panel.legend(fontsize=7)
         panel.grid(alpha=0.3)
+    _legend(figure, panels)
     _save(figure, file)
 
 
@@ -119,6 +122,16 @@ def draw_routing(
     figure.savefig(file, dpi=DPI, metadata={"Software": None}, bbox_inches="tight")
 
 
+def _legend(figure: Figure, panels: Sequence[Any]) -> None:
+    """One legend, on the right, for all panels."""
+    handles: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    look: dict[str, Any] = {"frameon": False, "handlelength": 4, "fontsize": 8}
+    figure.legend(list(handles.values()), list(handles), loc="outside right upper", **look)
+
+
 def _bars(intervals: Sequence[Interval]) -> NDArray[np.float64]:
     """Lengths below and above the means, (2, N); none where there is a single seed."""
     lows = [i.mean - (i.mean if i.low is None else i.low) for i in intervals]
@@ -130,21 +143,20 @@ def _counts(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
     return [sum(row.data == name for row in rows) for name in names]
 
 
-def _panels(n: int, height: float) -> tuple[Figure, list[Any]]:
-    figure = _figure(6.4 * n, height)
+def _panels(n: int, height: float, margin: float = 0.0) -> tuple[Figure, list[Any]]:
+    figure = _figure(6.4 * n + margin, height, layout="constrained")
     return figure, list(np.atleast_1d(np.array(figure.subplots(1, n))))
 
 
-def _figure(width: float, height: float) -> Figure:
+def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as MatplotlibFigure
 
-    figure = MatplotlibFigure(figsize=(width, height))
+    figure = MatplotlibFigure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def _save(figure: Figure, file: Path) -> None:
-    figure.tight_layout()
     # No software version inside: the same numbers give the same file.
     figure.savefig(file, dpi=DPI, metadata={"Software": None})

@@ -29,6 +29,8 @@ MORE_IS_BETTER = {task.metric: task.is_more_better for task in TASKS.values()}
 #: Settings in which runs of one method may differ and still be the same method.
 IGNORED = ("method", "train.seed", "train.device", "train.n_workers", "train.save_freq")
 COEFFICIENT = "hub.exploration_coef"
+#: Methods whose runs give models of single encoders besides.
+OF_SINGLES = ("ensemble-i", "logme")
 #: Settings that some methods alone make use of.
 USED_BY = {
     "hub.top_k": (OURS,),
@@ -156,7 +158,8 @@ def best_single(rows: Iterable[Row], data: str) -> Row | None:
 def _runs_of(folder: Path, results: Results, config: Settings, label: str) -> list[Run]:
     metric = TASKS[results["task"]].metric
     runs = []
-    for name, scores in results["test"].items():
+    for name in results["test"] if results["method"] in OF_SINGLES else [""]:
+        scores = results["test"][name]
         method = label if not name else _member_label(config, name, label)
         validation = results["validation"][name][metric]
         others = {key: each for key, each in scores.items() if key not in (metric, "loss")}
@@ -374,8 +377,8 @@ def _markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
 
 FOOTER = """Means over seeds with Student's t intervals of 95 %; a single seed has none. Differences
 are taken seed by seed, and above 0 hub-pathway is better. Single models that come out of a run of
-ensemble-i were trained in it side by side, so its time is that of all of them; METHOD:NAME are
-models out of a run of that method.
+ensemble-i were trained in it side by side, so its time is that of all of them; ensemble-i:NAME
+stopped together with the others.
 """
 
 

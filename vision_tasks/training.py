@@ -317,6 +317,8 @@ class Trainer:
     def _end_epoch(self, phase: str, optimizer: Optimizer, losses: dict[str, float]) -> None:
         train, task = self._config.train, self._method.task
         distributed.average_buffers(self._method)
+        self._method.eval()
+        self._method.choose(self._validation_batches)
         scores = self._evaluate(self._data.validation)
         score, best = scores[""][task.metric], self._scores["best"]
         is_better = best is None or (score > best if task.is_more_better else score < best)
@@ -340,8 +342,6 @@ class Trainer:
     def _end_phase(self, phase: str) -> None:
         if self._config.train.patience:
             self._load({"method": self._method}, self._best(phase))
-        self._method.eval()
-        self._method.finish(phase, self._validation_batches)
         self._position = Position(self._position.phase + 1)
         self._scores |= {"best": None, "bad_epochs": 0}
 

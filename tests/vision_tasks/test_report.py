@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 from small_images import quadrant_data, small_vision_config, write_rgb_hub
 
 from hubrl import cli
 from hubrl.run_folder import create_folder
 from hubrl.signals import StopSignal
-from vision_tasks import report, runs
+from vision_tasks import figures, report, runs
 from vision_tasks.config import dump_config
 from vision_tasks.routing import routing
 from vision_tasks.runs import build, load_data
@@ -112,14 +113,9 @@ def test_settings_are_named_between_folders_too(finished: Path, tmp_path: Path) 
     ]
 
 
-@pytest.mark.parametrize(
-    ("method", "label"),
-    [
-        ("ensemble-i", "single:a (epochs=2)"),
-        ("model-soup", "model-soup:a (epochs=2)"),
-    ],
-)
-def test_models_out_of_another_run(method: str, label: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["ensemble-i", "model-soup"])
+def test_single_models_out_of_another_run(method: str, tmp_path: Path) -> None:
+    """Those of a soup began with another one's head."""
     for epochs in (1, 2):
         folder = tmp_path / str(epochs)
         _write(folder, method, 1, 0.7, train__epochs=epochs)
@@ -131,6 +127,10 @@ def test_models_out_of_another_run(method: str, label: str, tmp_path: Path) -> N
             "step,phase,validation/accuracy,validation/a/accuracy\n3,train,0.4,0.3\n"
         )
     found = {run.method: run for run in report.read_runs(tmp_path)}
+    if method == "model-soup":
+        assert list(found) == ["model-soup (epochs=1)", "model-soup (epochs=2)"]
+        return
+    label = "single:a (epochs=2)"
     assert found[label].test == 0.6
     assert report._curves([found[label]]) == {"fashion-mnist": {label: {1: [(3, 0.3)]}}}
 
@@ -291,7 +291,7 @@ def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
             r"results.json has task \[\] \(Input should be 'c",
         ),
         (json.dumps(RESULTS | {"seed": "x"}), r"results.json has seed 'x' \(Input should be a v"),
-        (json.dumps(RESULTS | {"test": {"a": {}}}), "results.json has no score 'a': train that"),
+        (json.dumps(RESULTS | {"test": {"a": {}}}), "results.json has no score '': train that"),
         (json.dumps(RESULTS | {"test": {"": {}}}), "results.json has no score 'accuracy': train"),
     ],
 )
@@ -299,6 +299,26 @@ def test_results_that_are_none(results: str, message: str, finished: Path) -> No
     (finished / "hub-pathway-1" / "results.json").write_text(results)
     with pytest.raises(ValueError, match=message):
         report.read_runs(finished)
+
+
+def test_a_method_looks_the_same_in_all_panels_and_is_named_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, file: drawn.append(figure))
+    curve = {1: [(3, 0.4), (6, 0.5)]}
+    methods = [f"method{i}" for i in range(9)]  # more than colours
+    panels = {"a": dict.fromkeys(methods, curve), "b": dict.fromkeys(methods[:3:-1], curve)}
+    figures.draw_curves(panels, tmp_path / "curves.png")
+    looks = [
+        {line.get_label(): (line.get_color(), line.get_linestyle()) for line in panel.lines}
+        for panel in drawn[0].axes
+    ]
+    assert len(set(looks[0].values())) == 9
+    assert looks[1] == {name: looks[0][name] for name in methods[4:]}
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == methods
+    assert all(panel.get_legend() is None for panel in drawn[0].axes)
 
 
 def test_routing_is_what_the_method_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,19 @@ def test_a_loaded_run_has_the_weights_of_its_results(
     assert not all(torch.equal(loaded[key], last[key]) for key in last)
 
 
+def test_a_soup_is_chosen_at_the_end_of_each_epoch(hub: Path, tmp_path: Path) -> None:
+    """So that its curve, and what training stops by, is that of what would be the result."""
+    config = small_vision_config(hub, "model-soup", train__epochs=3, train__patience=3)
+    trainer(config, tmp_path).run(StopSignal())
+    results = json.loads((tmp_path / "results.json").read_text())
+    rows = read_rows(tmp_path / "epochs.csv")
+    for row in rows:
+        alone = [float(row[f"validation/{name}/accuracy"]) for name in "abc"]
+        assert float(row["validation/accuracy"]) >= max(alone)
+    best = max(float(row["validation/accuracy"]) for row in rows)
+    assert results["validation"][""]["accuracy"] == pytest.approx(best, abs=1e-6)
+
+
 def test_each_phase_has_a_best_checkpoint_of_its_own(hub: Path, tmp_path: Path) -> None:
     """A run that was killed between a best and a last checkpoint goes back a phase."""
     config = small_vision_config(hub, "distill", train__patience=2)

@@ -64,9 +64,10 @@ class Method(nn.Module):
     """
     A model of an image task and how it learns.
 
-    The training loop asks for nothing else: ``begin`` each phase, ``loss`` for each step,
-    ``forward`` for evaluation, ``finish`` each phase. Weights that learn are those that require
-    gradients after ``begin``. A resumed run begins its phase anew before the checkpoint is loaded.
+    The training loop asks for nothing else: ``begin`` each phase, ``loss`` for each step, and at
+    the end of each epoch ``choose``, then ``results`` for evaluation. Weights that learn are those
+    that require gradients after ``begin``. A resumed run begins its phase anew before the
+    checkpoint is loaded.
 
     :param hub: the encoders' cards, at the size that the images have
     :param task: what is learned
@@ -100,12 +101,11 @@ class Method(nn.Module):
         """
         return None
 
-    def finish(self, phase: str, batches: Batches) -> None:
+    def choose(self, batches: Batches) -> None:
         """
-        Conclude a phase, in evaluation mode.
+        Choose among what was trained so far, in evaluation mode; a buffer keeps the choice.
 
-        :param phase: one of ``phases``
-        :param batches: validation images, to choose among what was trained
+        :param batches: validation images
         """
 
     @abstractmethod

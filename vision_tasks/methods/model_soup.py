@@ -18,12 +18,12 @@ class ModelSoup(EnsembleI):
     """
     The greedy soup of Wortsman et al. (ICML 2022, arXiv 2203.05482).
 
-    The models learn as in ``ensemble-i``, but their heads start alike. At the end they are added to
-    the mean of weights in the order of their validation scores, each if the mean gets no worse by
-    it. While they learn, and in a checkpoint, the soup has all of them. Deviation: there the models
-    are one pretrained model, fine-tuned in several ways; here each was pretrained in a way of its
-    own, so that a mean of their weights may well be worth nothing, and the soup be the best model.
-    Running statistics of normalisation are averaged as weights are.
+    The models learn as in ``ensemble-i``, but their heads start alike. At the end of each epoch
+    they are added to the mean of weights in the order of their validation scores, each if the mean
+    gets no worse by it; a checkpoint has all of them. Deviation: there the models are one
+    pretrained model, fine-tuned in several ways; here each was pretrained in a way of its own, so
+    that a mean of their weights may well be worth nothing, and the soup be the best model. Running
+    statistics of normalisation are averaged as weights are.
 
     :raises ValueError: if the hub's encoders differ in architecture
     """
@@ -38,7 +38,7 @@ class ModelSoup(EnsembleI):
             head.load_state_dict(first.state_dict())
         self.register_buffer("is_member_E", torch.ones(len(self.models), dtype=torch.bool))
 
-    def finish(self, phase: str, batches: Batches) -> None:
+    def choose(self, batches: Batches) -> None:
         """Choose the soup's members by their score on the validation images."""
         n, sign = len(self.models), 1.0 if self.task.is_more_better else -1.0
         alone_EE = torch.eye(n, dtype=torch.bool)

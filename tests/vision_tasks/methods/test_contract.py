@@ -86,7 +86,7 @@ def test_what_learns_moves_and_nothing_else(name: str, hub: Path, tmp_path: Path
         before.clear()
         before.update({key: weight.clone() for key, weight in method.named_parameters()})
 
-    def compare(phase: str, batches: Batches) -> None:
+    def compare(batches: Batches) -> None:
         nonlocal n_phases
         n_phases += 1
         for key, weight in method.named_parameters():
@@ -95,7 +95,7 @@ def test_what_learns_moves_and_nothing_else(name: str, hub: Path, tmp_path: Path
             elif not weight.requires_grad:
                 assert torch.equal(weight, before[key]), key
 
-    method.begin, method.finish = noting, compare
+    method.begin, method.choose = noting, compare
     train(method, name, tmp_path, StopSignal(), "landmarks")
     assert n_phases == len(method.phases)
     for encoders in (module for module in method.modules() if isinstance(module, EncoderList)):

@@ -150,7 +150,7 @@ def test_a_greedy_soup_by_hand(sign: int, hub: HubSpec, monkeypatch: pytest.Monk
         return sign * scores[names]
 
     monkeypatch.setattr(method, "_score", score)
-    method.finish("train", batches)
+    method.choose(batches)
     assert tried == ["a", "b", "c", "bc", "ab"]
     assert method.is_member_E.tolist() == [True, True, False]
 
@@ -159,7 +159,7 @@ def test_a_soup_is_scored_on_what_is_given(hub: HubSpec) -> None:
     """The soup is no worse than its best member on the images that it was chosen by."""
     method = build_method("model-soup", hub, Classification(4), SETTINGS)
     validation = quadrant_data().validation.tensors
-    method.finish("train", lambda: [validation])
+    method.choose(lambda: [validation])
     scores = {
         name: method.task.scores(outputs_BO.detach(), validation[1])["accuracy"]
         for name, outputs_BO in method.results(validation[0]).items()
