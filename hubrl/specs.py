@@ -417,8 +417,8 @@ def _refusal(place: Any, why: str) -> _RefusedError:
 
 
 def _is_control(char: str) -> bool:
-    """Of those a terminal obeys some, and of a half of a surrogate pair nothing can be printed."""
-    return unicodedata.category(char) in ("Cc", "Cs") and char not in "\n\t"
+    """Of those a terminal obeys some."""
+    return unicodedata.category(char) == "Cc" and char not in "\n\t"
 
 
 class _PlainDumper(yaml.CSafeDumper):
