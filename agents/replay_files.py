@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from hubrl.files import DamagedFileError, save_tensors
+from hubrl.files import DamagedFileError, reason, save_tensors
 from hubrl.state_folder import link_file
 
 #: Rows of a block: agent steps of one environment.
@@ -109,8 +109,9 @@ class ReplayFiles:
                 array = getattr(self._buffer, name)[self._rows(block)]
                 array[...] = _decompressed(tensors[name].numpy(), array)
         except (OSError, SafetensorError, KeyError, zlib.error, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DamagedFileError(f"checkpoint file {file} can't be loaded: {reason}") from None
+            raise DamagedFileError(
+                f"checkpoint file {file} can't be loaded: {reason(error)}"
+            ) from None
 
 
 def _compressed(array: np.ndarray) -> torch.Tensor:

@@ -13,7 +13,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.algorithms import ALGORITHMS
 from hubrl.extractor import HubFeaturesExtractor
-from hubrl.providers import agent_data, policy_tensors
+from hubrl.files import reason
+from hubrl.saved_agents import agent_data, policy_tensors
 
 #: Names of SB3's policies for images, where it is not CnnPolicy.
 POLICIES = {"crossq": "MlpPolicy", "recurrent_ppo": "CnnLstmPolicy"}
@@ -76,8 +77,9 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
         model: BaseAlgorithm = agent(policy, env, policy_kwargs=kwargs, **settings)
         model.policy.load_state_dict(policy_tensors(file))
     except (RuntimeError, AssertionError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{file} does not fit algo {algorithm!r} and this env: {reason}") from None
+        raise ValueError(
+            f"{file} does not fit algo {algorithm!r} and this env: {reason(error)}"
+        ) from None
     return model
 
 

@@ -1,4 +1,4 @@
-"""Files that are hashed, read, locked, replaced as a whole; tensors that are found by prefix."""
+"""Files that are hashed, read, locked, replaced as a whole; why one can't be read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ Data = TypeVar("Data")
 
 class DamagedFileError(ValueError):
     """A file holds something else than it was written with."""
+
+
+def reason(error: Exception) -> str:
+    """What an error says, as much of it as one reads in a line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def file_sha256(path: Path) -> str:

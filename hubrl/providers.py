@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import math
 import re
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hubrl.architectures import find_architecture, nature_features
+from hubrl.architectures import find_architecture
 from hubrl.encoders import as_float32, read_weights, with_features_dim
-from hubrl.files import with_prefix
+from hubrl.files import reason
+from hubrl.saved_agents import (
+    agent_data,
+    check_normalised,
+    nature_tensors,
+    policy_tensors,
+    seen_size,
+    square_pixels,
+)
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INSTALL_SHARE = 'pip install "hubrl[share]"'
-#: Bytes that an entry of a zip may have, since a stranger's could be a bomb: weights, plain data,
-#: and how many times its packed bytes, above a megabyte.
-MAX_UNPACKED, MAX_DATA, MAX_RATIO = 4 * 1024**3, 64 * 1024**2, 20
-#: The first layer of a NatureCNN: its extractor, and the image's key where observations are Dicts.
-FIRST_LAYER = re.compile(r"(.*features_extractor\.)(?:extractors\.([^.]+)\.)?cnn\.0\.weight")
-#: The layers of a NatureCNN, and how many dimensions their weights have.
-NATURE_LAYERS = {"cnn.0": 4, "cnn.2": 4, "cnn.4": 4, "linear.0": 2}
 N_FEATURES = 512  # of SB3's NatureCNN unless told otherwise
 
 
@@ -80,16 +76,16 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
             f"architecture is {wishes.architecture!r}, allowed of an agent of SB3: nature_cnn, "
             "nature_conv (its convolutions alone)"
         )
-    tensors = _nature_tensors(policy_tensors(file), file)
+    tensors = nature_tensors(policy_tensors(file), file)
     data = agent_data(file)
-    _check_normalised(data, file)
+    check_normalised(data, file)
     channels, steps = tensors["cnn.0.weight"].shape[1], data.get("num_timesteps")
     card = _card(
         wishes,
         name=file.stem,
         architecture=wishes.architecture or "nature_cnn",
         channels=channels,
-        image_size=_wished_size(wishes) or _seen_size(tensors, data.get("observation_space"), file),
+        image_size=_wished_size(wishes) or seen_size(tensors, data.get("observation_space"), file),
         frames="last" if channels == 1 else "stack",  # of a stack of grey frames the newest
         source=f"features extractor of the agent {file.name}",
         features_dim=len(tensors["linear.0.weight"]),
@@ -207,71 +203,6 @@ def from_hf(address: str, wishes: Wishes) -> Provided:
     return Provided(with_features_dim(card), tensors)
 
 
-def policy_tensors(file: Path) -> dict[str, Tensor]:
-    """
-    The policy's tensors in a zip that SB3 saved; the pickled rest is not read.
-
-    :raises ValueError: if it is no such zip, or its policy.pth holds anything but tensors
-    """
-    content = zip_entry(file, "policy.pth", MAX_UNPACKED)
-    try:
-        _check_inner_zip(content)
-        tensors = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a stranger's pickle makes of torch's restricted reader
-        # The rest of what torch says is how to have the pickle run nevertheless.
-        found = re.search(r"unsupported [^\n]*", str(error), re.IGNORECASE)
-        reason = found[0] if found else _reason(error).partition(" In PyTorch")[0]
-        raise ValueError(
-            f"{file}: policy.pth holds more than tensors or is damaged, so it was not read "
-            f"({reason})"
-        ) from None
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise ValueError(f"{file}: policy.pth is no mapping of names to tensors")
-    return {str(key): tensor for key, tensor in tensors.items()}
-
-
-def agent_data(file: Path) -> dict[str, Any]:
-    """
-    The plain values of an agent that SB3 saved; what is pickled beside them stays text.
-
-    :raises ValueError: if it is no such zip, or its data are no JSON
-    """
-    content = zip_entry(file, "data", MAX_DATA)
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
-        data = None
-    if not isinstance(data, dict):
-        raise ValueError(f"{file}: its data are not what Stable-Baselines3 writes")
-    return data
-
-
-def zip_entry(file: Path, entry: str, max_bytes: int) -> bytes:
-    """
-    The bytes of an entry of a zip that SB3 saved.
-
-    :param max_bytes: that the entry may have
-    :raises ValueError: if it is no such zip, or the entry is too large or packed in another way
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            info = archive.getinfo(entry)
-            if info.file_size > min(max_bytes, _most(info.compress_size)):
-                raise ValueError(
-                    f"{file}: {entry} would unpack to {info.file_size:,} bytes, too many"
-                )
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                raise ValueError(
-                    f"{file}: {entry} is packed by method {info.compress_type}, allowed: stored or "
-                    "deflated, as Stable-Baselines3 does it"
-                )
-            return archive.read(info)
-    except (OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{file} is no agent saved by Stable-Baselines3, a zip with {entry} ({_reason(error)})"
-        ) from None
-
-
 def download(repository: str, file: str) -> Path:
     """
     A file of a Hugging Face repository, in huggingface_hub's own cache.
@@ -303,103 +234,9 @@ def download_if_there(repository: str, file: str) -> Path | None:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             return None
         raise ValueError(
-            f"{repository}/{file} can't be downloaded ({_reason(error)}): check the name and the "
+            f"{repository}/{file} can't be downloaded ({reason(error)}): check the name and the "
             "network, or get the file otherwise and give --from-file"
         ) from None
-
-
-def _nature_tensors(policy: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """Those of the one NatureCNN in a policy; actor, critic and targets have copies."""
-    found = [match for match in map(FIRST_LAYER.fullmatch, policy) if match]
-    if not found:
-        layers = sorted({key.rpartition(".")[0] for key in policy if "features_extractor" in key})
-        raise ValueError(
-            f"{file}: its features extractor is no NatureCNN of SB3, the only one that is known; "
-            f"its layers: {', '.join(layers[:8]) or 'none'}"
-        )
-    owners = (match[1] for match in found)
-    owner = min(owners, key=lambda name: ("target" in name, "critic" in name, name))
-    images = [match[2] for match in found if match[1] == owner]
-    if len(images) > 1:
-        raise ValueError(
-            f"{file}: its agent sees {len(images)} images ({', '.join(map(str, images))}), but an "
-            "encoder is that of one; take an agent with one image"
-        )
-    prefix = owner if images[0] is None else f"{owner}extractors.{images[0]}."
-    tensors = with_prefix(policy, prefix)
-    _check_nature(tensors, prefix, file)
-    # Copies: what a stranger's file says is several tensors may be one memory.
-    return {key: tensor.float().clone() for key, tensor in tensors.items()}
-
-
-def _check_nature(tensors: dict[str, Tensor], prefix: str, file: Path) -> None:
-    layers = list(dict.fromkeys(key.rpartition(".")[0] for key in tensors))
-    names = {f"{layer}.{part}" for layer in NATURE_LAYERS for part in ("weight", "bias")}
-    if tensors.keys() != names:
-        raise ValueError(
-            f"{file}: {prefix}cnn has other layers than SB3's NatureCNN: {', '.join(layers[:8])}"
-        )
-    for key, tensor in tensors.items():
-        layer, _, part = key.rpartition(".")
-        n_dimensions = NATURE_LAYERS[layer] if part == "weight" else 1
-        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-        if not is_plain or not tensor.is_floating_point() or tensor.ndim != n_dimensions:
-            raise ValueError(
-                f"{file}: {prefix}{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, which is "
-                "no layer of SB3's NatureCNN"
-            )
-    n_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
-    if n_bytes > MAX_UNPACKED:  # one number may say that it is many
-        raise ValueError(f"{file}: {prefix}cnn would have {n_bytes:,} bytes, too many")
-
-
-def _check_normalised(data: dict[str, Any], file: Path) -> None:
-    policy_kwargs = data.get("policy_kwargs")
-    if isinstance(policy_kwargs, dict) and str(policy_kwargs.get("normalize_images")) == "False":
-        raise ValueError(
-            f"{file} is an agent with normalize_images=False: its encoder wants other pixels than "
-            "the 0..1 that a hub gives; train one without that argument"
-        )
-
-
-def _seen_size(tensors: dict[str, Tensor], space: Any, file: Path) -> tuple[int, int]:
-    """Of the image in the observation space that fits the layers; else the smallest square one."""
-    channels, n_inputs = tensors["cnn.0.weight"].shape[1], tensors["linear.0.weight"].shape[1]
-    # A Box has its shape as a list, a Dict those of its Boxes in a text.
-    shapes = f"{space.get('_shape')} {space.get('spaces')}" if isinstance(space, dict) else ""
-    for found in re.findall(r"[(\[](\d{1,5}), (\d{1,5}), (\d{1,5})[)\]]", shapes):
-        a, b, c = map(int, found)
-        for n_channels, size in ((a, (b, c)), (c, (a, b))):
-            if n_channels == channels and nature_features(size) == n_inputs:
-                return size
-    pixels = _square_pixels(n_inputs)
-    if pixels is None:
-        raise ValueError(
-            f"{file}: its images are not square, and its observation space doesn't tell their size"
-        )
-    return pixels, pixels
-
-
-def _square_pixels(n_features: int) -> int | None:
-    """A side of the smallest square image that gives the convolutions so many features."""
-    side = math.isqrt(n_features // 64)
-    if side == 0 or side * side * 64 != n_features:
-        return None
-    return (((side - 1) + 3 - 1) * 2 + 4 - 1) * 4 + 8
-
-
-def _check_inner_zip(content: bytes) -> None:
-    stream = io.BytesIO(content)
-    if zipfile.is_zipfile(stream):
-        with zipfile.ZipFile(stream) as archive:
-            size = sum(info.file_size for info in archive.infolist())
-        if size > min(MAX_UNPACKED, _most(len(content))):
-            raise ValueError(f"it would unpack to {size:,} bytes, too many")
-
-
-def _most(n_bytes: int) -> int:
-    """What so many packed bytes may unpack to; weights hardly shrink."""
-    return 1024**2 + MAX_RATIO * n_bytes
 
 
 def _of_shared_hub(hub: HubSpec, repository: str, file: str, wishes: Wishes) -> Provided:
@@ -445,7 +282,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} can't be read as safetensors ({_reason(error)})") from None
+        raise ValueError(f"{file} can't be read as safetensors ({reason(error)})") from None
     return as_float32(tensors, str(file))
 
 
@@ -464,7 +301,7 @@ def _foreign_card(
         card = _card(wishes, image_size=_wished_size(wishes) or (224, 224), **fields)
     else:
         first, linear = (tensors.get(f"{layer}.weight") for layer in ("cnn.0", "linear.0"))
-        pixels = _square_pixels(linear.shape[-1]) if linear is not None and linear.ndim else None
+        pixels = square_pixels(linear.shape[-1]) if linear is not None and linear.ndim else None
         card = _card(
             wishes,
             image_size=_wished_size(wishes) or (pixels or 84,) * 2,
@@ -488,7 +325,7 @@ def _with_timm_config(card: EncoderSpec, config: Any, wishes: Wishes) -> Encoder
         license = wishes.license or config.get("license") or ""
         return dataclasses.replace(card, **changes, license=license)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{card.source}: its config.json is wrong ({_reason(error)})") from None
+        raise ValueError(f"{card.source}: its config.json is wrong ({reason(error)})") from None
 
 
 def _card(wishes: Wishes, *, name: str, features_dim: int = 1, **fields: Any) -> EncoderSpec:
@@ -515,10 +352,6 @@ def _refuse_architecture(wishes: Wishes, library: str) -> None:
 
 def _no_download(what: str, architecture: str, error: Exception) -> str:
     return (
-        f"{what}: its weights can't be downloaded ({_reason(error)}); get them as safetensors "
+        f"{what}: its weights can't be downloaded ({reason(error)}); get them as safetensors "
         f"otherwise and give --from-file FILE --architecture {architecture}"
     )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

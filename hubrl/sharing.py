@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 from hubrl.encoders import read_weights
+from hubrl.files import reason
 from hubrl.pretraining.member import check_writable
 from hubrl.providers import INSTALL_SHARE, download
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, closest, list_hubs, load_hub, save_hub
@@ -140,8 +141,7 @@ def _upload(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Hub of encoders")
     except Exception as error:  # no network, no such right, no such name
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{repository} can't be written to ({reason}): check the name, the network, and that "
-            "you are logged in (hf auth login)"
+            f"{repository} can't be written to ({reason(error)}): check the name, the network, and "
+            "that you are logged in (hf auth login)"
         ) from None

@@ -24,7 +24,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hubrl.files import DamagedFileError, checked, file_sha256, read_json, write_tensors
+from hubrl.files import (
+    DamagedFileError,
+    checked,
+    file_sha256,
+    read_json,
+    reason,
+    write_tensors,
+)
 
 STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
@@ -81,8 +88,9 @@ def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
         try:
             _unpack(part, load_file(file), scalars[name])
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise DamagedFileError(f"checkpoint file {file} can't be loaded: {reason}") from None
+            raise DamagedFileError(
+                f"checkpoint file {file} can't be loaded: {reason(error)}"
+            ) from None
 
 
 def optimizer_state(

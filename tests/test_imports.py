@@ -70,7 +70,7 @@ def test_envs_import_nothing_of_ours() -> None:
 def test_agents_import_the_extractor_but_no_command() -> None:
     core = {"aggregation", "encoders", "optimizer", "pathway", "precision", "specs"}
     files = {"files", "finite", "run_folder", "sections", "signals", "state_folder"}
-    allowed = core | files | {"callback", "extractor", "providers"}
+    allowed = core | files | {"callback", "extractor", "saved_agents"}
     for file in (ROOT / "agents").glob("*.py"):
         for name in imported(file):
             package, _, module = name.partition(".")

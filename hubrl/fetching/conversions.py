@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hubrl.architectures import find_architecture
+from hubrl.files import reason
 from hubrl.specs import EncoderSpec
 
 #: A file's content, and the card that it is for -> tensors as the card's architecture names them.
@@ -150,8 +151,7 @@ def read_torch(content: bytes, spec: EncoderSpec) -> dict[str, Any]:
     try:
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a stranger's pickle makes of the restricted reader
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"encoder {spec.name!r}: no file of tensors ({reason})") from None
+        raise ValueError(f"encoder {spec.name!r}: no file of tensors ({reason(error)})") from None
     if not isinstance(found, dict):
         raise ValueError(f"encoder {spec.name!r}: no file of tensors by name")
     return dict(found)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hubrl.encoders import with_features_dim
 from hubrl.fetching import conversions
-from hubrl.files import file_sha256
+from hubrl.files import file_sha256, reason
 from hubrl.specs import TIMM_PREFIX, EncoderSpec, cache_folder, closest
 
 
@@ -56,7 +56,7 @@ def from_torchvision(weights: str, spec: EncoderSpec) -> dict[str, Tensor]:
         state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # no network, no such rights, a damaged file
         raise ValueError(
-            f"encoder {spec.name!r}: torchvision's {weights} can't be had ({_reason(error)}); put "
+            f"encoder {spec.name!r}: torchvision's {weights} can't be had ({reason(error)}); put "
             f"{entry.url} into {file.parent}"
         ) from None
     return conversions.backbone(state, spec, *BACKBONES[weights])
@@ -139,7 +139,7 @@ def from_timm(model: str, spec: EncoderSpec) -> dict[str, Tensor]:
         )
     except Exception as error:  # timm and its download know many
         raise ValueError(
-            f"encoder {spec.name!r}: timm's {model} can't be had ({_reason(error)}); put "
+            f"encoder {spec.name!r}: timm's {model} can't be had ({reason(error)}); put "
             f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors there as "
             f"{file}"
         ) from None
@@ -166,7 +166,3 @@ def _check_hash(file: Path) -> None:
     start = re.search(r"-([0-9a-f]{8,})\.", file.name)
     if start and file.is_file() and not file_sha256(file).startswith(start[1]):
         raise ValueError(f"{file} is damaged; remove it")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -27,7 +27,7 @@ from agents.zips import hub_of, rebuild
 from envs import with_action_masks
 from hubrl import cli
 from hubrl.__main__ import group
-from hubrl.providers import policy_tensors
+from hubrl.saved_agents import policy_tensors
 
 
 def env_of(name: str) -> Any:

@@ -33,14 +33,13 @@ from hubrl.hubs import check_encoder
 from hubrl.pretraining.member import add_encoder
 from hubrl.providers import (
     Wishes,
-    agent_data,
     from_file,
     from_hf,
     from_sb3,
     from_timm,
     from_torchvision,
-    policy_tensors,
 )
+from hubrl.saved_agents import agent_data, policy_tensors
 from hubrl.specs import load_hub
 
 MIT = Wishes(license="MIT")
@@ -240,7 +239,7 @@ def test_files_that_are_no_agent(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hubrl.providers.MAX_UNPACKED", 1000)
+    monkeypatch.setattr("hubrl.saved_agents.MAX_UNPACKED", 1000)
     file = zip_of(tmp_path / "bomb.zip", policy_pth=bytes(1001))
     with pytest.raises(ValueError, match=r"would unpack to 1,001 bytes, too many"):
         from_sb3(file, MIT)
