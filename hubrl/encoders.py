@@ -53,6 +53,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.trunk = trunk.eval()
+        self._is_of_library = spec.architecture not in ARCHITECTURES
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
         for weight in self.weights:
@@ -72,6 +73,9 @@ class Encoder(nn.Module):
         :param dtype: what the trunk computes in; the features have it, too
         """
         images_BCHW = self.preprocess(images_BCHW, dtype)
+        if self._is_of_library and images_BCHW.device.type == "cpu":
+            # Their convolutions take two thirds of the time so, there; NatureCNN's gain nothing.
+            images_BCHW = images_BCHW.contiguous(memory_format=torch.channels_last)
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
         if self.spec.n_frames > 1:

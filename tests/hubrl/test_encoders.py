@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_hubs import library_spec, nature_spec, write_hub
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import NatureCNN as SB3NatureCNN
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hubrl import encoders
@@ -67,6 +67,19 @@ def test_contract_of_every_architecture(spec: EncoderSpec) -> None:
     for name, parameter in encoder.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("spec", [nature_spec("own"), library_spec("timm:test_resnet", 96)])
+def test_libraries_see_pixels_by_their_channels(spec: EncoderSpec) -> None:
+    """And give the features that they give of pixels by planes."""
+    encoder = encoders.encoder_of(spec, None)
+    seen: list[Tensor] = []
+    encoder.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images_BCHW = torch.randint(0, 256, (2, spec.channels, *spec.image_size), dtype=torch.uint8)
+    features_BD = encoder(images_BCHW)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last) == (":" in spec.architecture)
+    planes_BCHW = encoder.preprocess(images_BCHW).contiguous()
+    torch.testing.assert_close(features_BD, encoder.trunk(planes_BCHW))
 
 
 def test_the_wide_encoder_has_twice_the_channels() -> None:

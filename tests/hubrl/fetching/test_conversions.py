@@ -45,7 +45,9 @@ def assert_same_features(encoder: Encoder, net: nn.Module, images: Tensor | None
     size = encoder.spec.image_size
     images_BCHW = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1))
     ours_BD = encoder(images_BCHW)
-    theirs_BD = net(images_BCHW if images is None else images)
+    # In the layout that an encoder of a library has on a CPU: another one rounds otherwise.
+    seen_BCHW = images_BCHW if images is None else images
+    theirs_BD = net(seen_BCHW.contiguous(memory_format=torch.channels_last))
     scale = theirs_BD.abs().max()
     assert 0 < scale < torch.inf
     torch.testing.assert_close(ours_BD, theirs_BD, rtol=0, atol=1e-5 * float(scale))
