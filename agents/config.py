@@ -36,6 +36,7 @@ LATER_KEYS: Mapping[str, Mapping[str, Any]] = {
     "env": {"timeout": 60.0},
     "hub": {
         "always_active": [],
+        "freeze_layers": 0,
         "aggregation": "concat",
         "generator": "small",
         "encoder_lr_scale": 1.0,
@@ -85,6 +86,8 @@ class HubSection(Section):
     :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they
         have one length, else ``concat``
     :param freeze: names of encoders that stay as they are, or ``all``
+    :param freeze_layers: first layers of each encoder that stay as they are; ``auto``: as many as
+        the hub's card says
     :param random_init: orthogonal initialization in the place of the pretrained weights
     :param encoder_lr_scale: learning rate of the encoders, as a share of the algorithm's
     :param precision: what the encoders compute in
@@ -97,6 +100,7 @@ class HubSection(Section):
     exploration_coef: Schedule
     aggregation: Literal["auto", "concat", "sum"]
     freeze: Names
+    freeze_layers: Annotated[Integer, Field(ge=0)] | Literal["auto"]
     random_init: bool
     encoder_lr_scale: Positive
     precision: Precision

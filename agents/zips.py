@@ -36,9 +36,12 @@ EXTRACTOR: Mapping[str, Any] = {
     "always_active": str | list,
     "generator": str,
     "freeze": str | list,
+    "freeze_layers": int | str,
     "random_init": bool,
     "precision": str,
 }
+#: Arguments that are whole numbers, but no sizes.
+NUMBERS = ("exploration_coef", "freeze_layers")
 #: Of a stranger's layers, which are built before its tensors are read.
 MAX_WIDTH, MAX_LAYERS = 8192, 8
 
@@ -111,7 +114,7 @@ def _plain(kwargs: dict[str, Any], types: Mapping[str, Any], file: Path) -> dict
             layers = value.values() if isinstance(value, dict) else [value or []]
             fits = all(map(_are_layers, layers))
         else:
-            fits = type(value) is not int or _is_width(value) or name == "exploration_coef"
+            fits = type(value) is not int or _is_width(value) or name in NUMBERS
         if not fits:
             raise ValueError(
                 f"{file}: {name} is {value!r}, allowed: 1 to {MAX_WIDTH}, of at most {MAX_LAYERS} "

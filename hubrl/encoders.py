@@ -108,6 +108,25 @@ class Encoder(nn.Module):
                 layer.to(dtype)
         return encoder
 
+    def freeze_first(self, n_layers: int) -> None:
+        """
+        Let the first convolutions or linear layers, and all that precedes the next, not learn.
+
+        :param n_layers: fewer than there are
+        :raises ValueError: if there are no more
+        """
+        layers = [m for m in self.trunk.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        if n_layers >= len(layers):
+            raise ValueError(
+                f"freeze_layers is {n_layers}, but encoder {self.spec.name!r} has {len(layers)} "
+                "layers and one at least must learn; to keep it as it is, name it in freeze"
+            )
+        for module in self.trunk.modules():
+            if n_layers == 0 or module is layers[n_layers]:
+                return
+            for weight in module.parameters(recurse=False):
+                weight.requires_grad_(False)
+
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode; whether the weights learn is ``requires_grad``'s business."""
         return super().train(False)

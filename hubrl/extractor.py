@@ -69,6 +69,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param generator: where the pathway weights come from: ``small``, the pathway generator, or
         ``uniform``: all encoders run with equal weights, for comparisons
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
+    :param freeze_layers: first layers of each encoder that don't learn, which saves a third of an
+        update for the first of three; ``"auto"``: as many as the hub's card says
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on this machine
@@ -87,6 +89,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         always_active: Collection[str] | str = "auto",
         generator: str = "small",
         freeze: Collection[str] | str = (),
+        freeze_layers: int | str = "auto",
         random_init: bool = False,
         precision: str = "auto",
     ) -> None:
@@ -105,6 +108,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
             features_dim=features_dim,
             aggregation=aggregation,
             freeze=freeze,
+            freeze_layers=freeze_layers,
             pretrained=not random_init,
             precision=precision,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
 import pydantic
 from pydantic import BeforeValidator, Field
@@ -191,13 +191,26 @@ def _classes(annotation: Any) -> list[type[Section]]:
 
 
 def _range(field: FieldInfo | None) -> str:
-    """``"a number above 0"`` and the like; empty for a field without bounds."""
+    """``"a number above 0, or 'auto'"`` and the like; empty for a field without bounds."""
+    if field is None:
+        return ""
+    choices = get_args(field.annotation)
+    words = [repr(word) for c in choices if get_origin(c) is Literal for word in get_args(c)]
+    for choice in choices if words else ():
+        if get_origin(choice) is Annotated:
+            kind, *notes = get_args(choice)
+            bounds = [bound for note in notes for bound in getattr(note, "metadata", ())]
+            return f"{_bounds(kind, bounds)}, or {' or '.join(words)}"
+    return _bounds(field.annotation, field.metadata)
+
+
+def _bounds(annotation: Any, metadata: Sequence[Any]) -> str:
     signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     bounds = [
         f"{sign} {getattr(bound, name)}"
-        for bound in (field.metadata if field else [])
+        for bound in metadata
         for name, sign in signs.items()
         if hasattr(bound, name)
     ]
-    kind = "a whole number" if field and field.annotation is int else "a number"
+    kind = "a whole number" if annotation is int else "a number"
     return f"{kind} {' and '.join(bounds)}" if bounds else ""

@@ -87,6 +87,7 @@ KEYS = {
     "exploration_coef": "hub.exploration_coef",
     "aggregation": "hub.aggregation",
     "freeze": "hub.freeze",
+    "freeze_layers": "hub.freeze_layers",
     "random_init": "hub.random_init",
     "n_timesteps": "train.n_timesteps",
     "seed": "train.seed",
@@ -100,6 +101,7 @@ HUB_OPTIONS = (
     "exploration_coef",
     "aggregation",
     "freeze",
+    "freeze_layers",
     "random_init",
 )
 #: The place of a fault's record in a run folder.
@@ -127,6 +129,7 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--aggregation", help="auto, concat or sum.  [default: auto]")
 @click.option("--freeze", multiple=True, help="An encoder that stays as it is, or all.")
+@click.option("--freeze-layers", help="First layers of each encoder that stay as they are.")
 @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
 @click.option("--eval-freq", help="Agent steps between evaluations; 0: none.")
 @click.option("--save-freq", help="Agent steps between checkpoints; 0: only at the end.")
@@ -255,6 +258,7 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
     if hub:  # the file's names are of another hub
         overrides.setdefault("hub.always_active", "auto")
+        overrides.setdefault("hub.freeze_layers", "auto")
     if given.get("always_active") == ("none",):
         overrides["hub.always_active"] = []
     if hub and hub != "none" and "top_k" not in given and len(load_hub(hub).encoders) == 1:

@@ -81,6 +81,8 @@ def test_schedules(data: object, start: float, end: float) -> None:
         ("hub.precision", "float16", "hub.precision is 'float16', allowed: 'auto', 'float32' or"),
         ("algorithm.name", "pppo", r"algorithm.name is 'pppo' \(closest: 'ppo'\), allowed: ppo, "),
         ("hub.always_active", 3, r"hub.always_active is 3, allowed: a name or a list of names"),
+        ("hub.freeze_layers", "two", r"is 'two', allowed: a whole number at least 0, or 'auto'$"),
+        ("hub.freeze_layers", -1, r"layers is -1, allowed: a whole number at least 0, or 'auto'$"),
         ("hub.freeze", [1], r"hub.freeze is 1, allowed: a valid string"),
         ("algorithm.name", ["ppo"], r"algorithm.name is \['ppo'\].*allowed: ppo, "),
         ("train.seed", 2**32, "train.seed is 4294967296, allowed: a whole number at least 0 and"),

@@ -82,6 +82,19 @@ def test_libraries_see_pixels_by_their_channels(spec: EncoderSpec) -> None:
     torch.testing.assert_close(features_BD, encoder.trunk(planes_BCHW))
 
 
+def test_what_precedes_the_second_layer_stays_as_it_is() -> None:
+    """Of a transformer its tokens and positions, too; normalisation belongs to what it follows."""
+    vit = encoders.encoder_of(library_spec("timm:test_vit", 64, size=32), None)
+    vit.freeze_first(1)
+    frozen = {name for name, weight in vit.trunk.named_parameters() if not weight.requires_grad}
+    first = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert frozen == first | {"blocks.0.norm1.weight", "blocks.0.norm1.bias"}
+    resnet = encoders.encoder_of(library_spec("timm:test_resnet", 96), None)
+    resnet.freeze_first(1)
+    frozen = {name for name, weight in resnet.trunk.named_parameters() if not weight.requires_grad}
+    assert frozen == {"conv1.0.weight", "conv1.1.weight", "conv1.1.bias"}
+
+
 def test_the_wide_encoder_has_twice_the_channels() -> None:
     convs = [layer for layer in NatureConv(4, width=2).cnn if isinstance(layer, nn.Conv2d)]
     assert [(layer.in_channels, layer.out_channels) for layer in convs] == [

@@ -92,11 +92,13 @@ def test_options_win_over_the_file(hub5: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml")
     options = ["--hub", hub5, "--top-k", 3, "--freeze", "a", "--freeze", "b", "-n", "64"]
     options += ["--exploration-coef", "0.2", "--random-init", "--save-freq", 32, "--device", "cpu"]
+    options += ["--freeze-layers", "1"]
     assert run("--config", config, "--run-dir", "r", *options) == 0
     resolved = load_config(Path("r/config.yaml"))
     assert resolved.train.n_timesteps == 64
     assert resolved.hub.top_k == 3
     assert resolved.hub.freeze == ("a", "b")
+    assert resolved.hub.freeze_layers == 1
     assert resolved.hub.random_init
     assert resolved.hub.exploration_coef(0.5) == 0.2
 
@@ -293,6 +295,8 @@ def test_an_evaluation_that_a_signal_cut_short_is_made_up_for(tmp_path: Path) ->
 HUB_MESSAGES = [
     (["--hub", "HUB", "--top-k", "6"], "top_k"),
     (["--hub", "HUB", "--freeze", "z"], "freeze: hub 'hub5' has no encoder 'z'"),
+    (["--hub", "HUB", "--freeze-layers", "-1"], "hub.freeze_layers is '-1', allowed: a whole"),
+    (["--hub", "HUB", "--freeze-layers", "3"], "freeze_layers is 3, but encoder 'a' has 3 layers"),
     (["--hub", "HUB", "--always-active", "z"], "always_active: hub 'hub5' has no encoder 'z'"),
     (
         ["--hub", "HUB", "--always-active", "a", "--top-k", "1"],
