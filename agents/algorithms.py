@@ -32,7 +32,7 @@ from agents.policies import (
 from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.optimizer import EncoderScaledAdam
-from hubrl.pathway import always_active_names, frozen_layers
+from hubrl.pathway import always_active_names
 from hubrl.precision import check_device, resolve_precision
 from hubrl.specs import lasting_name, load_hub
 
@@ -171,8 +171,7 @@ def resolve(config: RunConfig) -> RunConfig:
     The configuration that repeats the run from any folder, as fast as here.
 
     ``precision: auto`` becomes what this machine's measurement chose, ``always_active: auto`` the
-    names in the hub's card, ``freeze_layers: auto`` the number there, ``aggregation: auto`` what
-    fits the hub, and a hub's path absolute.
+    names in the hub's card, ``aggregation: auto`` what fits the hub, and a hub's path absolute.
 
     :raises ValueError: if there is no such device or hub, or ``always_active`` is out of its range
     """
@@ -182,7 +181,6 @@ def resolve(config: RunConfig) -> RunConfig:
         "precision": str(dtype).removeprefix("torch."),
         "name": config.hub.name if config.hub.name == "none" else lasting_name(config.hub.name),
         "always_active": _always_active(config.hub),
-        "freeze_layers": _freeze_layers(config.hub),
         "aggregation": _aggregation(config.hub),
     }
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
@@ -193,12 +191,6 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
         return ()
     names = "auto" if hub.always_active == ("auto",) else hub.always_active
     return always_active_names(names, hub.top_k, load_hub(hub.name))
-
-
-def _freeze_layers(hub: HubSection) -> int | str:
-    if hub.name == "none":
-        return hub.freeze_layers
-    return frozen_layers(hub.freeze_layers, load_hub(hub.name), not hub.random_init)
 
 
 def _aggregation(hub: HubSection) -> str:

@@ -86,8 +86,7 @@ class HubSection(Section):
     :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they
         have one length, else ``concat``
     :param freeze: names of encoders that stay as they are, or ``all``
-    :param freeze_layers: first layers of each encoder that stay as they are; ``auto``: as many as
-        the hub's card says
+    :param freeze_layers: first layers of each encoder that stay as they are
     :param random_init: orthogonal initialization in the place of the pretrained weights
     :param encoder_lr_scale: learning rate of the encoders, as a share of the algorithm's
     :param precision: what the encoders compute in
@@ -100,7 +99,7 @@ class HubSection(Section):
     exploration_coef: Schedule
     aggregation: Literal["auto", "concat", "sum"]
     freeze: Names
-    freeze_layers: Annotated[Integer, Field(ge=0)] | Literal["auto"]
+    freeze_layers: Annotated[Integer, Field(ge=0)]
     random_init: bool
     encoder_lr_scale: Positive
     precision: Precision

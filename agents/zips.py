@@ -36,7 +36,7 @@ EXTRACTOR: Mapping[str, Any] = {
     "always_active": str | list,
     "generator": str,
     "freeze": str | list,
-    "freeze_layers": int | str,
+    "freeze_layers": int,
     "random_init": bool,
     "precision": str,
 }

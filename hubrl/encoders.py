@@ -112,14 +112,15 @@ class Encoder(nn.Module):
         """
         Let the first convolutions or linear layers, and all that precedes the next, not learn.
 
-        :param n_layers: fewer than there are
-        :raises ValueError: if there are no more
+        :param n_layers: at least 0, and fewer than there are
+        :raises ValueError: if it is not
         """
         layers = [m for m in self.trunk.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-        if n_layers >= len(layers):
+        if not 0 <= n_layers < len(layers):
             raise ValueError(
-                f"freeze_layers is {n_layers}, but encoder {self.spec.name!r} has {len(layers)} "
-                "layers and one at least must learn; to keep it as it is, name it in freeze"
+                f"freeze_layers is {n_layers}, allowed: 0..{len(layers) - 1} for encoder "
+                f"{self.spec.name!r}, of whose {len(layers)} layers one must learn; to keep it as "
+                "it is, name it in freeze"
             )
         for module in self.trunk.modules():
             if n_layers == 0 or module is layers[n_layers]:

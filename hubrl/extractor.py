@@ -69,8 +69,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param generator: where the pathway weights come from: ``small``, the pathway generator, or
         ``uniform``: all encoders run with equal weights, for comparisons
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
-    :param freeze_layers: first layers of each encoder that don't learn, which saves a third of an
-        update for the first of three; ``"auto"``: as many as the hub's card says
+    :param freeze_layers: first layers of each encoder that don't learn
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on this machine
@@ -89,7 +88,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         always_active: Collection[str] | str = "auto",
         generator: str = "small",
         freeze: Collection[str] | str = (),
-        freeze_layers: int | str = "auto",
+        freeze_layers: int = 0,
         random_init: bool = False,
         precision: str = "auto",
     ) -> None:

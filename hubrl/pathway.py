@@ -167,8 +167,7 @@ class HubPathway(nn.Module):
         ``"auto"`` takes ``sum``, which is cheaper, where the encoders' features have one length; or
         a module of your own that is called as those are
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
-    :param freeze_layers: first layers of each encoder that don't learn; ``"auto"``: as many as the
-        hub's card says, of random ones none
+    :param freeze_layers: first layers of each encoder that don't learn
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on the device; generator and features are float32 in any case
@@ -193,7 +192,7 @@ class HubPathway(nn.Module):
         features_dim: int = 512,
         aggregation: str | nn.Module = "auto",
         freeze: Collection[str] | str = (),
-        freeze_layers: int | str = "auto",
+        freeze_layers: int = 0,
         pretrained: bool = True,
         precision: str = "float32",
         build_encoders: BuildEncoders | None = None,
@@ -215,10 +214,9 @@ class HubPathway(nn.Module):
         self.pretrained = pretrained
         build = build_encoders or EncoderList
         self.encoders = build(self.hub, _frozen_names(freeze, self.hub), pretrained)
-        n_frozen = frozen_layers(freeze_layers, self.hub, pretrained)
-        if n_frozen:
+        if freeze_layers:
             for encoder in self.encoders:
-                encoder.freeze_first(n_frozen)
+                encoder.freeze_first(freeze_layers)
         if isinstance(aggregation, str):
             features_dims = [spec.features_dim for spec in self.hub.encoders]
             aggregation = build_aggregator(aggregation, features_dims, features_dim)
@@ -430,23 +428,6 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
             "encoder must be left to choose; name fewer, or raise top_k"
         )
     return tuple(name for name in hub.encoder_names if name in found)
-
-
-def frozen_layers(freeze_layers: int | str, hub: HubSpec, pretrained: bool) -> int:
-    """
-    How many first layers of each encoder ``HubPathway`` keeps as they are.
-
-    :param freeze_layers: a number, or ``"auto"`` for what the hub's card says
-    :param pretrained: whether there is something to keep, for ``"auto"``
-    :raises ValueError: if it is neither
-    """
-    if freeze_layers == "auto":
-        return hub.freeze_layers if pretrained else 0
-    if type(freeze_layers) is not int or freeze_layers < 0:
-        raise ValueError(
-            f"freeze_layers is {freeze_layers!r}, allowed: auto, or a whole number of at least 0"
-        )
-    return freeze_layers
 
 
 def _check_top_k(top_k: int, hub: HubSpec) -> int:

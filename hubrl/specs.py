@@ -162,18 +162,15 @@ class HubSpec:
     :param always_active: names of encoders that every image activates, unless the user of the hub
         decides otherwise or has a ``top_k`` that would leave none to choose; see
         ``hubrl.pathway.HubPathway``
-    :param freeze_layers: first layers of each encoder that do not learn in an agent, unless the
-        user of the hub decides otherwise
     :param folder: where the weight files lie; None for encoders without weights
-    :raises ValueError: if the name has slashes, there is no encoder, two have the same name,
-        ``always_active`` names another one, one twice, or all, or ``freeze_layers`` is no count
+    :raises ValueError: if the name has slashes, there is no encoder, two have the same name, or
+        ``always_active`` names another one, one twice, or all
     """
 
     name: str
     encoders: tuple[EncoderSpec, ...]
     description: str = ""
     always_active: tuple[str, ...] = ()
-    freeze_layers: int = 0
     folder: Path | None = None
 
     def __post_init__(self) -> None:
@@ -186,11 +183,6 @@ class HubSpec:
         if doubles:
             raise ValueError(f"hub {self.name!r} has two encoders named {doubles[0]!r}")
         self._check_always_active()
-        if type(self.freeze_layers) is not int or self.freeze_layers < 0:
-            raise ValueError(
-                f"hub {self.name!r}: freeze_layers is {self.freeze_layers!r}, allowed: a whole "
-                "number of at least 0"
-            )
 
     def _check_always_active(self) -> None:
         names, where = self.encoder_names, f"hub {self.name!r}: always_active"
@@ -329,8 +321,6 @@ def save_hub(hub: HubSpec, folder: Path) -> None:
     data: dict[str, Any] = {"name": hub.name, "description": hub.description}
     if hub.always_active:
         data["always_active"] = list(hub.always_active)
-    if hub.freeze_layers:
-        data["freeze_layers"] = hub.freeze_layers
     data["encoders"] = cards
     temporary = folder / f".{HUB_FILE}.new"
     temporary.write_text(dump_yaml(data))
@@ -534,7 +524,6 @@ def _read_hub(file: Path) -> HubSpec:
         encoders=encoders,
         description=str(data.get("description", "")),
         always_active=tuple(map(str, always_active)),
-        freeze_layers=data.get("freeze_layers", 0),
         folder=file.parent,
     )
 

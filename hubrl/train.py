@@ -258,7 +258,6 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
     if hub:  # the file's names are of another hub
         overrides.setdefault("hub.always_active", "auto")
-        overrides.setdefault("hub.freeze_layers", "auto")
     if given.get("always_active") == ("none",):
         overrides["hub.always_active"] = []
     if hub and hub != "none" and "top_k" not in given and len(load_hub(hub).encoders) == 1:

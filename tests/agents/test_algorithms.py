@@ -257,15 +257,6 @@ def test_resolve_names_the_encoders_that_are_always_active(hub5: Path) -> None:
     assert resolve(small_config()).hub.always_active == ()
 
 
-def test_resolve_names_the_number_of_layers_that_stay_as_they_are(hub5: Path) -> None:
-    save_hub(dataclasses.replace(load_hub(hub5), freeze_layers=2), hub5)
-    for random_init, given, expected in ((False, "auto", 2), (True, "auto", 0), (True, 1, 1)):
-        hub = {"hub.name": str(hub5), "hub.random_init": random_init, "hub.freeze_layers": given}
-        config = resolve(small_config(overrides=hub))
-        assert config.hub.freeze_layers == expected
-        assert resolve(config) == config
-
-
 def test_resolve_measures_the_precision() -> None:
     config = resolve(small_config(overrides={"hub.precision": "auto"}))
     assert config.hub.precision in ("float32", "bfloat16")

@@ -81,8 +81,6 @@ def test_schedules(data: object, start: float, end: float) -> None:
         ("hub.precision", "float16", "hub.precision is 'float16', allowed: 'auto', 'float32' or"),
         ("algorithm.name", "pppo", r"algorithm.name is 'pppo' \(closest: 'ppo'\), allowed: ppo, "),
         ("hub.always_active", 3, r"hub.always_active is 3, allowed: a name or a list of names"),
-        ("hub.freeze_layers", "two", r"is 'two', allowed: a whole number at least 0, or 'auto'$"),
-        ("hub.freeze_layers", -1, r"layers is -1, allowed: a whole number at least 0, or 'auto'$"),
         ("hub.freeze", [1], r"hub.freeze is 1, allowed: a valid string"),
         ("algorithm.name", ["ppo"], r"algorithm.name is \['ppo'\].*allowed: ppo, "),
         ("train.seed", 2**32, "train.seed is 4294967296, allowed: a whole number at least 0 and"),
@@ -92,6 +90,13 @@ def test_a_wrong_key_or_value_is_one_clear_line(path: str, value: object, messag
     with pytest.raises(ValueError, match=message) as error:
         load_config(built_in_config("ppo"), {path: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["much", -1])
+def test_a_number_or_a_word(value: object) -> None:
+    message = r"ent_coef is .*, allowed: a number at least 0, or 'auto'$"
+    with pytest.raises(ValueError, match=message):
+        load_config(built_in_config("sac"), {"algorithm.ent_coef": value})
 
 
 @pytest.mark.parametrize("name", UNFIT_ALGORITHMS)

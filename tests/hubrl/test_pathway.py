@@ -250,27 +250,9 @@ def test_first_layers_that_stay_as_they_are(hub: Path) -> None:
     assert not any(later.encoders.is_frozen(i) for i in range(5))
 
 
-def test_the_card_says_how_many_layers_stay_as_they_are(hub: Path) -> None:
-    spec = dataclasses.replace(load_hub(hub), freeze_layers=2)
-    assert not HubPathway(spec).encoders[0].trunk.cnn[2].weight.requires_grad
-    numbers: tuple[tuple[int | str, int], ...] = (("auto", 2), (0, 0), (1, 1))
-    for freeze_layers, n in numbers:
-        pathway = HubPathway(spec, freeze_layers=freeze_layers)
-        for encoder in pathway.encoders:
-            learns = [layer.weight.requires_grad for layer in encoder.trunk.cnn[0:6:2]]
-            assert learns == [False] * n + [True] * (3 - n)
-    assert all(p.requires_grad for p in HubPathway(spec, pretrained=False).parameters())
-
-
-@pytest.mark.parametrize(
-    ("freeze_layers", "message"),
-    [
-        (3, "freeze_layers is 3, but encoder 'a' has 3 layers and one .* name it in freeze"),
-        (-1, "freeze_layers is -1, allowed: auto, or a whole number of at least 0"),
-        ("all", "freeze_layers is 'all', allowed: auto, or a whole number of at least 0"),
-    ],
-)
-def test_layers_that_cant_stay_as_they_are(hub: Path, freeze_layers: Any, message: str) -> None:
+@pytest.mark.parametrize("freeze_layers", [3, -1])
+def test_layers_that_cant_stay_as_they_are(hub: Path, freeze_layers: int) -> None:
+    message = rf"freeze_layers is {freeze_layers}, allowed: 0\.\.2 for encoder 'a', .* in freeze"
     with pytest.raises(ValueError, match=message):
         HubPathway(hub, freeze_layers=freeze_layers)
 

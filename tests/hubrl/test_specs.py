@@ -15,8 +15,7 @@ from hubrl.specs import EncoderSpec, HubSpec, closest, list_hubs, load_hub, save
 
 
 def test_cards_survive_writing_and_reading(hub5: Path) -> None:
-    hub = dataclasses.replace(load_hub(hub5), always_active=("b",), freeze_layers=2)
-    hub = dataclasses.replace(hub, description="Random.")
+    hub = dataclasses.replace(load_hub(hub5), always_active=("b",), description="Random.")
     assert hub.encoder_names == ("a", "b", "c", "d", "e")
     assert hub.folder == hub5
     save_hub(hub, hub5)
@@ -168,11 +167,6 @@ def test_the_closest_word() -> None:
         (lambda data: data.update(folder="/etc"), "unknown key 'folder'"),
         (lambda data: data.update(encoders=3), "encoders must be a list of cards"),
         (lambda data: data.update(always_active="a"), "always_active must be a list of encoders'"),
-        (
-            lambda data: data.update(freeze_layers=-1),
-            "freeze_layers is -1, allowed: a whole number",
-        ),
-        (lambda data: data.update(freeze_layers="1"), "freeze_layers is '1', allowed: a whole num"),
         (lambda data: data["encoders"].append(3), "encoder '\\?' must be a mapping"),
         (
             lambda data: data["encoders"][0].update(licence="MIT"),

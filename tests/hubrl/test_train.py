@@ -296,7 +296,7 @@ HUB_MESSAGES = [
     (["--hub", "HUB", "--top-k", "6"], "top_k"),
     (["--hub", "HUB", "--freeze", "z"], "freeze: hub 'hub5' has no encoder 'z'"),
     (["--hub", "HUB", "--freeze-layers", "-1"], "hub.freeze_layers is '-1', allowed: a whole"),
-    (["--hub", "HUB", "--freeze-layers", "3"], "freeze_layers is 3, but encoder 'a' has 3 layers"),
+    (["--hub", "HUB", "--freeze-layers", "3"], "freeze_layers is 3, allowed: 0..2 for encoder 'a'"),
     (["--hub", "HUB", "--always-active", "z"], "always_active: hub 'hub5' has no encoder 'z'"),
     (
         ["--hub", "HUB", "--always-active", "a", "--top-k", "1"],

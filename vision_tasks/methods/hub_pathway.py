@@ -110,7 +110,6 @@ class HubPathwayModel(nn.Module):
                 generator=settings.generator,
                 image_shape=(3, settings.image_size, settings.image_size),
                 aggregation=build_aggregator(hub, task),
-                freeze_layers=0,  # as in all methods
                 pretrained=settings.pretrained,
                 precision=settings.precision,
                 build_encoders=functools.partial(SwappedEncoders, swap=swap) if swap else None,
