@@ -172,12 +172,16 @@ class ResNet10Generator(nn.Module):
         :param images_BCHW: uint8 in 0..255 or float in 0..1
         :param noise_BE: standard normal numbers; None for ``g(x)`` alone
         """
-        scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
+        # Three quarters of the time on a CPU, where pixels lie by their channels.
+        is_cpu = images_BCHW.device.type == "cpu"
+        layout = torch.channels_last if is_cpu else torch.preserve_format
+        floats_BCHW = images_BCHW.to(torch.float32, memory_format=layout)
+        if images_BCHW.dtype == torch.uint8:
+            floats_BCHW.div_(255.0)
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            images_BCHW = images_BCHW.float() / scale
-            scores_BE: Tensor = self.scores(images_BCHW)
+            scores_BE: Tensor = self.scores(floats_BCHW)
             if noise_BE is not None:
-                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(images_BCHW))
+                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(floats_BCHW))
         return scores_BE
 
 
