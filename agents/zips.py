@@ -40,7 +40,7 @@ EXTRACTOR: Mapping[str, Any] = {
     "random_init": bool,
     "precision": str,
 }
-#: Arguments that are whole numbers, but no sizes.
+#: Arguments that may be whole numbers, but are no sizes.
 NUMBERS = ("exploration_coef", "freeze_layers")
 #: Of a stranger's layers, which are built before its tensors are read.
 MAX_WIDTH, MAX_LAYERS = 8192, 8

@@ -174,8 +174,8 @@ class HubPathway(nn.Module):
     :param build_encoders: gives an ``EncoderList`` of another kind; default: all encoders in memory
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, ``freeze``
         names an encoder that the hub lacks, ``always_active`` does or leaves none to choose,
-        ``freeze_layers`` are all that an encoder has, or
-        ``generator`` or ``aggregation`` is unknown or doesn't fit the rest
+        ``freeze_layers`` are all that an encoder has, or ``generator`` or ``aggregation`` is
+        unknown or doesn't fit the rest
     """
 
     _is_always_E: Tensor

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hubrl.plots import COLOURS, DPI
+from hubrl.plots import COLOURS, DPI, draw_legend
 from vision_tasks.metrics import Interval, mean_over_seeds
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def draw_curves(
             )
         panel.set(xlabel="steps", ylabel="validation score", title=data)
         panel.grid(alpha=0.3)
-    _legend(figure, panels)
+    draw_legend(figure, panels, handlelength=4, fontsize=8)
     _save(figure, file)
 
 
@@ -120,16 +120,6 @@ def draw_routing(
         small.imshow(examples[i])
         small.axis("off")
     figure.savefig(file, dpi=DPI, metadata={"Software": None}, bbox_inches="tight")
-
-
-def _legend(figure: Figure, panels: Sequence[Any]) -> None:
-    """One legend, on the right, for all panels."""
-    handles: dict[str, Any] = {}
-    for panel in panels:
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    look: dict[str, Any] = {"frameon": False, "handlelength": 4, "fontsize": 8}
-    figure.legend(list(handles.values()), list(handles), loc="outside right upper", **look)
 
 
 def _bars(intervals: Sequence[Interval]) -> NDArray[np.float64]:

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agents.study_config import StudyConfig
-from hubrl.plots import COLOURS, DPI
+from hubrl.plots import COLOURS, DPI, draw_legend
 from hubrl.studies import statistics
 from hubrl.studies.results import ALL, Axis, Row, Table, in_units
 
 if TYPE_CHECKING:
-    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -206,11 +205,5 @@ def _names(panel: Axes, table: Table, variants: Sequence[str]) -> None:
 
 
 def _legend(figure: Figure, panels: Mapping[str, Axes], title: str) -> None:
-    """One legend, on the right, for all panels; its title says how to read the figure."""
-    handles: dict[str, Artist] = {}
-    for panel in panels.values():
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    labels = list(handles)
-    place: dict[str, Any] = {"loc": "outside right upper", "frameon": False, "alignment": "left"}
-    figure.legend(list(handles.values()), labels, title=title, **place)
+    """Its title says how to read the figure."""
+    draw_legend(figure, panels.values(), title=title, alignment="left")

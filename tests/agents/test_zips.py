@@ -44,8 +44,12 @@ def test_every_algorithms_agent_acts_as_before(name: str, hub5: Path, tmp_path: 
     agent = AGENTS[name]
     kwargs = {
         "features_extractor_class": hubrl.HubFeaturesExtractor,
-        "features_extractor_kwargs": {"hub": str(hub5), "precision": "float32", "freeze": ["a"]}
-        | {"freeze_layers": 0},
+        "features_extractor_kwargs": {
+            "hub": str(hub5),
+            "precision": "float32",
+            "freeze": ["a"],
+            "freeze_layers": 0,
+        },
         "net_arch": [],
         **agent.policy_kwargs,
     }
