@@ -214,9 +214,16 @@ class ResNet10(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Outputs (B, O)."""
-        features_BD = self.stages(self.stem(images_BCHW)).mean(dim=(2, 3))
-        outputs_BO: Tensor = self.linear(features_BD)
-        return outputs_BO
+        # At inference images don't depend on each other, and half of them take half of the memory,
+        # which would else be more than any encoder takes.
+        is_whole = self.training or torch.is_grad_enabled()
+        parts = (images_BCHW,) if is_whole else images_BCHW.chunk(2)
+        return torch.cat([self._outputs(part_RCHW) for part_RCHW in parts])
+
+    def _outputs(self, images_RCHW: Tensor) -> Tensor:
+        features_RD = self.stages(self.stem(images_RCHW)).mean(dim=(2, 3))
+        outputs_RO: Tensor = self.linear(features_RD)
+        return outputs_RO
 
 
 class ResidualBlock(nn.Module):

@@ -185,6 +185,20 @@ def test_resnet10_generator_depends_on_the_batch_in_training_alone() -> None:
     torch.testing.assert_close(generator(images, None)[:2], generator(images[:2], None))
 
 
+def test_resnet10_takes_half_of_a_batch_at_a_time_at_inference() -> None:
+    torch.manual_seed(0)
+    network = ResNet10(3, 5).eval()
+    sizes: list[int] = []
+    network.stem.register_forward_hook(lambda module, inputs, output: sizes.append(len(output)))
+    images = torch.rand(5, 3, 40, 40)
+    whole = network(images)
+    with torch.no_grad():
+        halves = network(images)
+        network.train()(images)
+    assert sizes == [5, 3, 2, 5]
+    torch.testing.assert_close(halves, whole)
+
+
 def test_resnet10_generator_refuses_small_images() -> None:
     message = "generator is 'resnet10', but the images have 28x36 px, allowed: at least 33x33"
     with pytest.raises(ValueError, match=message):
