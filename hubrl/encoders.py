@@ -22,7 +22,7 @@ from hubrl.architectures import (
     patch_size,
     with_resampled_positions,
 )
-from hubrl.files import file_sha256
+from hubrl.files import file_sha256, reason
 from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
@@ -387,7 +387,7 @@ def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: Encoder
     except RuntimeError as error:
         raise ValueError(
             f"encoder {spec.name!r}: {spec.weights or 'its weights'} does not fit architecture "
-            f"{spec.architecture!r}: {_reason(error)}"
+            f"{spec.architecture!r}: {reason(error)}"
         ) from None
 
 
@@ -402,7 +402,7 @@ def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"encoder {spec.name!r}: image_size {list(spec.image_size)} in its card does not fit "
-            f"architecture {spec.architecture!r} ({_reason(error)}); correct the card"
+            f"architecture {spec.architecture!r} ({reason(error)}); correct the card"
         ) from None
     return trunk, tuple(features.shape[1:])
 
@@ -421,12 +421,6 @@ def _check_numbers(spec: EncoderSpec) -> None:
             f"numbers with features_dim {spec.features_dim} and {spec.channels} channels, allowed: "
             f"{MAX_NUMBERS:,}; correct the card"
         )
-
-
-def _reason(error: Exception) -> str:
-    """As much of it as one reads: large models have hundreds of layers to complain about."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def _at_size(spec: EncoderSpec, px: int) -> EncoderSpec:
