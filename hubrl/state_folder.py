@@ -119,6 +119,9 @@ def optimizer_state(
             shape = weights[place].shape if np.ndim(like) else torch.Size()
             if np.shape(found[key]) != shape or type(found[key]) is not type(like):
                 raise ValueError(f"{place}.{key} has another shape than {tuple(shape)}")
+            if np.ndim(like):
+                # Fused Adam goes through memory without a look at the strides.
+                found[key] = torch.empty_like(weights[place]).copy_(found[key])
     return state
 
 

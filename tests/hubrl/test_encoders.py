@@ -1,5 +1,6 @@
 """Encoders: preprocessing by hand, verified weights, and a contract over every architecture."""
 
+import copy
 import dataclasses
 import hashlib
 from functools import partial
@@ -71,15 +72,23 @@ def test_contract_of_every_architecture(spec: EncoderSpec) -> None:
 
 @pytest.mark.parametrize("spec", [nature_spec("own"), library_spec("timm:test_resnet", 96)])
 def test_libraries_see_pixels_by_their_channels(spec: EncoderSpec) -> None:
-    """And give the features that they give of pixels by planes."""
+    """Their weights lie alike, and give the features that they give of pixels by planes."""
     encoder = encoders.encoder_of(spec, None)
+    kernels = [weight for weight in encoder.weights if weight.ndim == 4 and weight.shape[1] > 1]
     seen: list[Tensor] = []
     encoder.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     images_BCHW = torch.randint(0, 256, (2, spec.channels, *spec.image_size), dtype=torch.uint8)
     features_BD = encoder(images_BCHW)
     assert seen[0].is_contiguous(memory_format=torch.channels_last) == (":" in spec.architecture)
+    features_BD.sum().backward()
+    for kernel in kernels:
+        for tensor in (kernel, kernel.grad):
+            is_by_channels = tensor.is_contiguous(memory_format=torch.channels_last)
+            assert is_by_channels == (":" in spec.architecture)
     planes_BCHW = encoder.preprocess(images_BCHW).contiguous()
-    torch.testing.assert_close(features_BD, encoder.trunk(planes_BCHW))
+    trunk = copy.deepcopy(encoder.trunk).to(memory_format=torch.contiguous_format)
+    torch.testing.assert_close(features_BD, trunk(planes_BCHW))
+    assert all(weight.is_contiguous() for weight in encoder.to("meta").parameters())
 
 
 def test_what_precedes_the_second_layer_stays_as_it_is() -> None:

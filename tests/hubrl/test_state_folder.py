@@ -172,6 +172,27 @@ def test_an_optimizer_comes_back(cls: type[torch.optim.Optimizer], tmp_path: Pat
             assert np.array_equal(np.asarray(value), np.asarray(after[index][key]))
 
 
+def test_an_optimizer_comes_back_for_weights_that_lie_by_their_channels(tmp_path: Path) -> None:
+    """Fused Adam goes through memory, whatever lies where."""
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+    images = torch.rand(2, 4, 9, 9)
+
+    def step(optimizer: torch.optim.Optimizer) -> torch.Tensor:
+        optimizer.zero_grad()
+        layer(images).square().sum().backward()
+        optimizer.step()
+        return layer.weight.detach().clone()
+
+    saved = torch.optim.Adam(layer.parameters(), fused=True)
+    step(saved)
+    save_state({"layer": layer, "optimizer": saved}, {}, tmp_path / "last")
+    expected = step(saved)
+    loaded = torch.optim.Adam(layer.parameters(), fused=True)
+    load_parts({"layer": layer, "optimizer": loaded}, tmp_path / "last")
+    assert torch.equal(step(loaded), expected)
+
+
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
