@@ -68,14 +68,18 @@ def interleave(sides: Mapping[str, Measure], rounds: int, warm_up: int = 2) -> d
     """
     Median of each side, measured in turns so that a slow phase of the machine hits all.
 
+    Every second turn goes backwards: what a side leaves behind hits now this one, now that.
+
     :param sides: what to measure, by name
     :param rounds: measurements of each
     :param warm_up: measurements of each before them, which don't count
     """
     values: dict[str, list[float]] = {name: [] for name in sides}
+    order = list(sides)
     for _ in range(warm_up + rounds):
-        for name, measure in sides.items():
-            values[name].append(measure())
+        for name in order:
+            values[name].append(sides[name]())
+        order.reverse()
     return {name: statistics.median(all_of_it[warm_up:]) for name, all_of_it in values.items()}
 
 
