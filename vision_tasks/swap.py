@@ -161,7 +161,7 @@ class SwappedEncoder(Encoder):
         self.swap_out()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         # It keeps parameters, but makes buffers anew.
         self._tensors |= dict(self.trunk.named_buffers())
         return self
