@@ -75,7 +75,7 @@ class Encoder(nn.Module):
         """
         images_BCHW = self.preprocess(images_BCHW, dtype)
         if self._is_of_library:
-            layout = _library_layout(images_BCHW.device)
+            layout = fast_layout(images_BCHW.device)
             images_BCHW = images_BCHW.contiguous(memory_format=layout)
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
             return
         for weight in self.trunk.parameters():
             if weight.ndim == 4:
-                layout = _library_layout(weight.device)
+                layout = fast_layout(weight.device)
                 weight.data = weight.data.contiguous(memory_format=layout)
 
     def train(self, mode: bool = True) -> Self:
@@ -456,8 +456,12 @@ def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:
         )
 
 
-def _library_layout(device: torch.device) -> torch.memory_format:
-    """Convolutions of libraries' models take two thirds of the time with pixels by channels."""
+def fast_layout(device: torch.device) -> torch.memory_format:
+    """
+    How pixels and weights of a large network lie: by channels on a CPU, in planes elsewhere.
+
+    Convolutions of libraries' models take two thirds of the time so; NatureCNN's gain nothing.
+    """
     return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
