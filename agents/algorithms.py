@@ -190,13 +190,15 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
     if hub.name == "none":
         return ()
     names = "auto" if hub.always_active == ("auto",) else hub.always_active
-    return always_active_names(names, hub.top_k, load_hub(hub.name))
+    return always_active_names(names, hub.top_k, load_hub(hub.name, weights=not hub.random_init))
 
 
 def _aggregation(hub: HubSection) -> str:
     if hub.name == "none":
         return hub.aggregation
-    features_dims = [spec.features_dim for spec in load_hub(hub.name).encoders]
+    features_dims = [
+        spec.features_dim for spec in load_hub(hub.name, weights=not hub.random_init).encoders
+    ]
     return aggregation_name(hub.aggregation, features_dims)
 
 

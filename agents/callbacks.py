@@ -25,7 +25,7 @@ from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
 from hubrl.run_folder import CsvTable, cell_number
 from hubrl.signals import StopSignal
-from hubrl.state_folder import has_state, read_state
+from hubrl.state_folder import has_state, read_state, repair_state
 
 #: Agent steps between two rows of ``progress.csv``: a PPO iteration of 8 environments.
 LOG_FREQ = 1024
@@ -155,6 +155,7 @@ class EvaluationCallback(BaseCallback):
         # An evaluation that a signal cut short is made up for when the run is resumed.
         self._last = self._table.last_step
         self._due = EveryN(self._train.eval_freq, self._last)
+        repair_state(self._best_checkpoint)
         if has_state(self._best_checkpoint):
             self._best_mean = read_state(self._best_checkpoint, BestCheckpoint)["mean_return"]
 

@@ -23,7 +23,7 @@ from agents.run_state import (
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.files import DamagedFileError
 from hubrl.finite import Rollbacks
-from hubrl.state_folder import Count, load_parts, read_state, save_state
+from hubrl.state_folder import StoredCount, load_parts, read_state, save_state
 
 #: The tensors of ``RunState``; a checkpoint without them is for playing.
 RUN = "run"
@@ -34,7 +34,7 @@ UNFIT = (KeyError, IndexError, TypeError, ValueError, OverflowError, RuntimeErro
 class Progress(TypedDict):
     """How far a checkpoint's model was."""
 
-    num_timesteps: Count
+    num_timesteps: StoredCount
 
 
 class Checkpoint(ModelNumbers):

@@ -18,7 +18,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from hubrl.state_folder import Count
+from hubrl.state_folder import StoredCount
 
 #: What ``envs.env_state`` and ``envs.restore_env`` are: this room knows no environments.
 EnvState = Callable[[VecEnv], Callable[[], dict[str, np.ndarray]]]
@@ -32,10 +32,10 @@ LSTM_STATES = ("lstm_pi_h", "lstm_pi_c", "lstm_vf_h", "lstm_vf_c")
 class ModelNumbers(TypedDict):
     """A model's counters and its last games, in ``state.json``."""
 
-    num_timesteps: Count
-    _episode_num: NotRequired[Count]
-    _n_updates: NotRequired[Count]
-    _n_calls: NotRequired[Count]
+    num_timesteps: StoredCount
+    _episode_num: NotRequired[StoredCount]
+    _n_updates: NotRequired[StoredCount]
+    _n_calls: NotRequired[StoredCount]
     exploration_rate: NotRequired[float]
     episodes: list[tuple[float, int, float]]
     """Return, length and seconds of each."""

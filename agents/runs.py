@@ -20,6 +20,7 @@ from agents.config import LATER_KEYS, RunConfig, dump_config, parse_config
 from hubrl.run_folder import CONFIG_FILE, CsvTable, create_folder
 from hubrl.sections import read_mapping, with_later_keys
 from hubrl.specs import load_hub
+from hubrl.state_folder import has_state
 
 PROGRESS_FILE = "progress.csv"
 EVALUATIONS_FILE = "evaluations.csv"
@@ -33,7 +34,7 @@ def default_run_dir(config: RunConfig) -> Path:
     :raises ValueError: if there is no such hub
     """
     env = config.env.id.removeprefix("ALE/").replace("/", "_")
-    hub = "none" if config.hub.name == "none" else load_hub(config.hub.name).name
+    hub = "none" if config.hub.name == "none" else load_hub(config.hub.name, weights=False).name
     hub = hub.replace(":", "_") + ("-random" if config.hub.random_init else "")
     now = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs", f"{config.algorithm.name}-{env}-{hub}-s{config.train.seed}-{now}")
@@ -61,19 +62,24 @@ def open_run(folder: Path) -> RunConfig:
 
 def checkpoint_dir(folder: Path, name: str) -> Path:
     """
-    :param name: ``last`` or ``best``
+    :param name: ``last``, ``best``, or ``replay`` for the blocks of a replay buffer
     """
     return folder / "checkpoints" / name
 
 
-def derive_seed(seed: int, purpose: str, timesteps: int = 0) -> int:
+def best_checkpoint(folder: Path) -> str:
+    """The name of that by which a run is judged: ``best`` where there is one, else ``last``."""
+    return "best" if has_state(checkpoint_dir(folder, "best")) else "last"
+
+
+def derive_seed(seed: int, purpose: str) -> int:
     """
     A seed of its own for each purpose, 0..2^32-1.
 
     :param seed: of the run
-    :param timesteps: where a run was resumed
     """
-    sequence = np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), timesteps))
+    # The 0 was once where a run was resumed; without it all seeds would be others.
+    sequence = np.random.SeedSequence((seed, zlib.crc32(purpose.encode()), 0))
     return int(sequence.generate_state(1)[0])
 
 

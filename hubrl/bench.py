@@ -50,8 +50,7 @@ def command(name: str, file: Path | None, device: str) -> None:
     with cli.user_errors():
         chosen = _choose(name)
         on = check_device("--device", device)
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+        cli.check_output("--json", file)
     device = str(on)
     if on.type == "cuda":
         torch.cuda.set_device(on)

@@ -59,6 +59,20 @@ def failures(*kinds: type[Exception]) -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def check_output(option: str, file: Path | None) -> None:
+    """
+    Before a long command that writes a file at its end.
+
+    :raises ValueError: if the file can't be written there; None is none
+    """
+    if file is None:
+        return
+    if not file.absolute().parent.is_dir():
+        raise ValueError(f"{option} {file}: there is no folder {file.parent}")
+    if file.is_dir():
+        raise ValueError(f"{option} {file} is a folder: give a file")
+
+
 def run_to_continue(
     run_dir: Path | None, config: str, is_complete: Callable[[Path], bool], *, is_auto: bool
 ) -> Path | None:

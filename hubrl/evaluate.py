@@ -18,10 +18,9 @@ from agents.algorithms import build_model  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import Episodes, bootstrap_interval, evaluate  # noqa: E402
-from agents.runs import checkpoint_dir, derive_seed, open_run  # noqa: E402
+from agents.runs import best_checkpoint, checkpoint_dir, derive_seed, open_run  # noqa: E402
 from agents.zips import hub_of, rebuild  # noqa: E402
 from envs import EnvironmentFaultError, make_vec_env, with_action_masks  # noqa: E402
-from hubrl.state_folder import has_state  # noqa: E402
 from hubrl.train import image_format, make_env  # noqa: E402
 
 N_ENVS = 8
@@ -63,10 +62,7 @@ def command(
     run's configuration says deterministic_eval.
     """
     with cli.user_errors():
-        if file is not None and not file.parent.is_dir():
-            raise ValueError(f"--json {file}: there is no folder {file.parent}")
-        if file is not None and file.is_dir():
-            raise ValueError(f"--json {file} is a folder: give a file")
+        cli.check_output("--json", file)
         if run.is_file() and checkpoint is not None:
             raise ValueError("--checkpoint is for a run's folder: a zip holds one agent")
     if run.is_file():
@@ -77,7 +73,7 @@ def command(
             raise ValueError("--env and --algo are for an agent's zip: a run's folder knows them")
         config = open_run(run)
         if checkpoint is None:
-            checkpoint = "best" if has_state(checkpoint_dir(run, "best")) else "last"
+            checkpoint = best_checkpoint(run)
         games = make_env(config, min(N_ENVS, episodes))
         model = build_model(config, games)
         state = load_checkpoint(model, checkpoint_dir(run, checkpoint))

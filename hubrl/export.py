@@ -29,11 +29,13 @@ from agents.checkpoints import Progress, load_checkpoint, save_checkpoint  # noq
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
+    best_checkpoint,
     checkpoint_dir,
     create_run,
     derive_seed,
     open_run,
 )
+from envs import EnvironmentFaultError  # noqa: E402
 from hubrl.exporting.distillation import CHUNK_STEPS, Distillation, acting_seconds  # noqa: E402
 from hubrl.exporting.graph import (  # noqa: E402
     acts_of_graph,
@@ -97,16 +99,17 @@ def command(
     with cli.user_errors():
         config = open_run(run)
         if checkpoint is None:
-            checkpoint = "best" if checkpoint_dir(run, "best").exists() else "last"
+            checkpoint = best_checkpoint(run)
         if form == "onnx" and (n_steps, episodes) != (None, None):
             raise ValueError("-n and --episodes have no meaning with --format onnx")
         if out is not None and not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
     saved = checkpoint_dir(run, checkpoint)
-    if form == "onnx":
-        return _export_onnx(config, saved, out or run / "export" / "agent.onnx")
-    folder = out or run / "export" / "distilled"
-    _export_distilled(config, saved, folder, n_steps or N_STEPS, episodes or N_EPISODES)
+    with cli.failures(EnvironmentFaultError):
+        if form == "onnx":
+            return _export_onnx(config, saved, out or run / "export" / "agent.onnx")
+        folder = out or run / "export" / "distilled"
+        _export_distilled(config, saved, folder, n_steps or N_STEPS, episodes or N_EPISODES)
     return 0
 
 
@@ -297,7 +300,7 @@ def _agent(config: RunConfig, saved: Path) -> BaseAlgorithm:
 
 def _check_teacher(config: RunConfig) -> None:
     hub = config.hub.name
-    if hub == "none" or len(load_hub(hub).encoders) == 1:
+    if hub == "none" or len(load_hub(hub, weights=False).encoders) == 1:
         raise ValueError(
             f"--format distilled, but the run has hub {hub!r}: its agent is one encoder already; "
             "--format onnx takes it"

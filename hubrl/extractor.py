@@ -67,7 +67,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         each encoder; ``sum``, one layer for all; or ``auto``: ``sum`` where the encoders' features
         have one length
     :param generator: where the pathway weights come from: ``small``, the pathway generator, or
-        ``uniform``: all encoders run with equal weights, for comparisons
+        ``uniform``: all encoders run with equal weights, or ``even``, for comparisons
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param freeze_layers: first layers of each encoder that don't learn
     :param random_init: random encoders of the same size, without the hub's knowledge
@@ -95,7 +95,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, features_dim)
         _refuse_unfit_algorithm()
         _refuse_batch_generator(generator)
-        hub = load_hub(hub)
+        hub = load_hub(hub, weights=not random_init)
         _check_space(observation_space, hub)
         channels, height, width = observation_space.shape
         self.pathway = HubPathway(

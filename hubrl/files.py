@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -86,11 +87,17 @@ def save_tensors(
 def write_tensors(
     tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file of tensors of numpy's types."""
-    # By safetensors.torch, ctypes would keep 6 kB for each length of a tensor that was ever saved.
-    save_file(
-        {key: t.detach().cpu().contiguous().numpy() for key, t in tensors.items()}, file, metadata
-    )
+    """
+    Write a safetensors file of tensors of numpy's types.
+
+    :raises OSError: if the disk doesn't take it
+    """
+    arrays = {key: t.detach().cpu().contiguous().numpy() for key, t in tensors.items()}
+    try:
+        # By safetensors.torch, ctypes would keep 6 kB for each length of a tensor ever saved.
+        save_file(arrays, file, metadata)
+    except SafetensorError as error:
+        raise OSError(f"{file} can't be written: {reason(error)}") from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 from hubrl import cli
 from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
 from hubrl.fetching.recipes import fetch_hub, fetch_line, load_cards
-from hubrl.pretraining.member import add_encoder, check_writable
+from hubrl.hub_folder import add_encoder, check_writable
 from hubrl.providers import (
     Provided,
     Wishes,
@@ -33,6 +33,7 @@ from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub
 
 N_PROBES = 32
 GOLDEN_TOLERANCE = 1e-3  # of the largest golden number: processors add in another order
+PLAY_TIMEOUT = 60.0  # seconds of a step of an environment, as in training
 MIN_CHANGE = 0.01  # of the features' length
 MAX_CONSTANT = 0.75  # share of the features; agents of 1 million steps had up to a third
 LABEL_WIDTH = 16
@@ -154,14 +155,16 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
     that follow. R2 is the share of their variance that it explains in games it was not fitted to.
     """
     # What plays needs SB3, which takes a second that the other subcommands save.
-    from envs import make_vec_env
+    from envs import EnvironmentFaultError, make_vec_env
     from hubrl.ranking import play, rank
     from hubrl.train import image_format
 
-    with cli.user_errors():
+    with cli.user_errors(), cli.failures(EnvironmentFaultError):
         spec = load_hub(hub)
         n_envs = min(16, n_observations // 16)
-        games = make_vec_env(env, n_envs, seed=seed, training=True, image=image_format(hub))
+        games = make_vec_env(
+            env, n_envs, seed=seed, training=True, image=image_format(hub), timeout=PLAY_TIMEOUT
+        )
         played = play(games, n_observations, seed)
         games.close()
         ranks = rank(spec, played)

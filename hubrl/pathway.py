@@ -198,7 +198,7 @@ class HubPathway(nn.Module):
         build_encoders: BuildEncoders | None = None,
     ) -> None:
         super().__init__()
-        self.hub = load_hub(hub)
+        self.hub = load_hub(hub, weights=pretrained)
         self.top_k = _check_top_k(top_k, self.hub)
         self.precision = check_precision(precision)
         first = self.hub.encoders[0]

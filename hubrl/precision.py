@@ -59,7 +59,7 @@ def check_precision(precision: str) -> str:
 
 @functools.cache
 def fast_dtype(device_type: str) -> torch.dtype:
-    """bfloat16 where it runs a convolution at least 1.3 times as fast as float32, else float32."""
+    """bfloat16 where NatureCNN's convolutions are 1.3 times as fast in it, else float32."""
     if device_type == "cuda":
         is_fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if is_fast else torch.float32
@@ -69,7 +69,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
 
 @torch.enable_grad()  # the first to ask may be a rollout, which computes without
 def _probe(dtype: torch.dtype) -> float:
-    """Best of four: seconds for NatureCNN's convolutions of 16 images, forward and backward."""
+    """Best of five: seconds for NatureCNN's convolutions of 16 images, forward and backward."""
     # Constants: the probe must not move the run's random numbers.
     images_BCHW = torch.ones(16, 4, 84, 84, dtype=dtype)
     weights = [torch.full(shape, 0.01, requires_grad=True) for shape, _ in NATURE_CONVOLUTIONS]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hubrl import cli
 from hubrl.files import with_prefix
+from hubrl.origin import command_line, commit
 from hubrl.plots import import_matplotlib
 from hubrl.precision import check_device
 from hubrl.pretraining import trainer
@@ -28,7 +27,7 @@ from hubrl.pretraining.frames import Player, Policy
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
-from hubrl.run_folder import CsvTable
+from hubrl.run_folder import CsvTable, held
 from hubrl.signals import StopSignal
 from hubrl.specs import EncoderSpec, closest
 from hubrl.state_folder import has_state
@@ -156,7 +155,10 @@ def command(out: Path, name: str | None, device: str, **options: Any) -> int:
         prepare = _agent if settings.objective == "ppo" else _self_supervised
         run = prepare(member, settings, device)
         member.open()
-    return run()
+    with contextlib.ExitStack() as stack:
+        with cli.user_errors():
+            stack.enter_context(held(member.work))
+        return run()
 
 
 def _card(name: str | None, settings: Settings) -> EncoderSpec:
@@ -439,19 +441,9 @@ def _facts(settings: Settings, facts: dict[str, Any]) -> dict[str, Any]:
         "objective": settings.objective,
         "seed": settings.seed,
         **facts,
-        "command": shlex.join(["hubrl", "pretrain", *sys.argv[1:]]),
-        "commit": _commit(),
+        "command": command_line("hubrl", "pretrain"),
+        "commit": commit(),
     }
-
-
-def _commit() -> str:
-    """The commit of hubrl's own checkout, or ``unknown`` for an installed copy."""
-    root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return "unknown"
-    git = ["git", "-C", str(root), "rev-parse", "--verify", "--quiet", "HEAD"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 def _random_returns(env: VecEnv, seed: int) -> list[float]:

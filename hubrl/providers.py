@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hubrl.architectures import find_architecture
 from hubrl.encoders import as_float32, read_weights, with_features_dim
+from hubrl.fetching.libraries import SPDX
 from hubrl.files import reason
 from hubrl.saved_agents import (
     agent_data,
@@ -138,7 +139,7 @@ def from_timm(model: str, wishes: Wishes) -> Provided:
         image_size=size,
         mean=tuple(known.mean),
         std=tuple(known.std),
-        license=wishes.license or known.license or "",
+        license=wishes.license or SPDX.get(known.license, known.license or ""),
     )
     return Provided(with_features_dim(card), trunk.state_dict())
 

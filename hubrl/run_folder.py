@@ -58,7 +58,7 @@ def held(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{folder} is in use by another process: wait for its end, or give another run-dir"
+                f"{folder} is in use by another process: wait for its end, or give another folder"
             ) from None
         yield
 

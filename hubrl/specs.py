@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
+from torch import nn
 
 FramePolicy = Literal["stack", "last", "each"]
 
@@ -88,6 +89,11 @@ class EncoderSpec:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
             raise ValueError(
                 f"encoder name {self.name!r} must be lower case letters, digits, '_' and '-'"
+            )
+        if hasattr(nn.ModuleDict(), self.name):
+            raise ValueError(
+                f"encoder name {self.name!r} is a word of torch's modules, which keep encoders by "
+                f"their names; give another, such as {self.name + '1'!r}"
             )
         for field in ("architecture", "source"):
             self._require(isinstance(getattr(self, field), str), field, "a text")

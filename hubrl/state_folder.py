@@ -2,7 +2,9 @@
 A checkpoint: a folder of safetensors files and ``state.json``, replaced as a whole, never pickled.
 
 ``manifest.json`` has the sha256 of each file. The checkpoints before are kept beside it as
-``NAME.1``, ``NAME.2`` ..., and the newest whole one takes the place of one that is damaged.
+``NAME.1``, ``NAME.2`` ..., and the newest whole one is read where the last is damaged. Reading
+moves nothing, so that a run may be looked at while it trains; its own process puts things right
+when it goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import os
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -37,10 +39,11 @@ STATE_FILE = "state.json"
 MANIFEST_FILE = "manifest.json"
 
 #: A module, an optimizer, a tensor, or tensors by name, which are whatever was saved.
-Part = nn.Module | torch.optim.Optimizer | Tensor | dict[str, Tensor]
+StatePart = nn.Module | torch.optim.Optimizer | Tensor | dict[str, Tensor]
 #: A number of steps, games or updates, whose file may be a stranger's.
-Count = Annotated[int, pydantic.Field(ge=0, le=2**53)]
+StoredCount = Annotated[int, pydantic.Field(ge=0, le=2**53)]
 Numbers = TypeVar("Numbers")
+Data = TypeVar("Data")
 
 
 class NotSavedError(OSError):
@@ -48,7 +51,7 @@ class NotSavedError(OSError):
 
 
 def save_state(
-    parts: Mapping[str, Part],
+    parts: Mapping[str, StatePart],
     state: Mapping[str, Any],
     folder: Path,
     files: Iterable[Path] = (),
@@ -68,7 +71,7 @@ def save_state(
     try:
         _write(parts, state, temporary, files)
         _replace(temporary, folder, keep)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise NotSavedError(
             f"checkpoint {folder} can't be written ({error}); the one before is whole: see to the "
@@ -76,21 +79,32 @@ def save_state(
         ) from error
 
 
-def load_parts(parts: Mapping[str, Part], folder: Path) -> None:
+def load_parts(parts: Mapping[str, StatePart], folder: Path) -> None:
     """
     Put a saved state into parts that were built in the same way.
 
     :raises DamagedFileError: if a file is missing, damaged or of other parts
     """
-    scalars: Any = _whole_state(folder).get("scalars")
-    for name, part in parts.items():
-        file = folder / f"{name}.safetensors"
-        try:
-            _unpack(part, load_file(file), scalars[name])
-        except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
-            raise DamagedFileError(
-                f"checkpoint file {file} can't be loaded: {reason(error)}"
-            ) from None
+
+    def load(whole: Path) -> None:
+        scalars: Any = _state(whole).get("scalars")
+        for name, part in parts.items():
+            file = whole / f"{name}.safetensors"
+            try:
+                _unpack(part, load_file(file), scalars[name])
+            except (
+                OSError,
+                SafetensorError,
+                RuntimeError,
+                LookupError,
+                TypeError,
+                ValueError,
+            ) as e:
+                raise DamagedFileError(
+                    f"checkpoint file {file} can't be loaded: {reason(e)}"
+                ) from None
+
+    _read(folder, load)
 
 
 def optimizer_state(
@@ -136,48 +150,109 @@ def link_file(source: Path, target: Path) -> None:
 
 
 def has_state(folder: Path) -> bool:
-    """Whether there is a checkpoint; one that was being replaced by a killed process comes back."""
-    if not folder.exists():
-        for older in _older(folder)[:1]:
-            os.replace(older, folder)
-    return folder.exists()
+    """Whether there is a checkpoint, or one before of which only that is left."""
+    return folder.exists() or bool(_older(folder))
+
+
+def repair_state(folder: Path) -> None:
+    """
+    Put the newest whole checkpoint in the place of one that is damaged, or that was being replaced
+    when its process was killed. Only for the process that writes them.
+    """
+    if not has_state(folder):
+        return
+    whole, damage = _newest_whole(folder)
+    if whole == folder:
+        return
+    if damage is not None:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+        _say(folder, damage, whole, f"takes its place, and it is kept as {aside.name}")
+    os.replace(whole, folder)
 
 
 def read_state(folder: Path, cls: type[Numbers]) -> Numbers:
     """
     The numbers of a checkpoint, whose files are all compared with its manifest before.
 
-    A damaged one gives way to the one before it, which is said on the screen.
+    Of a damaged one those of the one before are read, which is said on the screen.
 
     :param cls: as in ``checked``: says what they are; others are left out
     :raises DamagedFileError: if there is no checkpoint, or only a damaged one, or if numbers are
         missing or something else
     """
-    return checked(_whole_state(folder), cls, folder / STATE_FILE)
+    return _read(folder, lambda whole: checked(_state(whole), cls, whole / STATE_FILE))
 
 
-def _whole_state(folder: Path) -> dict[str, Any]:
+def _read(folder: Path, read: Callable[[Path], Data]) -> Data:
     """
-    What ``state.json`` holds, or that of the newest whole checkpoint before.
+    What is read of the newest whole checkpoint: again, if another process replaced it meanwhile.
 
-    :raises DamagedFileError: if there is no whole one
+    :raises DamagedFileError: if there is no whole one, or as ``read`` does
     """
-    damage = _damage(folder) if has_state(folder) else None
-    if damage is not None and not _take_back(folder, damage):
-        raise DamagedFileError(
-            f"checkpoint {folder} is damaged ({damage}), and no whole one is before it; put the "
-            "file back, or train anew"
-        )
+    while True:
+        before = _identity(folder)
+        try:
+            whole, damage = _newest_whole(folder)
+            data = read(whole)
+        except (DamagedFileError, OSError):
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            if damage is not None:
+                _say(folder, damage, whole, "is read")
+            return data
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """Another one for each checkpoint that was ever written there."""
+    try:
+        status = folder.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _newest_whole(folder: Path) -> tuple[Path, str | None]:
+    """
+    Where it is, and what is wrong with the one in the folder; None if nothing or it isn't there.
+
+    :raises DamagedFileError: if there is none
+    """
+    damages: dict[Path, str] = {}
+    for checkpoint in filter(Path.exists, (folder, *_older(folder))):
+        damage = _damage(checkpoint)
+        if damage is None:
+            return checkpoint, damages.get(folder)
+        damages[checkpoint] = damage
+    if not damages:
+        raise _no_checkpoint(folder)
+    raise DamagedFileError(
+        f"checkpoint {folder} is damaged ({next(iter(damages.values()))}), and no whole one is "
+        "before it; put the file back, or train anew"
+    )
+
+
+def _say(folder: Path, damage: str, whole: Path, what: str) -> None:
+    before = f"the one before, {whole.name}, {what}"
+    print(f"checkpoint {folder} is damaged ({damage}): {before}", file=sys.stderr)
+
+
+def _state(folder: Path) -> dict[str, Any]:
     try:
         return read_json(folder / STATE_FILE)
     except (OSError, ValueError):
-        raise DamagedFileError(
-            f"there is no checkpoint in {folder} (no readable {STATE_FILE})"
-        ) from None
+        raise _no_checkpoint(folder) from None
+
+
+def _no_checkpoint(folder: Path) -> DamagedFileError:
+    return DamagedFileError(f"there is no checkpoint in {folder} (no readable {STATE_FILE})")
 
 
 def _write(
-    parts: Mapping[str, Part], state: Mapping[str, Any], temporary: Path, files: Iterable[Path]
+    parts: Mapping[str, StatePart], state: Mapping[str, Any], temporary: Path, files: Iterable[Path]
 ) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -192,23 +267,6 @@ def _write(
     (temporary / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     for path in (*temporary.iterdir(), temporary):
         _sync(path)
-
-
-def _take_back(folder: Path, damage: str) -> bool:
-    """Whether one of those before is whole and has taken the place of the damaged checkpoint."""
-    whole = [older for older in _older(folder) if _damage(older) is None]
-    if not whole:
-        return False
-    aside = folder.with_name(f"{folder.name}.damaged")
-    shutil.rmtree(aside, ignore_errors=True)
-    os.replace(folder, aside)
-    os.replace(whole[0], folder)
-    print(
-        f"checkpoint {folder} is damaged ({damage}): the one before, {whole[0].name}, takes its "
-        f"place, and the damaged one is kept as {aside.name}",
-        file=sys.stderr,
-    )
-    return True
 
 
 def _damage(folder: Path) -> str | None:
@@ -239,7 +297,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _pack(part: StatePart) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors for safetensors, and what is no tensor for JSON."""
     if isinstance(part, torch.optim.Optimizer):
         values = {
@@ -265,7 +323,7 @@ def _pack(part: Part) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return unique, scalars
 
 
-def _unpack(part: Part, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
+def _unpack(part: StatePart, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
     if isinstance(part, torch.optim.Optimizer):
         weights = [weight for group in part.param_groups for weight in group["params"]]
         state = optimizer_state(part, weights, {**tensors, **scalars})

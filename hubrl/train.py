@@ -32,7 +32,7 @@ from hubrl.run_folder import (
 )
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
-from hubrl.state_folder import NotSavedError, has_state, read_state
+from hubrl.state_folder import NotSavedError, has_state, read_state, repair_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
@@ -194,6 +194,7 @@ def _continue(folder: Path) -> int:
     with _held(folder):
         # An environment may fail where its actions are played again.
         with cli.user_errors(), cli.failures(EnvironmentFaultError):
+            repair_state(checkpoint_dir(folder, "last"))
             if _is_complete(folder):
                 timesteps = read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"]
                 print(f"{folder} is complete: {timesteps:,} steps")
@@ -260,7 +261,12 @@ def _configure(given: dict[str, Any]) -> RunConfig:
         overrides.setdefault("hub.always_active", "auto")
     if given.get("always_active") == ("none",):
         overrides["hub.always_active"] = []
-    if hub and hub != "none" and "top_k" not in given and len(load_hub(hub).encoders) == 1:
+    if (
+        hub
+        and hub != "none"
+        and "top_k" not in given
+        and len(load_hub(hub, weights=False).encoders) == 1
+    ):
         overrides["hub.top_k"] = 1
     config = load_config(file, overrides)
     if given.get("algo", config.algorithm.name) != config.algorithm.name:
@@ -292,7 +298,7 @@ def image_format(hub: str) -> ImageFormat:
     """Colour where all encoders want it, else a stack of grey images; as large as the largest."""
     if hub == "none":
         return ImageFormat()
-    encoders = load_hub(hub).encoders
+    encoders = load_hub(hub, weights=False).encoders
     size = max(max(spec.image_size) for spec in encoders)
     min_size = -(-size // 2)  # as check_image_shape
     n_frames = max(spec.n_frames for spec in encoders)

@@ -14,13 +14,13 @@ import click
 import torch
 
 from hubrl import cli
+from hubrl.fetching.recipes import load_cards
 from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError, advice
 from hubrl.precision import check_device, resolve_precision
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
 from hubrl.signals import StopSignal
 from hubrl.specs import lasting_name
-from hubrl.state_folder import NotSavedError
 from vision_tasks import distributed
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, load_config
 from vision_tasks.data import Data
@@ -199,7 +199,7 @@ def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> in
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
-        with stop.caught(), cli.failures(NotSavedError, DamagedFileError, UnreadableImageError):
+        with stop.caught(), cli.failures(DamagedFileError, UnreadableImageError, OSError):
             number = _learn(Trainer(method, data, config, folder), config, folder, stop)
     finally:
         shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)
@@ -237,8 +237,7 @@ def _learn(trainer: Trainer, config: VisionConfig, folder: Path, stop: StopSigna
 
 
 def _default_run_dir(config: VisionConfig) -> Path:
-    method, hub = (
-        name.replace(":", "_").replace("/", "_") for name in (config.method, config.hub.name)
-    )
+    named = load_cards(config.hub.name).name
+    method, hub = (name.replace(":", "_").replace("/", "_") for name in (config.method, named))
     now = time.strftime("%Y%m%d-%H%M%S")
     return Path("runs", f"{config.data.name}-{method}-{hub}-s{config.train.seed}-{now}")

@@ -66,10 +66,7 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
     """
     setup = Setup(**options)
     with cli.user_errors():
-        if json_file is not None and not json_file.absolute().parent.is_dir():
-            raise ValueError(
-                f"--json {json_file}: there is no folder {json_file.absolute().parent}"
-            )
+        cli.check_output("--json", json_file)
         device = check_device("--device", setup.device)
         setup = setup._replace(device=str(device))
         hub = load_cards(setup)

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from hubrl import cli
 from hubrl.architectures import find_architecture
 from hubrl.encoders import Encoder
+from hubrl.hub_folder import add_encoder, check_writable
 from hubrl.precision import check_device
-from hubrl.pretraining.member import add_encoder
 from hubrl.specs import HUB_FILE, EncoderSpec, load_hub
 from vision_tasks.data import load_classification
 from vision_tasks.pretexts import PRETEXTS, Pretext
@@ -66,7 +66,11 @@ def command(out: Path, root: Path | None, device: str, **numbers: Any) -> None:
     budget = Budget(**numbers)
     with cli.user_errors():
         on = check_device("--device", device)
+        check_writable(out)
         missing = [name for name in PRETEXTS if not _is_there(out, name, budget)]
+        if not missing:
+            print(f"hub {out} has them all")
+            return
         data = load_classification("fashion-mnist", root, IMAGE_SIZE, budget.limit, budget.seed)
         images, targets = _stacked(data.train)
         for name in missing:

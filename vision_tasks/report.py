@@ -214,7 +214,8 @@ def _row(by_seed: Mapping[int, Run], groups: Sequence[Mapping[int, Run]]) -> Row
     if common and ours is not by_seed:
         mine, theirs = ([g[s].test * _sign(first.metric) for s in common] for g in (ours, by_seed))
         difference = paired_difference(mine, theirs)
-    others = {name: mean_over_seeds([run.others[name] for run in runs]) for name in first.others}
+    shared = [name for name in first.others if all(name in run.others for run in runs)]
+    others = {name: mean_over_seeds([run.others[name] for run in runs]) for name in shared}
     return Row(
         first.data,
         first.method,
@@ -360,11 +361,11 @@ def _markdown(rows: Sequence[Row], runs: Sequence[Run]) -> str:
     for data in dict.fromkeys(row.data for row in rows):
         of_data = [row for row in rows if row.data == data]
         lines += [f"## {data}", "", _settings([run for run in runs if run.data == data]), ""]
-        metric, others = of_data[0].metric, of_data[0].others
-        scores = [f"test {metric}", *others, "validation", f"{OURS} less this"]
+        others = list(dict.fromkeys(name for row in of_data for name in row.others))
+        scores = [f"test {of_data[0].metric}", *others, "validation", f"{OURS} better by"]
         head = ["method", "seeds", *scores, "training s"]
         lines += [_cells(head), _cells(["---"] * len(head))]
-        lines += [_markdown_row(row) for row in of_data]
+        lines += [_markdown_row(row, others) for row in of_data]
         best = best_single(of_data, data)
         if best is not None:
             lines += ["", f"Best single encoder, by validation: {best.method}."]
@@ -401,8 +402,13 @@ def _settings(runs: Sequence[Run]) -> str:
     return f"All runs: {', '.join(words)}."
 
 
-def _markdown_row(row: Row) -> str:
-    scores = [_percent(interval) for interval in (row.test, *row.others.values(), row.validation)]
+def _markdown_row(row: Row, others: Sequence[str]) -> str:
+    given = {name: _percent(interval) for name, interval in row.others.items()}
+    scores = [
+        _percent(row.test),
+        *(given.get(name, "") for name in others),
+        _percent(row.validation),
+    ]
     difference = "" if row.difference is None else _percent(row.difference)
     seeds = " ".join(map(str, row.seeds))
     return _cells([row.method, seeds, *scores, difference, f"{row.seconds:.0f}"])

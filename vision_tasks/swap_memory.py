@@ -102,8 +102,7 @@ def command(
     sides = [Side(2, None), Side(2, swap), Side(n_encoders, swap), Side(n_encoders, None)]
     measured: dict[Side, list[Memory]] = {side: [] for side in sides}
     with cli.user_errors():
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"--json {file}: there is no folder {file.absolute().parent}")
+        cli.check_output("--json", file)
     with cli.user_errors(), tempfile.TemporaryDirectory(dir=folder) as temporary:
         weights = save_random_weights(Path(temporary))
         for number in range(rounds):

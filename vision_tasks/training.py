@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from typing_extensions import TypedDict
 
 from hubrl.encoders import is_encoder_weight
+from hubrl.files import DamagedFileError
 from hubrl.finite import (
     ROLLBACK_SCALE,
     NotFiniteError,
@@ -29,7 +31,14 @@ from hubrl.finite import (
 )
 from hubrl.run_folder import CsvTable
 from hubrl.signals import StopSignal
-from hubrl.state_folder import Count, has_state, load_parts, read_state, save_state
+from hubrl.state_folder import (
+    StoredCount,
+    has_state,
+    load_parts,
+    read_state,
+    repair_state,
+    save_state,
+)
 from vision_tasks import distributed
 from vision_tasks.config import VisionConfig
 from vision_tasks.data import Data
@@ -51,9 +60,9 @@ Batch = tuple[Tensor, Tensor]
 class Position(NamedTuple):
     """How far a run is: phases, epochs of this phase and steps of this epoch that are done."""
 
-    phase: Count = 0
-    epoch: Count = 0
-    step: Count = 0
+    phase: StoredCount = 0
+    epoch: StoredCount = 0
+    step: StoredCount = 0
 
 
 class Scores(TypedDict):
@@ -61,7 +70,7 @@ class Scores(TypedDict):
 
     best: float | None
     """The best validation score of the phase."""
-    bad_epochs: Count
+    bad_epochs: StoredCount
     """Epochs since then."""
     seconds: float
     """Of training, in all phases."""
@@ -123,7 +132,8 @@ class Trainer:
         self._position = Position()
         self._scores: Scores = {"best": None, "bad_epochs": 0, "seconds": 0.0}
         self.n_rollbacks = 0
-        if _leader_has_state(self._last):
+        _repair(self._last)
+        if has_state(self._last):
             state = read_state(self._last, Checkpoint)
             self._position, self._scores = state["position"], state["scores"]
             self.n_rollbacks = state.get("n_rollbacks", 0)
@@ -470,14 +480,12 @@ class _Log:
         self._writer.close()
 
 
-def _leader_has_state(folder: Path) -> bool:
-    """The first process looks first: it may put the checkpoint before in a damaged one's place."""
-    if distributed.rank() > 0:
-        distributed.wait()
-    found = has_state(folder)
+def _repair(folder: Path) -> None:
+    """By the first process; where nothing is whole, all of them find that when they read."""
     if distributed.rank() == 0:
-        distributed.wait()
-    return found
+        with contextlib.suppress(DamagedFileError):
+            repair_state(folder)
+    distributed.wait()
 
 
 def _batches(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:

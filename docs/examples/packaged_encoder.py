@@ -22,7 +22,7 @@ import timm
 import torch
 from torch import Tensor
 
-from hubrl.pretraining.member import add_encoder
+from hubrl.hub_folder import add_encoder
 from hubrl.providers import Provided, Wishes, from_file
 from hubrl.specs import BUILT_IN_HUBS, EncoderSpec
 

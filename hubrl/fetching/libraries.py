@@ -47,8 +47,13 @@ def from_torchvision(weights: str, spec: EncoderSpec) -> dict[str, Tensor]:
             f"encoder {spec.name!r}: provider is 'torchvision:{weights}', allowed: torchvision: "
             f"and one of {', '.join(BACKBONES)}"
         )
-    from torchvision.models import get_weight
-
+    try:
+        from torchvision.models import get_weight
+    except ImportError:
+        raise ValueError(
+            f"encoder {spec.name!r}: torchvision's {weights} needs torchvision: "
+            f"{conversions.INSTALL_VISION}"
+        ) from None
     entry = get_weight(weights)
     file = Path(torch.hub.get_dir(), "checkpoints", Path(entry.url).name)
     try:

@@ -65,11 +65,12 @@ def load_cards(hub: str | Path | HubSpec) -> HubSpec:
     :param hub: as in ``hubrl.load_hub``
     :raises ValueError: if there is no such hub, or a card is wrong
     """
-    if not isinstance(hub, HubSpec) and str(hub).startswith(TIMM_PREFIX):
-        return HubSpec(
-            name=str(hub), encoders=tuple(map(libraries.timm_card, timm_models(str(hub))))
-        )
-    return load_hub(hub, weights=False)
+    if isinstance(hub, HubSpec) or not str(hub).startswith(TIMM_PREFIX):
+        return load_hub(hub, weights=False)
+    models = timm_models(str(hub))
+    if all(_is_whole(TIMM_PREFIX + model) for model in models):
+        return load_hub(hub)
+    return HubSpec(name=str(hub), encoders=tuple(map(libraries.timm_card, models)))
 
 
 def fetch_line(spec: EncoderSpec) -> str:

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 # Shape letters: B batch, G groups whose members are told apart, N members of a group, D features,
 # A actions, C H W image, P Q rows and columns of patches, Z bins, T time steps or views.
 
+#: A pixel's change, of 0 to 1, that is not noise.
+MOVED = 0.02
+
 
 def info_nce(queries_GND: Tensor, keys_GND: Tensor, temperature: float) -> Tensor:
     """
@@ -32,7 +35,7 @@ def info_nce(queries_GND: Tensor, keys_GND: Tensor, temperature: float) -> Tenso
     return (to_keys_GN.mean() + to_queries_GN.mean()) / 2
 
 
-def standardise(values_TGND: Tensor, eps: float = 1e-5) -> Tensor:
+def standardise(values_TGND: Tensor) -> Tensor:
     """
     Mean 0 and variance 1 of each feature over the observations of a game, as in BatchNorm.
 
@@ -40,12 +43,11 @@ def standardise(values_TGND: Tensor, eps: float = 1e-5) -> Tensor:
     cosines nearly 1 and their differences nearly 0, and learning would begin on a plateau.
 
     :param values_TGND: T views of N observations of G games; a mean is taken over T and N
-    :param eps: added to the variance
     """
     assert values_TGND.ndim == 4, values_TGND.shape
     centred_TGND = values_TGND - values_TGND.mean(dim=(0, 2), keepdim=True)
     variance_1G1D = centred_TGND.square().mean(dim=(0, 2), keepdim=True)
-    return centred_TGND * (variance_1G1D + eps).rsqrt()
+    return centred_TGND * (variance_1G1D + 1e-5).rsqrt()
 
 
 def inverse_dynamics_loss(logits_BA: Tensor, actions_B: Tensor) -> Tensor:
@@ -160,7 +162,7 @@ def mean_of_visible(images_BCHW: Tensor, mask_BCHW: Tensor) -> Tensor:
     return torch.where(mask_BCHW, mean_B1HW, images_BCHW)
 
 
-def movement_weight(images_BCHW: Tensor, still: float, threshold: float = 0.02) -> Tensor:
+def movement_weight(images_BCHW: Tensor, still: float) -> Tensor:
     """
     1 for pixels that change within the frame stack, ``still`` for all others; (B, C, H, W).
 
@@ -168,10 +170,9 @@ def movement_weight(images_BCHW: Tensor, still: float, threshold: float = 0.02) 
 
     :param images_BCHW: the stack of frames, in [0, 1]
     :param still: weight of pixels that do not change
-    :param threshold: a change above this counts
     """
     change_B1HW = images_BCHW.amax(dim=1, keepdim=True) - images_BCHW.amin(dim=1, keepdim=True)
-    weight_B1HW = torch.where(change_B1HW > threshold, 1.0, still)
+    weight_B1HW = torch.where(change_B1HW > MOVED, 1.0, still)
     return weight_B1HW.expand_as(images_BCHW)
 
 

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 from agents.config import load_config
 from agents.runs import checkpoint_dir
 from agents.study_config import Run
+from hubrl.origin import REPOSITORY, commit
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import has_state
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 NICENESS = 10
 POLL_SECONDS = 0.2
 
@@ -192,18 +192,6 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
 def can_resume(folder: Path) -> bool:
     """Whether a run can be resumed."""
     return has_state(checkpoint_dir(folder, "last"))
-
-
-def commit() -> str:
-    """The git commit of this code, ``-dirty`` with changes; ``unknown`` outside of a clone."""
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
-        changes = [*git, "status", "--porcelain", "--", "hubrl", "agents", "envs", "configs"]
-        dirty = subprocess.run(changes, capture_output=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.decode().strip()[:12] + ("-dirty" if dirty else "")
 
 
 def weights(hub: str) -> str:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from agents.study_config import StudyConfig
+from hubrl.origin import command_line, commit
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.sections import read_mapping
-from hubrl.studies.engines import Job, commit
+from hubrl.studies.engines import Job
 from hubrl.studies.figures import FIGURES
 from hubrl.studies.results import ALL, AXES, CURVES_FILE, SUMMARY_FILE, Axis, Row, Table
 
@@ -78,7 +77,7 @@ def _origin(study: StudyConfig, file: Path, done: Sequence[Job]) -> str:
     variants = ", ".join(f"{name} ({' '.join(map(str, seeds[name]))})" for name in seeds)
     return "\n".join(
         [
-            f"- command: `{shlex.join(['python', '-m', 'hubrl.study', *sys.argv[1:]])}`",
+            f"- command: `{command_line('python', '-m', 'hubrl.study')}`",
             f"- commit: trained at {', '.join(commits)}; measured at {commit()}",
             f"- games: {', '.join(study.games)}; {study.n_timesteps:,} agent steps each",
             f"- variants (seeds of complete runs): {variants}",

@@ -27,7 +27,7 @@ from torch import nn
 from agents.config import BUILT_IN_CONFIGS, dump_config
 from hubrl import cli, train
 from hubrl.specs import HUB_FILE, dump_yaml
-from hubrl.state_folder import Part, save_state
+from hubrl.state_folder import StatePart, save_state
 from vision_tasks import classification
 from vision_tasks.config import BUILT_IN_CONFIGS as VISION_CONFIGS
 from vision_tasks.config import dump_config as dump_vision_config
@@ -121,7 +121,7 @@ def checkpoint_files() -> dict[str, bytes]:
         return _files(Path(folder, "last"))
 
 
-def parts() -> dict[str, Part]:
+def parts() -> dict[str, StatePart]:
     """A module, its optimizer after a step, and a tensor."""
     torch.manual_seed(0)
     policy = nn.Linear(3, 2)

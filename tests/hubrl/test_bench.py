@@ -127,6 +127,7 @@ def test_a_name_chooses_one_result(three_results: None) -> None:
     [
         (["toi"], "bench 'toi' is unknown, allowed: all, toy.update, toy.speed, toy.beside"),
         (["all", "--json", "/nowhere/x.json"], "--json /nowhere/x.json: there is no folder"),
+        (["all", "--json", "/"], "--json / is a folder: give a file"),
         (["all", "--device", "abacus"], "--device is 'abacus', allowed on this machine: auto, cpu"),
     ],
 )

@@ -25,7 +25,7 @@ from agents import faults
 from agents.config import RunConfig
 from envs import episode_seed
 from envs.tiny import TinyImage
-from hubrl import cli, train
+from hubrl import cli, export, hubs, train
 from hubrl.files import read_json
 
 
@@ -270,6 +270,41 @@ def test_the_first_bad_tensor_is_named(
     assert re.search(origin, capsys.readouterr().err)
 
 
+@pytest.mark.parametrize(("kind", "fault"), FAULTS[:1])
+def test_a_fault_is_said_in_one_line_by_commands_that_play(
+    kind: type[Faulty],
+    fault: str,
+    hub5: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    gym.registry.pop("Faulty-v0", None)
+    gym.register("Faulty-v0", TinyImage)
+    config = write_small_config(tmp_path / "c.yaml", env__id="Faulty-v0", hub__name=str(hub5))
+    assert run("--config", config, "--run-dir", "r", "-n", 32) == 0
+    gym.registry.pop("Faulty-v0")
+    gym.register("Faulty-v0", kind)
+    monkeypatch.setattr(Faulty, "reset", reset_of_any_seed)
+    for command, args in (
+        (hubs.command, ["rank", str(hub5), "--env", "Faulty-v0", "-n", "1024"]),
+        (export.command, ["r", "--format", "onnx"]),
+    ):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.run(command, "hubrl", args)
+        assert exit.value.code == 1
+        error = capsys.readouterr().err
+        assert fault in error
+        assert error.count("\n") == 1
+
+
+def reset_of_any_seed(self: Faulty, **kwargs: Any) -> Any:
+    self.n_resets += 1
+    self.is_second = True
+    return TinyImage.reset(self, **kwargs)
+
+
 def test_two_commands_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_small_config(tmp_path / "c.yaml")
     assert run("--config", config, "--run-dir", "r", "-n", 32) == 0
@@ -286,16 +321,20 @@ def limit_file_size() -> None:
 
 
 @pytest.mark.slow
-def test_a_full_disk(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "file"),
+    [("ppo", "checkpoint r/checkpoints/last"), ("dqn", r"r/checkpoints/replay/\.replay-0")],
+)
+def test_a_full_disk(algorithm: str, file: str, tmp_path: Path) -> None:
     """The process can't write large files, from its first checkpoint on."""
-    config = write_small_config(tmp_path / "c.yaml", train__save_freq=32)
+    config = write_small_config(tmp_path / "c.yaml", algorithm, train__save_freq=32)
     command = [sys.executable, "-m", "hubrl.train", "--config", config, "--run-dir", "r"]
     done = subprocess.run(
         command, preexec_fn=limit_file_size, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "checkpoint r/checkpoints/last can't be written" in done.stderr
+    assert re.search(f"{file}.* can't be written", done.stderr)
     assert run("--resume", "r") == 0
 
 

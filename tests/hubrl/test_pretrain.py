@@ -22,16 +22,16 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from small_runs import small_config, write_small_config
 
-from hubrl import load_hub, pretrain, train
+from hubrl import hub_folder, load_hub, pretrain, train
 from hubrl.architectures import NatureConv
 from hubrl.encoders import build_encoder
 from hubrl.pretrain import Settings, command
-from hubrl.pretraining import member as member_module
 from hubrl.pretraining import trainer
 from hubrl.pretraining.frames import Places
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
+from hubrl.run_folder import held
 from hubrl.specs import save_hub
 
 GAMES = ("ALE/Pong-v5", "ALE/Qbert-v5")
@@ -56,10 +56,10 @@ def make_trainer(objective: str, games: tuple[str, ...] = GAMES, seed: int = 0) 
     return Trainer(objective, players, Budget(settings.n_frames), seed=seed)
 
 
-def run(*args: str) -> str:
-    """The command's output; it has to succeed."""
+def run(*args: str, code: int = 0) -> str:
+    """The command's output; it has to end with this code."""
     result = CliRunner().invoke(command, args, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == code, result.output
     return result.output
 
 
@@ -246,12 +246,23 @@ def test_two_commands_that_finish_at_the_same_moment_lose_no_card(tmp_path, monk
             both_have_read.wait(timeout=0.5)
         save_hub(hub, folder)
 
-    monkeypatch.setattr(member_module, "save_hub", save_late)
+    monkeypatch.setattr(hub_folder, "save_hub", save_late)
     members = [make_member(tmp_path, name) for name in ("left", "right")]
     with ThreadPoolExecutor(2) as pool:
         for done in [pool.submit(m.add, NatureConv(4).state_dict(), {}) for m in members]:
             assert done.result().is_file()
     assert set(load_hub(tmp_path).encoder_names) == {"first", "left", "right"}
+
+
+def test_two_commands_that_train_the_same_encoder(tmp_path):
+    arguments = ("--env", GAMES[0], "--objective", "inverse", "--out", str(tmp_path), "-n", "160")
+    work = tmp_path / ".pretrain" / "pong"
+    work.mkdir(parents=True)
+    with held(work):
+        assert "pong is in use by another process: wait for its end" in run(*arguments, code=2)
+    assert not (tmp_path / "hub.yaml").exists()
+    run(*arguments)
+    assert load_hub(tmp_path).encoder_names == ("pong",)
 
 
 def test_a_wrong_name_is_refused(tmp_path):

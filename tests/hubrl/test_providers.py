@@ -29,8 +29,8 @@ from torch import Tensor
 
 import hubrl
 from hubrl.encoders import build_encoder
+from hubrl.hub_folder import add_encoder
 from hubrl.hubs import check_encoder
-from hubrl.pretraining.member import add_encoder
 from hubrl.providers import (
     Wishes,
     from_file,
@@ -479,7 +479,7 @@ def test_a_timm_model_with_timms_weights(hugging_face: Service, tmp_path: Path) 
     assert outcome.code == 0, outcome.err
     (card,) = load_hub(tmp_path).encoders
     assert (card.name, card.architecture) == ("test_vit_r160_in1k", "timm:test_vit")
-    assert (card.image_size, card.mean, card.license) == ((32, 32), (0.5,) * 3, "apache-2.0")
+    assert (card.image_size, card.mean, card.license) == ((32, 32), (0.5,) * 3, "Apache-2.0")
     assert "/timm/test_vit.r160_in1k/resolve/" in "".join(hugging_face.requests)
     full, _ = from_timm("test_vit", Wishes())
     assert (full.image_size, full.features_dim) == ((160, 160), 64)

@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from small_hubs import nature_spec, write_hub
+from torch import nn
 
 from hubrl.pathway import HubPathway
 from hubrl.specs import EncoderSpec, HubSpec, closest, list_hubs, load_hub, save_hub
@@ -108,6 +109,13 @@ def test_any_valid_card_survives_yaml(
 def test_card_out_of_range(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(nature_spec("x"), **changes)
+
+
+@pytest.mark.parametrize("name", ["train", "half", "items", "values", "training", "to"])
+def test_the_name_of_an_encoder_is_none_of_torchs(name: str) -> None:
+    with pytest.raises(ValueError, match=f"name '{name}' is a word of torch's modules.* '{name}1'"):
+        nature_spec(name)
+    nn.ModuleDict({f"{name}1": nn.Identity()})
 
 
 @pytest.mark.parametrize("name", ["", "x/../../../outside", "..\\x"])

@@ -19,11 +19,19 @@ from typing_extensions import TypedDict
 
 from hubrl import state_folder
 from hubrl.files import DamagedFileError, write_tensors
-from hubrl.state_folder import Count, NotSavedError, has_state, load_parts, read_state, save_state
+from hubrl.state_folder import (
+    NotSavedError,
+    StoredCount,
+    has_state,
+    load_parts,
+    read_state,
+    repair_state,
+    save_state,
+)
 
 
 class Numbers(TypedDict):
-    number: Count
+    number: StoredCount
 
 
 def layer(value: float) -> nn.Linear:
@@ -58,7 +66,7 @@ FILES = ["layer.safetensors", "state.json", "manifest.json"]
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(
+def test_the_checkpoint_before_stands_in_for_a_damaged_one(
     damage: Callable[[Path], None], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "last"
@@ -68,12 +76,19 @@ def test_the_checkpoint_before_takes_the_place_of_a_damaged_one(
     if (damage, name) == (Path.unlink, "manifest.json"):
         return  # what it would say is in the other files' names, and older runs have none
     damage(folder / name)
-    assert loaded(folder) == (1, 1.0)
+    assert read_state(folder, Numbers) == {"number": 1}
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"checkpoint {folder} is damaged (" in error
+    assert error.endswith("): the one before, last.1, is read\n")
     assert name in error or name == "manifest.json"
-    assert (tmp_path / "last.damaged").is_dir()
+    assert loaded(folder) == (1, 1.0)
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "last.1"}, "a look moves nothing"
+    capsys.readouterr()
+    repair_state(folder)
+    assert "last.1, takes its place, and it is kept as last.damaged" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "last.damaged"}
+    assert loaded(folder) == (1, 1.0)
     save(folder, 3)
     assert loaded(folder) == (3, 3.0)
 
@@ -301,3 +316,45 @@ def test_killed_at_any_call_that_touches_the_disk(
     assert number in ((1, 2) if is_killed else (2,))
     save(folder, 3)
     assert loaded(folder) == (3, 3.0)
+
+
+@pytest.mark.parametrize("moment", ["hashes", "tensors"])
+def test_a_checkpoint_that_is_replaced_while_it_is_read(
+    moment: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "last"
+    save(folder, 1)
+    save(folder, 2)
+    name = {"hashes": "file_sha256", "tensors": "load_file"}[moment]
+    original, numbers = getattr(state_folder, name), iter([3, 4])
+
+    def after_another_process_saved(file: Path) -> object:
+        monkeypatch.setattr(state_folder, name, original)
+        save(folder, next(numbers))
+        return original(file)
+
+    monkeypatch.setattr(state_folder, name, after_another_process_saved)
+    part = layer(0.0)
+    load_parts({"layer": part}, folder)
+    assert float(part.weight.detach()[0, 0]) == 3.0
+    monkeypatch.setattr(state_folder, name, after_another_process_saved)
+    assert read_state(folder, Numbers) == {"number": 4 if moment == "hashes" else 3}
+    assert {path.name for path in tmp_path.iterdir()} == {"last", "last.1"}
+    assert capsys.readouterr().err == ""
+
+
+def test_a_checkpoint_whose_replacement_was_cut_short(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    save(folder, 1)
+    folder.rename(tmp_path / "last.1")
+    assert has_state(folder)
+    assert loaded(folder) == (1, 1.0)
+    assert not folder.exists(), "a look moves nothing"
+    repair_state(folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"last"}
+    assert loaded(folder) == (1, 1.0)
+
+
+def test_repair_where_there_is_nothing(tmp_path: Path) -> None:
+    repair_state(tmp_path / "last")
+    assert not has_state(tmp_path / "last")

@@ -238,6 +238,31 @@ def test_the_same_command_again(
     assert "runs/r is in use by another process" in capsys.readouterr().err
 
 
+def test_a_table_that_cant_be_written(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("csv.DictWriter.writerow", full)
+        assert run(*small(hub, "--method", "single:b", "--run-dir", folder)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "No space left on device" in error
+    assert run("--resume", folder) == 0
+
+
+def test_a_run_of_a_hub_in_a_folder_is_named_after_the_hub(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*small(hub, "--method", "single:b")) == 0
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("fashion-mnist-single_b-rgb-s0-")
+
+
 def test_a_loss_that_is_no_number_ends_in_one_line_or_rolls_back(
     hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,6 +124,7 @@ def test_what_users_get_wrong(
     ("args", "message"),
     [
         (("--json", "no/x.json"), "--json no/x.json: there is no folder"),
+        (("--json", "."), "--json . is a folder: give a file"),
         (("--device", "cuda:7"), "--device is 'cuda:7', allowed on this machine: auto, cpu"),
     ],
 )

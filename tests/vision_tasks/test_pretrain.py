@@ -51,6 +51,10 @@ def test_five_encoders_become_a_hub(tmp_path: Path, capsys: pytest.CaptureFixtur
     weights = torch.stack([state["conv_stem.weight"] for state in states])
     assert (weights.flatten(1).unsqueeze(1) - weights.flatten(1)).abs().sum(2).count_nonzero() == 20
 
+    assert run(*args) == 0
+    assert capsys.readouterr().out.endswith("has them all\n")
+    assert run("--out", "atari5", *args[2:]) == 2
+    assert "out atari5 is the name of a hub that ships" in capsys.readouterr().err
     (tmp_path / "same" / "contrast.safetensors").unlink()  # as if stopped before the last
     text = (tmp_path / "same" / "hub.yaml").read_text()
     (tmp_path / "same" / "hub.yaml").write_text(text[: text.index("- name: contrast")])

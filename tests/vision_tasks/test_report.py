@@ -75,6 +75,29 @@ def run(*args: object) -> int:
     return int(stop.value.code or 0)
 
 
+def test_scores_that_not_all_runs_have(finished: Path, tmp_path: Path) -> None:
+    for name, more in {
+        "hub-pathway-1": ["x", "y"],
+        "hub-pathway-2": ["x"],
+        "single:b-1": [],
+    }.items():
+        file = finished / name / "results.json"
+        results = json.loads(file.read_text())
+        results["test"][""] |= dict.fromkeys(more, 0.25)
+        file.write_text(json.dumps(results))
+    (finished / "hub-pathway-3" / "results.json").unlink()
+    assert run(finished, "--out", tmp_path / "out") == 0
+    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
+    head, _, *rows = [line.split(" | ") for line in lines if line.startswith("| ")]
+    assert head[2:5] == ["test accuracy", "x", "validation"]
+    assert {row[0]: row[3].split(" ")[0] for row in rows} == {
+        "| hub-pathway": "25.00",
+        "| single:a": "",
+        "| single:b": "",
+    }
+    assert {len(row) for row in rows} == {len(head)}
+
+
 def test_rows_by_hand(finished: Path) -> None:
     rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
     assert list(rows) == ["single:b", "hub-pathway", "single:a"]  # by test score

@@ -48,6 +48,9 @@ def test_results_need_a_folder(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, ["--json", str(tmp_path / "missing" / "memory.json")])
     assert result.exit_code == 2
     assert "there is no folder" in result.output
+    result = CliRunner().invoke(command, ["--json", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "is a folder: give a file" in result.output
 
 
 @pytest.mark.slow

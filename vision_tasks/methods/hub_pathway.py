@@ -117,10 +117,6 @@ class HubPathwayModel(nn.Module):
         heads = {spec.name: build_head(spec, task, settings.seed) for spec in hub.encoders}
         self.heads = nn.ModuleDict(heads)
 
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Outputs (B, O)."""
-        return self.route(images_BCHW)[0].features
-
     def route(self, images_BCHW: Tensor) -> tuple[PathwayOutput, list[Part]]:
         """
         Route the images; ``features`` are the outputs (B, O), and the parts have those of each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 from pathlib import Path
 from urllib.error import URLError
@@ -68,6 +69,13 @@ def test_torchvision_weights_come_from_its_cache(
         libraries.from_torchvision("ResNet18", card)
 
 
+def test_torchvision_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    message = rf"'imagenet': torchvision's {DEEPLAB} needs torchvision: pip install \"hubrl\[vision"
+    with pytest.raises(ValueError, match=message):
+        libraries.from_torchvision(DEEPLAB, resnet50_card())
+
+
 def test_files_of_the_user(cache: Path) -> None:
     card = dataclasses.replace(nature_spec("moco"), source="https://example.org")
     name = "moco_v2_800ep_pretrain.pth.tar"
@@ -91,6 +99,7 @@ def test_models_of_timm_are_a_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert load_hub(hub) == found
     assert found.encoder_names == models
     assert load_hub("timm:test_vit").encoders == found.encoders[1:]
+    assert load_cards(hub) == found
     for spec in found.encoders:
         assert file_sha256(found.weights_path(spec)) == spec.sha256  # type: ignore[arg-type]
         assert spec.golden is not None

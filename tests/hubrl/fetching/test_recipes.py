@@ -6,11 +6,16 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from small_hubs import nature_spec
+from small_runs import small_config
 from torch import Tensor
 
+from agents.algorithms import resolve
+from hubrl import HubFeaturesExtractor
 from hubrl.architectures import NatureConv
 from hubrl.encoders import build_encoder
 from hubrl.fetching import recipes
@@ -100,6 +105,16 @@ def test_nothing_is_random_before_it_is_fetched(built_in: Path) -> None:
     build_encoder(cards, cards.encoders[0], pretrained=False)
     with pytest.raises(ValueError, match="hub 'pear' is unknown"):
         fetch_hub("pear")
+
+
+def test_random_encoders_need_no_weights(built_in: Path, source: Source) -> None:
+    images = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    assert HubFeaturesExtractor(images, "pair", random_init=True).pathway.hub == load_cards("pair")
+    pair = {"hub.name": "pair"}
+    assert resolve(small_config("ppo", {**pair, "hub.random_init": True})).hub.aggregation == "sum"
+    with pytest.raises(ValueError, match="hub 'pair' is not on this machine"):
+        resolve(small_config("ppo", pair))
+    assert source.asked == []
 
 
 def test_hubs_with_weights_are_loaded_alone(hub5: Path, source: Source) -> None:

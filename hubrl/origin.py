@@ -1,0 +1,37 @@
+"""Where a result comes from: the command and the commit, for cards and reports."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def command_line(*words: str) -> str:
+    """
+    The command of this process as one would type it.
+
+    :param words: what it is called by, such as ``hubrl pretrain``, to which its arguments are added
+    """
+    arguments = sys.argv[1:]
+    context = click.get_current_context(silent=True)
+    if context is not None and context.parent is not None:
+        arguments = arguments[1:]  # the subcommand's name
+    return shlex.join([*words, *arguments])
+
+
+def commit() -> str:
+    """The git commit of this code, ``-dirty`` with changes; ``unknown`` outside of a clone."""
+    git = ["git", "-C", str(REPOSITORY)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
+        changes = [*git, "status", "--porcelain", "--", "hubrl", "agents", "envs", "configs"]
+        dirty = subprocess.run(changes, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.decode().strip()[:12] + ("-dirty" if dirty else "")
