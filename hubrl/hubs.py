@@ -18,7 +18,8 @@ from hubrl import cli
 from hubrl.encoders import Encoder, build_encoder, golden_features, probe_channels, probe_images
 from hubrl.fetching.recipes import fetch_hub, fetch_line, load_cards
 from hubrl.hub_folder import add_encoder, check_writable
-from hubrl.providers import (
+from hubrl.sharing import pull, push
+from hubrl.sources import (
     Provided,
     Wishes,
     from_file,
@@ -28,7 +29,6 @@ from hubrl.providers import (
     from_torchvision,
     require_license,
 )
-from hubrl.sharing import pull, push
 from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub
 
 N_PROBES = 32

