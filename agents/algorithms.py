@@ -232,6 +232,7 @@ def _features_extractor(hub: HubSection) -> dict[str, Any]:
             "top_k": hub.top_k,
             "exploration_coef": hub.exploration_coef.model_dump(),
             "aggregation": hub.aggregation,
+            "standardise": hub.standardise,
             "always_active": _always_active(hub),
             "generator": hub.generator,
             "freeze": "all" if hub.freeze == ("all",) else hub.freeze,

@@ -38,6 +38,7 @@ LATER_KEYS: Mapping[str, Mapping[str, Any]] = {
         "always_active": [],
         "freeze_layers": 0,
         "aggregation": "concat",
+        "standardise": False,
         "generator": "small",
         "encoder_lr_scale": 1.0,
     },
@@ -85,6 +86,7 @@ class HubSection(Section):
     :param exploration_coef: weight of the pathway exploration loss
     :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they
         have one length, else ``concat``
+    :param standardise: bring each encoder's features to one scale before
     :param freeze: names of encoders that stay as they are, or ``all``
     :param freeze_layers: first layers of each encoder that stay as they are
     :param random_init: orthogonal initialization in the place of the pretrained weights
@@ -98,6 +100,7 @@ class HubSection(Section):
     generator: Literal["small", "uniform"]
     exploration_coef: Schedule
     aggregation: Literal["auto", "concat", "sum"]
+    standardise: bool
     freeze: Names
     freeze_layers: Annotated[Integer, Field(ge=0)]
     random_init: bool

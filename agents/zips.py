@@ -33,6 +33,7 @@ EXTRACTOR: Mapping[str, Any] = {
     "exploration_coef": int | float | dict,
     "features_dim": int,
     "aggregation": str,
+    "standardise": bool,
     "always_active": str | list,
     "generator": str,
     "freeze": str | list,

@@ -66,6 +66,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param aggregation: how features become one vector: ``concat``, a block of a linear layer for
         each encoder; ``sum``, one layer for all; or ``auto``: ``sum`` where the encoders' features
         have one length
+    :param standardise: bring each encoder's features to one scale before, by running means over the
+        observations that are trained on
     :param generator: where the pathway weights come from: ``small``, the pathway generator, or
         ``uniform``: all encoders run with equal weights, or ``even``, for comparisons
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
@@ -85,6 +87,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         exploration_coef: Schedule = 0.01,
         features_dim: int = 512,
         aggregation: str = "auto",
+        standardise: bool = True,
         always_active: Collection[str] | str = "auto",
         generator: str = "small",
         freeze: Collection[str] | str = (),
@@ -106,6 +109,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
             image_shape=(channels, height, width),
             features_dim=features_dim,
             aggregation=aggregation,
+            standardise=standardise,
             freeze=freeze,
             freeze_layers=freeze_layers,
             pretrained=not random_init,

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from hubrl.aggregation import Part, build_aggregator
+from hubrl.aggregation import Part, Standardised, build_aggregator
 from hubrl.encoders import Casts, Encoder, build_encoder
 from hubrl.generators import GENERATORS, GeneratorClass
 from hubrl.losses import pathway_exploration_loss
@@ -166,6 +166,8 @@ class HubPathway(nn.Module):
     :param aggregation: a key of ``hubrl.aggregation.AGGREGATIONS``; ``concat`` is the paper's, and
         ``"auto"`` takes ``sum``, which is cheaper, where the encoders' features have one length; or
         a module of your own that is called as those are
+    :param standardise: bring each encoder's features to one scale before, see
+        ``hubrl.aggregation.Standardised``; not with a module of your own
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param freeze_layers: first layers of each encoder that don't learn
     :param pretrained: load the hub's weights; otherwise random ones
@@ -191,6 +193,7 @@ class HubPathway(nn.Module):
         image_shape: tuple[int, int, int] | None = None,
         features_dim: int = 512,
         aggregation: str | nn.Module = "auto",
+        standardise: bool = False,
         freeze: Collection[str] | str = (),
         freeze_layers: int = 0,
         pretrained: bool = True,
@@ -220,6 +223,8 @@ class HubPathway(nn.Module):
         if isinstance(aggregation, str):
             features_dims = [spec.features_dim for spec in self.hub.encoders]
             aggregation = build_aggregator(aggregation, features_dims, features_dim)
+            if standardise:
+                aggregation = Standardised(aggregation, features_dims)
         self.aggregator = aggregation
 
     def forward(self, images_BCHW: Tensor, *, encode: Encode | None = None) -> PathwayOutput:

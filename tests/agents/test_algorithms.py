@@ -20,7 +20,7 @@ from agents.algorithms import ALGORITHMS, build_model, resolve
 from agents.config import algorithm_names
 from agents.policies import BaselineCNN, RawImages
 from envs import make_vec_env
-from hubrl.aggregation import Sum
+from hubrl.aggregation import Standardised, Sum
 from hubrl.callback import PathwayCallback
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import HubPathway
@@ -145,6 +145,9 @@ def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:
     model = build(hub=hub5, hub__always_active=["b"], hub__aggregation="sum")
     (extractor,) = extractors(model, HubFeaturesExtractor)
     assert extractor.pathway.always_active == ("b",)
+    assert isinstance(extractor.pathway.aggregator, Standardised)
+    assert isinstance(extractor.pathway.aggregator.aggregator, Sum)
+    (extractor,) = extractors(build(hub=hub5, hub__standardise=False), HubFeaturesExtractor)
     assert isinstance(extractor.pathway.aggregator, Sum)
     (extractor,) = extractors(build(hub=hub5, hub__freeze="all"), HubFeaturesExtractor)
     assert not [p for p in extractor.pathway.encoders.parameters() if p.requires_grad]

@@ -19,7 +19,7 @@ from agents.checkpoints import BestCheckpoint, load_checkpoint, save_checkpoint
 from hubrl import state_folder
 from hubrl.files import file_sha256, read_json
 from hubrl.specs import load_hub, save_hub
-from hubrl.state_folder import has_state, read_state
+from hubrl.state_folder import has_state, read_state, repair_state
 
 
 def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
@@ -110,6 +110,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert not has_state(tmp_path / "best")
     assert has_state(folder)
     load_checkpoint(model, folder)
+    repair_state(folder)
     assert read_json(folder / "state.json")["number"] == 1
 
 
