@@ -136,11 +136,12 @@ def test_a_run_that_is_older_than_a_key_does_what_it_did(tmp_path: Path) -> None
     create_run(tmp_path / "run", config)
     file = tmp_path / "run" / "config.yaml"
     data = yaml.safe_load(file.read_text())
-    for key in ("always_active", "aggregation", "freeze_layers"):
+    for key in ("always_active", "aggregation", "freeze_layers", "standardise"):
         del data["hub"][key]
     file.write_text(yaml.safe_dump(data))
     hub = open_run(tmp_path / "run").hub
     assert (hub.always_active, hub.aggregation, hub.freeze_layers) == ((), "concat", 0)
+    assert not hub.standardise
     with pytest.raises(ValueError, match=r"key hub\.always_active is missing"):
         load_config(file)
 
