@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Self
+from collections.abc import Iterable
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,7 @@ class Standardised(nn.Module):
     SCALE = 0.25
     LIMIT = 4.0
     MEMORY = 25_600  # rows
+    FIRST = 64  # rows that must have been seen before anything changes
 
     running_variance_E: Tensor
     running_rows_E: Tensor
@@ -160,11 +161,9 @@ class Standardised(nn.Module):
         # By their names SB3 finds what target networks take over as it is.
         for i, n in enumerate(features_dims):
             self.register_buffer(f"running_mean_{i}", torch.zeros(n))
-        # With these, features stay as they are, unless they are far louder than any encoder's.
-        self.register_buffer("running_variance_E", torch.full((len(features_dims),), self.SCALE**2))
+        self.register_buffer("running_variance_E", torch.zeros(len(features_dims)))
         self.register_buffer("running_rows_E", torch.zeros(len(features_dims)))
         self._at_start: dict[str, Tensor] = {}
-        self._is_first: list[bool] = []
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training mode, the means of what was trained on come into use."""
@@ -181,37 +180,35 @@ class Standardised(nn.Module):
         return features_BO
 
     def _standardise(self, part: Part) -> Tensor:
-        i, is_learning = part.i, self.training and torch.is_grad_enabled()
-        if is_learning and not self._at_start:
-            self._at_start = {name: b.clone() for name, b in self.named_buffers(recurse=False)}
-            self._is_first = (self.running_rows_E == 0).tolist()
-        used: Mapping[str, Any] = self._at_start or self._buffers
-        centred_RD = part.features_RD - used[f"running_mean_{i}"]  # float32
+        i, features_RD = part.i, part.features_RD.float()
+        if self.training and torch.is_grad_enabled():
+            self._follow(i, features_RD.detach())
+        used = self._at_start or dict(self.named_buffers(recurse=False))
+        centred_RD = features_RD - used[f"running_mean_{i}"]
         with torch.no_grad():
-            variance = used["running_variance_E"][i].clamp_min(1e-8)
-            length_R1 = torch.linalg.vector_norm(centred_RD, dim=1, keepdim=True)
-            variance_R1 = length_R1.square() / centred_RD.shape[1]
-            largest_R1 = torch.maximum(variance_R1, self.LIMIT**2 * variance)
-            scale_R1 = self.SCALE * self.LIMIT * largest_R1.rsqrt()
-            if is_learning:
-                self._follow(i, centred_RD, variance_R1.squeeze(1))
-        scaled_RD: Tensor = centred_RD * scale_R1
+            distance_R1 = centred_RD.square().mean(dim=1, keepdim=True)
+            limit = self.LIMIT**2 * used["running_variance_E"][i].clamp_min(1e-8)
+            scale_R1 = self.SCALE * self.LIMIT * torch.maximum(distance_R1, limit).rsqrt()
+        is_known = used["running_rows_E"][i] >= self.FIRST
+        scaled_RD = torch.where(is_known, centred_RD * scale_R1, features_RD)
         return scaled_RD.to(part.features_RD.dtype)
 
-    def _follow(self, i: int, centred_RD: Tensor, variance_R: Tensor) -> None:
-        if self._is_first[i]:
-            variance_R = (centred_RD - centred_RD.mean(dim=0)).square().mean(dim=1)
-            is_near_R = torch.ones_like(variance_R)
-        else:
-            limit = self.LIMIT**2 * self._at_start["running_variance_E"][i]
-            is_near_R = (variance_R <= limit).float()
-            # If most are far, the encoder or the task has changed.
-            is_near_R = torch.where(is_near_R.mean() < 0.5, 1.0, is_near_R)
-        n_near, rows = is_near_R.sum(), self.running_rows_E[i]
+    def _follow(self, i: int, features_RD: Tensor) -> None:
+        if not self._at_start:
+            self._at_start = {name: b.clone() for name, b in self.named_buffers(recurse=False)}
+        mean_D, rows = self.get_buffer(f"running_mean_{i}"), self.running_rows_E[i]
+        variance = self.running_variance_E[i]
+        is_known = rows >= self.FIRST
+        center_D = torch.where(is_known, mean_D, features_RD.mean(dim=0))
+        distance_R = (features_RD - center_D).square().mean(dim=1)
+        is_near_R = (distance_R <= self.LIMIT**2 * variance) | ~is_known
+        # If most are far, the encoder or the task has changed.
+        is_near_R = is_near_R | (is_near_R.float().mean() < 0.5)
+        n_near = is_near_R.sum()
         share = (n_near / (rows + n_near).clamp_max(self.MEMORY)).clamp_max(1.0)
-        near_D = self._at_start[f"running_mean_{i}"] + is_near_R @ centred_RD / n_near
-        self.get_buffer(f"running_mean_{i}").lerp_(near_D, share)
-        self.running_variance_E[i].lerp_(variance_R.median(), share)
+        near_D = (features_RD * is_near_R[:, None]).sum(dim=0) / n_near
+        mean_D.lerp_(near_D, share)
+        variance.lerp_(distance_R.median(), share)
         rows.add_(n_near)
 
 

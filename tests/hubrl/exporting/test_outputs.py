@@ -57,7 +57,7 @@ class Images(gym.Env[np.ndarray, Any]):
 
 
 def agent(name: str, hub: Path, **extractor: Any) -> BaseAlgorithm:
-    """An agent of SB3's own policies that has seen images, but not learned."""
+    """An untrained agent of SB3's own policies."""
     algorithm, space = AGENTS.get(name) or (RecurrentPPO, DISCRETE)
     small = {"buffer_size": 10} if issubclass(algorithm, OffPolicyAlgorithm) else {}
     kwargs = {"hub": hub, "precision": "float32", "top_k": 2, **extractor}
@@ -76,10 +76,6 @@ def agent(name: str, hub: Path, **extractor: Any) -> BaseAlgorithm:
         for parameter in model.policy.parameters():
             if parameter.ndim == 2 and len(parameter) <= 5:
                 parameter.normal_()
-    for module in model.policy.modules():
-        if isinstance(module, HubFeaturesExtractor):  # standardise by what random images have
-            module.train()(torch.from_numpy(random_images(100)))
-    model.policy.set_training_mode(False)
     return model
 
 
