@@ -34,7 +34,7 @@ from hubrl.extractor import HubFeaturesExtractor
 from hubrl.optimizer import EncoderScaledAdam
 from hubrl.pathway import always_active_names
 from hubrl.precision import check_device, resolve_precision
-from hubrl.specs import lasting_name, load_hub
+from hubrl.specs import HubSpec, lasting_name, load_hub
 
 
 class Algorithm(NamedTuple):
@@ -190,16 +190,19 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
     if hub.name == "none":
         return ()
     names = "auto" if hub.always_active == ("auto",) else hub.always_active
-    return always_active_names(names, hub.top_k, load_hub(hub.name, weights=not hub.random_init))
+    return always_active_names(names, hub.top_k, _cards(hub))
 
 
 def _aggregation(hub: HubSection) -> str:
     if hub.name == "none":
         return hub.aggregation
-    features_dims = [
-        spec.features_dim for spec in load_hub(hub.name, weights=not hub.random_init).encoders
-    ]
+    features_dims = [spec.features_dim for spec in _cards(hub).encoders]
     return aggregation_name(hub.aggregation, features_dims)
+
+
+def _cards(hub: HubSection) -> HubSpec:
+    """Random encoders need no weights on this machine."""
+    return load_hub(hub.name, weights=not hub.random_init)
 
 
 def _optimizer(algorithm: Algorithm, config: RunConfig) -> dict[str, Any]:

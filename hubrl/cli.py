@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from hubrl.run_folder import CONFIG_FILE, is_held
+from hubrl.run_folder import CONFIG_FILE, held, is_held
 
 #: The place of a run in ``--resume auto``.
 AUTO = Path("auto")
@@ -57,6 +57,15 @@ def failures(*kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[None]:
+    """Inside, no other process is inside with this run; that one is, is the user's mistake."""
+    with contextlib.ExitStack() as stack:
+        with user_errors():
+            stack.enter_context(held(folder))
+        yield
 
 
 def check_output(option: str, file: Path | None) -> None:

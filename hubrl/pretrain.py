@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import shutil
 import time
@@ -27,7 +26,7 @@ from hubrl.pretraining.frames import Player, Policy
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import FRAME_STACK, IMAGE_SIZE, N_CONV_FEATURES, PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
-from hubrl.run_folder import CsvTable, held
+from hubrl.run_folder import CsvTable
 from hubrl.signals import StopSignal
 from hubrl.specs import EncoderSpec, closest
 from hubrl.state_folder import has_state
@@ -155,9 +154,7 @@ def command(out: Path, name: str | None, device: str, **options: Any) -> int:
         prepare = _agent if settings.objective == "ppo" else _self_supervised
         run = prepare(member, settings, device)
         member.open()
-    with contextlib.ExitStack() as stack:
-        with cli.user_errors():
-            stack.enter_context(held(member.work))
+    with cli.holding(member.work):
         return run()
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import json
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from hubrl.finite import ROLLBACK_SCALE, NotFiniteError, advice
 from hubrl.run_folder import (
     cell_number,
     check_new_run,
-    held,
     note_command,
     read_rows,
 )
@@ -176,7 +173,7 @@ def _start(config: RunConfig, run_dir: Path | None) -> int:
         check_new_run(folder)
         model = _build(config)
         create_run(folder, config)
-    with _held(folder):
+    with cli.holding(folder):
         return _train(model, config, folder)
 
 
@@ -191,7 +188,7 @@ def _resume(folder: Path, given: dict[str, Any]) -> int:
 def _continue(folder: Path) -> int:
     with cli.user_errors():
         config = open_run(folder)
-    with _held(folder):
+    with cli.holding(folder):
         # An environment may fail where its actions are played again.
         with cli.user_errors(), cli.failures(EnvironmentFaultError):
             repair_state(checkpoint_dir(folder, "last"))
@@ -239,14 +236,6 @@ def _restored(
     scale_learning_rate(model, ROLLBACK_SCALE**n_rollbacks)
     model._update_current_progress_remaining(model.num_timesteps, config.train.n_timesteps)
     return model, n_rollbacks
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
-        with cli.user_errors():
-            stack.enter_context(held(folder))
-        yield
 
 
 def _configure(given: dict[str, Any]) -> RunConfig:
