@@ -175,38 +175,45 @@ class Standardised(nn.Module):
         self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
         """As in ``Concat``; in training mode, with gradients, means follow."""
-        scaled = (part._replace(features_RD=self._standardise(part)) for part in parts)
-        features_BO: Tensor = self.aggregator(scaled, weights_BE, casts)
+        is_learning = self.training and torch.is_grad_enabled()
+        if is_learning and not self._at_start:
+            self._at_start = {name: b.clone() for name, b in self.named_buffers(recurse=False)}
+        used = self._at_start or dict(self.named_buffers(recurse=False))
+        is_known_E = used["running_rows_E"] >= self.FIRST
+        centred, variance_BE = [], torch.zeros_like(weights_BE)
+        for i, rows_R, features_RD in parts:
+            start_D = used[f"running_mean_{i}"] * is_known_E[i]
+            centred_RD = features_RD - start_D  # float32
+            with torch.no_grad():
+                length_R = torch.linalg.vector_norm(centred_RD, dim=1)
+                variance_BE[rows_R, i] = length_R.square() / len(start_D)
+                if is_learning:
+                    self._follow(i, centred_RD, start_D)
+            centred.append(Part(i, rows_R, centred_RD.to(features_RD.dtype)))
+        limit_E = self.LIMIT**2 * used["running_variance_E"].clamp_min(1e-8)
+        scale_BE = self.SCALE * self.LIMIT * torch.maximum(variance_BE, limit_E).rsqrt()
+        # A factor of the weights costs less than one of the features.
+        scaled_BE = weights_BE * scale_BE.where(is_known_E, 1.0)
+        features_BO: Tensor = self.aggregator(centred, scaled_BE, casts)
         return features_BO
 
-    def _standardise(self, part: Part) -> Tensor:
-        i, features_RD = part.i, part.features_RD.float()
-        if self.training and torch.is_grad_enabled():
-            self._follow(i, features_RD.detach())
-        used = self._at_start or dict(self.named_buffers(recurse=False))
-        centred_RD = features_RD - used[f"running_mean_{i}"]
-        with torch.no_grad():
-            distance_R1 = centred_RD.square().mean(dim=1, keepdim=True)
-            limit = self.LIMIT**2 * used["running_variance_E"][i].clamp_min(1e-8)
-            scale_R1 = self.SCALE * self.LIMIT * torch.maximum(distance_R1, limit).rsqrt()
-        is_known = used["running_rows_E"][i] >= self.FIRST
-        scaled_RD = torch.where(is_known, centred_RD * scale_R1, features_RD)
-        return scaled_RD.to(part.features_RD.dtype)
+    def _follow(self, i: int, centred_RD: Tensor, start_D: Tensor) -> None:
+        """
+        Take rows into encoder i's means.
 
-    def _follow(self, i: int, features_RD: Tensor) -> None:
-        if not self._at_start:
-            self._at_start = {name: b.clone() for name, b in self.named_buffers(recurse=False)}
+        :param centred_RD: its features less ``start_D``
+        """
         mean_D, rows = self.get_buffer(f"running_mean_{i}"), self.running_rows_E[i]
         variance = self.running_variance_E[i]
         is_known = rows >= self.FIRST
-        center_D = torch.where(is_known, mean_D, features_RD.mean(dim=0))
-        distance_R = (features_RD - center_D).square().mean(dim=1)
+        moved_D = torch.where(is_known, mean_D - start_D, centred_RD.mean(dim=0))
+        distance_R = torch.linalg.vector_norm(centred_RD - moved_D, dim=1).square() / len(moved_D)
         is_near_R = (distance_R <= self.LIMIT**2 * variance) | ~is_known
         # If most are far, the encoder or the task has changed.
-        is_near_R = is_near_R | (is_near_R.float().mean() < 0.5)
+        is_near_R = (is_near_R | (is_near_R.float().mean() < 0.5)).float()
         n_near = is_near_R.sum()
         share = (n_near / (rows + n_near).clamp_max(self.MEMORY)).clamp_max(1.0)
-        near_D = (features_RD * is_near_R[:, None]).sum(dim=0) / n_near
+        near_D = start_D + is_near_R @ centred_RD / n_near
         mean_D.lerp_(near_D, share)
         variance.lerp_(distance_R.median(), share)
         rows.add_(n_near)

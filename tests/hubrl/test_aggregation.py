@@ -14,11 +14,11 @@ from hubrl.aggregation import Part, Standardised
 
 
 class Raw(nn.Module):
-    """Hands out the features as it gets them."""
+    """Hands out the weighted features."""
 
     def forward(self, parts, weights_BE: Tensor, casts=None) -> Tensor:
         (part,) = parts
-        return part.features_RD
+        return part.features_RD * weights_BE[part.rows_R, part.i, None].to(part.features_RD.dtype)
 
 
 def standardised(module: Standardised, features_RD: Tensor, i: int = 0) -> Tensor:
