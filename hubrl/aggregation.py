@@ -136,12 +136,12 @@ class Standardised(nn.Module):
     one from another. A step of Adam has one size for all weights, so a linear layer over small
     features learns slowly, and one over a large constant part learns that first.
 
-    An encoder's features are taken less their running means, over their running deviation (one
-    number for all of them), times ``SCALE``. Means run over the last ``MEMORY`` rows that were
-    trained on; in training mode those count that there were when it began, so that an update goes
-    on with the policy of its rollout. Rows that are further than ``LIMIT`` deviations away, as the
-    first of a game, whose frames before are black, are brought back to that distance and count in
-    no mean.
+    From an encoder's features their running mean is taken; the rest is divided by one running
+    deviation for the whole vector, the root of a running median of mean squares, and multiplied by
+    ``SCALE``. Both run over rows that were trained on, and come into use when training mode is
+    left: an update goes on with the policy of its rollout. Rows that are further than ``LIMIT``
+    deviations away, as the first of a game, whose frames before are black, are brought back to that
+    distance and count in neither, unless most of a batch are.
 
     :param aggregator: as ``Concat`` and ``Sum``
     :param features_dims: the encoders' features_dim
@@ -149,8 +149,8 @@ class Standardised(nn.Module):
 
     SCALE = 0.25
     LIMIT = 4.0
-    MEMORY = 25_600  # rows
-    FIRST = 64  # rows that must have been seen before anything changes
+    MEMORY = 25_600  # rows, in each epoch anew: six rollouts of PPO for an encoder always active
+    FIRST = 64  # rows before anything changes
 
     running_variance_E: Tensor
     running_rows_E: Tensor
@@ -158,7 +158,7 @@ class Standardised(nn.Module):
     def __init__(self, aggregator: nn.Module, features_dims: list[int]) -> None:
         super().__init__()
         self.aggregator = aggregator
-        # By their names SB3 finds what target networks take over as it is.
+        # SB3 copies buffers with running_ in their names to target networks, without averaging.
         for i, n in enumerate(features_dims):
             self.register_buffer(f"running_mean_{i}", torch.zeros(n))
         self.register_buffer("running_variance_E", torch.zeros(len(features_dims)))
@@ -166,7 +166,7 @@ class Standardised(nn.Module):
         self._at_start: dict[str, Tensor] = {}
 
     def train(self, mode: bool = True) -> Self:
-        """Leaving training mode, the means of what was trained on come into use."""
+        """Leaving training mode, what was learned in it comes into use."""
         if not mode:
             self._at_start = {}
         return super().train(mode)
@@ -174,48 +174,49 @@ class Standardised(nn.Module):
     def forward(
         self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
-        """As in ``Concat``; in training mode, with gradients, means follow."""
+        """As in ``Concat``; in training mode, with gradients, the running numbers follow."""
         is_learning = self.training and torch.is_grad_enabled()
         if is_learning and not self._at_start:
             self._at_start = {name: b.clone() for name, b in self.named_buffers(recurse=False)}
         used = self._at_start or dict(self.named_buffers(recurse=False))
         is_known_E = used["running_rows_E"] >= self.FIRST
-        centred, variance_BE = [], torch.zeros_like(weights_BE)
+        centred, distance_BE = [], torch.zeros_like(weights_BE)
         for i, rows_R, features_RD in parts:
             start_D = used[f"running_mean_{i}"] * is_known_E[i]
-            centred_RD = features_RD - start_D  # float32
+            centred_RD = features_RD - start_D  # float32, as the means are
             with torch.no_grad():
                 length_R = torch.linalg.vector_norm(centred_RD, dim=1)
-                variance_BE[rows_R, i] = length_R.square() / len(start_D)
+                distance_BE[rows_R, i] = length_R.square() / len(start_D)
                 if is_learning:
                     self._follow(i, centred_RD, start_D)
             centred.append(Part(i, rows_R, centred_RD.to(features_RD.dtype)))
         limit_E = self.LIMIT**2 * used["running_variance_E"].clamp_min(1e-8)
-        scale_BE = self.SCALE * self.LIMIT * torch.maximum(variance_BE, limit_E).rsqrt()
-        # A factor of the weights costs less than one of the features.
+        scale_BE = self.SCALE * self.LIMIT * torch.maximum(distance_BE, limit_E).rsqrt()
+        # Scaling weights, one for a row, costs less than scaling features.
         scaled_BE = weights_BE * scale_BE.where(is_known_E, 1.0)
         features_BO: Tensor = self.aggregator(centred, scaled_BE, casts)
         return features_BO
 
     def _follow(self, i: int, centred_RD: Tensor, start_D: Tensor) -> None:
         """
-        Take rows into encoder i's means.
+        Take rows into encoder i's running numbers.
 
         :param centred_RD: its features less ``start_D``
         """
-        mean_D, rows = self.get_buffer(f"running_mean_{i}"), self.running_rows_E[i]
-        variance = self.running_variance_E[i]
-        is_known = rows >= self.FIRST
-        moved_D = torch.where(is_known, mean_D - start_D, centred_RD.mean(dim=0))
+        mean_D, variance = self.get_buffer(f"running_mean_{i}"), self.running_variance_E[i]
+        rows = self.running_rows_E[i]
+        moved_D = torch.where(rows > 0, mean_D - start_D, centred_RD.mean(dim=0))
         distance_R = torch.linalg.vector_norm(centred_RD - moved_D, dim=1).square() / len(moved_D)
-        is_near_R = (distance_R <= self.LIMIT**2 * variance) | ~is_known
+        is_near_R = (distance_R <= self.LIMIT**2 * variance) | (rows < self.FIRST)
         # If most are far, the encoder or the task has changed.
         is_near_R = (is_near_R | (is_near_R.float().mean() < 0.5)).float()
-        n_near = is_near_R.sum()
-        share = (n_near / (rows + n_near).clamp_max(self.MEMORY)).clamp_max(1.0)
-        near_D = start_D + is_near_R @ centred_RD / n_near
-        mean_D.lerp_(near_D, share)
-        variance.lerp_(distance_R.median(), share)
+        near_D = start_D + is_near_R @ centred_RD / is_near_R.sum()
+        # Features that are not finite, which training goes on to report, would stay in all means.
+        is_finite = near_D.isfinite().all()
+        n_near = is_near_R.sum() * is_finite
+        share = (n_near / (rows + n_near).clamp(1, self.MEMORY)).clamp_max(1.0)
+        mean_D.lerp_(near_D.where(is_finite, mean_D), share)
+        variance.lerp_(distance_R.median().where(is_finite, variance), share)
         rows.add_(n_near)
 
 

@@ -143,3 +143,23 @@ def test_gradients_reach_the_encoder(module: Standardised) -> None:
 def test_half_precision_stays(module: Standardised) -> None:
     learn(module, rows(100))
     assert standardised(module, rows(100).bfloat16()).dtype == torch.bfloat16
+
+
+def test_rows_that_come_one_by_one_are_not_taken_for_their_own_mean(module: Standardised) -> None:
+    learn(module, *rows(400).split(1))
+    expected = float(rows(400).var(dim=0).mean())  # the median of one is its mean
+    assert float(module.running_variance_E[0]) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_not_finite_leave_the_means_as_they_are(
+    value: float, is_first: bool, module: Standardised
+) -> None:
+    if not is_first:
+        learn(module, rows(100))
+    before = copy.deepcopy(module.state_dict())
+    features_RD = rows(20)
+    features_RD[3, 1] = value
+    learn(module, features_RD, features_RD[3:4], features_RD[:0])
+    assert all(torch.equal(number, before[key]) for key, number in module.state_dict().items())
