@@ -30,7 +30,8 @@ def test_memory_is_read_in_megabytes() -> None:
     before = read_memory(os.getpid())
     # Fresh pages: a tensor could lie in memory that other tests have freed.
     held = mmap.mmap(-1, 100 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    held.write(bytes([1]) * len(held))
+    for _ in range(100):  # one large object of bytes could leave pages behind
+        held.write(bytes([1]) * 2**20)
     after = read_memory()
     assert after["RssAnon"] - before["RssAnon"] == pytest.approx(100, abs=10)
     assert after["VmHWM"] >= after["VmRSS"] >= after["RssAnon"]
