@@ -167,7 +167,8 @@ class HubPathway(nn.Module):
         ``"auto"`` takes ``sum``, which is cheaper, where the encoders' features have one length; or
         a module of your own that is called as those are
     :param standardise: bring each encoder's features to one scale before, see
-        ``hubrl.aggregation.Standardised``; not with a module of your own
+        ``hubrl.aggregation.Standardised``; not with a module of your own, and not before training
+        mode was left for the first time
     :param freeze: names of encoders whose weights don't learn, or ``"all"``
     :param freeze_layers: first layers of each encoder that don't learn
     :param pretrained: load the hub's weights; otherwise random ones
