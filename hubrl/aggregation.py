@@ -136,7 +136,7 @@ class Standardised(nn.Module):
     one from another. A step of Adam has one size for all weights, so a linear layer over small
     features learns slowly, and one over a large constant part learns that first.
 
-    From an encoder's features their running mean is taken; the rest is divided by one running
+    From an encoder's features their running mean is subtracted; the rest is divided by one running
     deviation for the whole vector, the root of a running median of mean squares, and multiplied by
     ``SCALE``. Both run over rows that were trained on, and come into use when training mode is
     left: an update goes on with the policy of its rollout. Rows that are further than ``LIMIT``
@@ -149,7 +149,7 @@ class Standardised(nn.Module):
 
     SCALE = 0.25
     LIMIT = 4.0
-    MEMORY = 25_600  # rows, in each epoch anew: six rollouts of PPO for an encoder always active
+    MEMORY = 25_600  # rows, each epoch counted: six rollouts of PPO for an encoder always active
     FIRST = 64  # rows before anything changes
 
     running_variance_E: Tensor
