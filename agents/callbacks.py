@@ -20,10 +20,17 @@ from agents.evaluation import Episodes, evaluate
 from agents.faults import check_weights
 from agents.replay_files import ReplayFiles
 from agents.run_state import EnvState, RunState, run_state
-from agents.runs import EPISODES_FILE, EVALUATIONS_FILE, checkpoint_dir, derive_seed
+from agents.runs import (
+    EPISODES_FILE,
+    EVALUATIONS_FILE,
+    PROGRESS_FILE,
+    SECONDS,
+    checkpoint_dir,
+    derive_seed,
+)
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import EncoderChange, encoder_changes
-from hubrl.run_folder import CsvTable, cell_number
+from hubrl.run_folder import CsvTable, cell_number, read_rows
 from hubrl.signals import StopSignal
 from hubrl.state_folder import has_state, read_state, repair_state
 
@@ -96,20 +103,31 @@ class EpisodesCallback(BaseCallback):
     Keeps ``episodes.csv``: steps, unclipped return, length and seconds of each whole game.
 
     The length is the environment's: emulator frames in Atari. The seconds count from the run's
-    start, evaluations included; a resumed run goes on from its last kept row.
+    start, evaluations included; ``progress.csv`` has them, too, and a resumed run goes on from the
+    last kept row of the two.
 
     :param folder: of the run
     """
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self._file = folder / EPISODES_FILE
+        self._file, self._progress_file = folder / EPISODES_FILE, folder / PROGRESS_FILE
 
     def _on_training_start(self) -> None:
         self._table = CsvTable(self._file, "timesteps", self.num_timesteps)
-        row = self._table.last_row
-        before = cell_number(row, "seconds", self._file) if "seconds" in row else 0.0
-        self._start = time.monotonic() - before
+        last = [(self._table.last_row, "seconds", self._file)]
+        last += [(row, SECONDS, self._progress_file) for row in read_rows(self._progress_file)[-1:]]
+        before = [cell_number(*cell) for cell in last if cell[0].get(cell[1])]
+        self._start = time.monotonic() - max(before, default=0.0)
+
+    def _on_rollout_start(self) -> None:
+        self.logger.record(SECONDS, self._seconds(), exclude="tensorboard")
+
+    def _on_training_end(self) -> None:
+        self.logger.record(SECONDS, self._seconds(), exclude="tensorboard")
+
+    def _seconds(self) -> float:
+        return round(time.monotonic() - self._start, 2)
 
     def _on_step(self) -> bool:
         for info in self.locals["infos"]:
@@ -119,8 +137,7 @@ class EpisodesCallback(BaseCallback):
 
     def _keep(self, game: dict[str, float]) -> None:
         row = {"timesteps": self.num_timesteps, "return": float(game["r"])}
-        seconds = round(time.monotonic() - self._start, 2)
-        self._table.append(row | {"length": int(game["l"]), "seconds": seconds})
+        self._table.append(row | {"length": int(game["l"]), "seconds": self._seconds()})
 
 
 class EvaluationCallback(BaseCallback):

@@ -23,6 +23,8 @@ from hubrl.specs import load_hub
 from hubrl.state_folder import has_state
 
 PROGRESS_FILE = "progress.csv"
+#: Its column with the seconds since the run's start, over all its processes.
+SECONDS = "time/seconds"
 EVALUATIONS_FILE = "evaluations.csv"
 EPISODES_FILE = "episodes.csv"
 

@@ -111,6 +111,14 @@ class StudyConfig(Section):
             doubles = sorted({str(value) for value in values if values.count(value) > 1})
             if doubles:
                 raise ValueError(f"{where} names {doubles[0]} twice")
+        thresholds = list(self.metric.thresholds)
+        if thresholds != sorted(set(thresholds)):
+            raise ValueError(f"metric.thresholds is {thresholds}, allowed: numbers that ascend")
+        taken: dict[str, Run] = {}
+        for run in self.runs():
+            other = taken.setdefault(str(run.path).lower(), run)  # as some file systems see it
+            if other != run:
+                raise ValueError(f"{other} and {run} would share a folder: rename one of them")
         _check_overrides("overrides", self.overrides)
         for name, variant in self.variants.items():
             _check_overrides(f"variants.{name}.overrides", variant.overrides)
@@ -173,9 +181,12 @@ def load_study(file: Path) -> StudyConfig:
 
 def _found(overrides: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Where ``hub.name`` is a file of the study's folder, its path."""
-    hub = overrides.get("hub.name")
-    is_file = isinstance(hub, str) and hub not in list_hubs() and (folder / hub).exists()
-    return {**overrides, "hub.name": str(folder / str(hub))} if is_file else dict(overrides)
+    name = overrides.get("hub.name")
+    if not isinstance(name, str):
+        return dict(overrides)
+    hubs = {name, name.rpartition(":")[0] or name}  # HUB or HUB:ENCODER
+    is_file = any((folder / hub).exists() for hub in hubs) and hubs.isdisjoint(list_hubs())
+    return {**overrides, "hub.name": str(folder / name)} if is_file else dict(overrides)
 
 
 def _unknown(where: str, name: str, allowed: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -80,6 +81,17 @@ def check_output(option: str, file: Path | None) -> None:
         raise ValueError(f"{option} {file}: there is no folder {file.parent}")
     if file.is_dir():
         raise ValueError(f"{option} {file} is a folder: give a file")
+
+
+def check_output_folder(option: str, folder: Path) -> None:
+    """
+    The same for a folder, which may have to be made.
+
+    :raises ValueError: if it can't be made or written to
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"{option} {folder}: {nearest} is no folder that can be written to")
 
 
 def run_to_continue(

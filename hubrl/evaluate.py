@@ -57,9 +57,9 @@ def command(
     """
     Play whole games with the agent of the folder RUN, or of a zip that SB3's save has written.
 
-    Prints the mean unclipped return with a 95 % bootstrap interval. The games are others than those
-    by which training chose the best checkpoint. As in training, actions are sampled, unless the
-    run's configuration says deterministic_eval.
+    Prints the mean unclipped return with a 95 % bootstrap interval, which one game has not. The
+    games are others than those by which training chose the best checkpoint. As in training, actions
+    are sampled, unless the run's configuration says deterministic_eval.
     """
     with cli.user_errors():
         cli.check_output("--json", file)
@@ -74,6 +74,8 @@ def command(
         config = open_run(run)
         if checkpoint is None:
             checkpoint = best_checkpoint(run)
+        file = file or run / "evaluation.json"
+        cli.check_output("--json", file)
         games = make_env(config, min(N_ENVS, episodes))
         model = build_model(config, games)
         state = load_checkpoint(model, checkpoint_dir(run, checkpoint))
@@ -82,13 +84,9 @@ def command(
     played = _play(model, games, episodes, deterministic, seed)
     facts = {"checkpoint": checkpoint, "timesteps": state["num_timesteps"], "seed": seed}
     result = _result(config, facts, played)
-    _write(result, file or run / "evaluation.json")
-    low, high = result["interval_95"]
-    click.echo(
-        f"{config.env.id}, {checkpoint} checkpoint at {state['num_timesteps']:,} steps, "
-        f"{episodes} games: mean return {result['mean_return']:.2f} "
-        f"(95% interval {low:.2f} to {high:.2f})"
-    )
+    where = f"{config.env.id}, {checkpoint} checkpoint at {state['num_timesteps']:,} steps"
+    click.echo(f"{where}, {_text(result)}")
+    _write(result, file)
 
 
 def _evaluate_zip(
@@ -100,13 +98,9 @@ def _evaluate_zip(
         played = _play_zip(agent, algo, env, episodes, seed)
     result: dict[str, Any] = {"env": env, "algorithm": algo, "deterministic": False, "seed": seed}
     result |= _returns(played)
+    click.echo(f"{env}, {agent}, {_text(result)}")
     if file is not None:
         _write(result, file)
-    low, high = result["interval_95"]
-    click.echo(
-        f"{env}, {agent}, {episodes} games: mean return {result['mean_return']:.2f} "
-        f"(95% interval {low:.2f} to {high:.2f})"
-    )
 
 
 def _play_zip(file: Path, algo: str, env: str, episodes: int, seed: int) -> Episodes:
@@ -143,14 +137,24 @@ def _returns(played: Episodes) -> dict[str, Any]:
     mean, low, high = bootstrap_interval(played.returns)
     return {
         "mean_return": mean,
-        "interval_95": [low, high],
+        "interval_95": [low, high] if len(played.returns) > 1 else None,
         "returns": played.returns,
         "lengths": played.lengths,
     }
 
 
+def _text(result: dict[str, Any]) -> str:
+    n, mean, interval = len(result["returns"]), result["mean_return"], result["interval_95"]
+    if interval is None:
+        return f"1 game: return {mean:.2f} (give more --episodes for an interval)"
+    return (
+        f"{n} games: mean return {mean:.2f} (95% interval {interval[0]:.2f} to {interval[1]:.2f})"
+    )
+
+
 def _write(result: dict[str, Any], file: Path) -> None:
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    with cli.failures(OSError):
+        file.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,11 @@ def check_command(hub: str) -> None:
 @click.argument("hub")
 @click.option("--env", required=True, help="Gymnasium id.")
 @click.option(
-    "-n", "--n-observations", type=click.IntRange(min=64), default=2048, show_default=True
+    "-n",
+    "--n-observations",
+    type=click.IntRange(64, 10_000),  # memory grows with its square: 4 GB
+    default=2048,
+    show_default=True,
 )
 @click.option("--seed", type=int, default=0, show_default=True)
 def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:

@@ -54,8 +54,8 @@ def rank(hub: HubSpec, played: Play) -> list[Rank]:
     """
     The hub's encoders and one of random weights for each architecture, the best first.
 
-    :raises ValueError: if an encoder can't be loaded or can't take the images, or if the returns
-        are all the same
+    :raises ValueError: if an encoder can't be loaded or can't take the images or gives features
+        that are no numbers, or if the returns are all the same
     """
     for spec in hub.encoders:
         check_image_shape(spec, tuple(played.images_NCHW.shape[1:]))
@@ -64,10 +64,15 @@ def rank(hub: HubSpec, played: Play) -> list[Rank]:
             f"all returns are {played.returns_N[0]:g} in {len(played.returns_N):,} observations: "
             "nothing to tell apart; play longer (-n)"
         )
-    ranks = [
-        Rank(name, *explained(features_of(encoder, played.images_NCHW), played))
-        for name, encoder in _candidates(hub)
-    ]
+    ranks = []
+    for name, encoder in _candidates(hub):
+        features_ND = features_of(encoder, played.images_NCHW)
+        if not features_ND.isfinite().all():
+            raise ValueError(
+                f"features of encoder {name!r} are NaN or infinite: rank without it, and see what "
+                "`hubrl hubs check` says of its hub"
+            )
+        ranks.append(Rank(name, *explained(features_ND, played)))
     return sorted(ranks, key=lambda found: -found.r2)
 
 

@@ -6,12 +6,13 @@ import contextlib
 import fcntl
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 import click
 
 from hubrl import cli
+from hubrl.files import DamagedFileError
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.sections import read_mapping, with_later_keys
@@ -33,9 +34,9 @@ from hubrl.studies.engines import (  # noqa: E402
     run_ray,
 )
 from hubrl.studies.figures import draw  # noqa: E402
-from hubrl.studies.report import write_report  # noqa: E402
+from hubrl.studies.report import Source, read_source, write_report  # noqa: E402
 from hubrl.studies.results import collect  # noqa: E402
-from hubrl.train import make_env  # noqa: E402
+from hubrl.train import is_complete, make_env  # noqa: E402
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 
@@ -72,16 +73,19 @@ def command(
     results = results or Path("docs", "studies", file.stem)
     with cli.user_errors():
         study = load_study(file)
+        source = read_source(study, file)
         if jobs and engine == "ray":
             raise ValueError("--jobs and --engine ray: the cluster decides how many run at a time")
         if only != "run":
             import_matplotlib()
         if only == "collect":
-            return _collect(study, file, out, results)
+            return _collect(study, source, out, results)
         if engine == "ray":
             import_ray()
         left = _unfinished(study, out)
         _check(left)
+        if only != "run":
+            cli.check_output_folder("--results", results)
     failed, stopped = _train(left, out, engine, jobs)
     if stopped:
         print(f"stopped; the same command goes on in {out}")
@@ -90,20 +94,11 @@ def command(
         print(f"FAILED {line}", file=sys.stderr)
     if only != "run":
         try:
-            _collect(study, file, out, results)
-        except ValueError as error:
+            _collect(study, source, out, results)
+        except (OSError, ValueError) as error:
             print(f"no results: {error}", file=sys.stderr)
             return 1
     return 1 if failed else 0
-
-
-def is_done(folder: Path, n_timesteps: int) -> bool:
-    """Whether the run in the folder is complete."""
-    if not can_resume(folder):
-        return False
-    return bool(
-        read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"] >= n_timesteps
-    )
 
 
 def _unfinished(study: StudyConfig, out: Path) -> dict[Run, RunConfig]:
@@ -118,9 +113,36 @@ def _unfinished(study: StudyConfig, out: Path) -> dict[Run, RunConfig]:
         config = _resolve(study, run)
         if can_resume(folder):
             _check_same(folder, config)
-        if not is_done(folder, study.n_timesteps):
-            left[run] = config
+        try:
+            if is_complete(folder):
+                continue
+        except DamagedFileError:
+            pass  # its training tells, and the others go on
+        left[run] = config
     return left
+
+
+def _measurable(study: StudyConfig, out: Path) -> list[Run]:
+    """
+    The runs that have the study's steps; it may ask for fewer than they were made with.
+
+    :raises ValueError: if a run was made by other settings
+    """
+    found = []
+    for run in study.runs():
+        folder = out / "runs" / run.path
+        if not can_resume(folder):
+            continue
+        # Not resolved: a hub that is only where the runs were made need not be here.
+        _check_same(folder, study.run_config(run), {("train", "n_timesteps")})
+        try:
+            n_timesteps = read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"]
+        except DamagedFileError as error:
+            print(f"{run} is left out: {error}", file=sys.stderr)
+            continue
+        if n_timesteps >= study.n_timesteps:
+            found.append(run)
+    return found
 
 
 def _resolve(study: StudyConfig, run: Run) -> RunConfig:
@@ -131,13 +153,20 @@ def _resolve(study: StudyConfig, run: Run) -> RunConfig:
         raise ValueError(f"variant {run.variant}: {error}") from None
 
 
-def _check_same(folder: Path, config: RunConfig) -> None:
-    """The precision may have been measured elsewhere."""
+def _check_same(
+    folder: Path, config: RunConfig, others: Set[tuple[str, str]] = frozenset()
+) -> None:
+    """
+    :param others: section and key of settings that may differ, beside the precision, which may have
+        been measured elsewhere
+    :raises ValueError: if the run in the folder was made by other settings
+    """
+    others = {("hub", "precision"), *others}
     new = config.model_dump(mode="json")
     for section, values in with_later_keys(read_mapping(folder / CONFIG_FILE), LATER_KEYS).items():
         for key, value in values.items():
             now = new.get(section, {}).get(key)
-            if value != now and (section, key) != ("hub", "precision"):
+            if now not in (value, "auto", ["auto"]) and (section, key) not in others:
                 raise ValueError(
                     f"{folder} has {section}.{key} {value!r}, but the study says {now!r}: "
                     "give another --out, or delete that run"
@@ -198,12 +227,14 @@ def _prepare(job: Job, config: RunConfig) -> Job:
     return job
 
 
-def _collect(study: StudyConfig, file: Path, out: Path, folder: Path) -> int:
+def _collect(study: StudyConfig, source: Source, out: Path, folder: Path) -> int:
     """Tables and figures of all complete runs."""
-    done = [run for run in study.runs() if is_done(out / "runs" / run.path, study.n_timesteps)]
-    tables = collect(study, done, out, folder)
-    draw(study, tables, folder)
-    write_report(study, file, tables, [Job(run, out) for run in done], folder)
+    done = _measurable(study, out)
+    found = collect(study, done, out, folder)
+    draw(study, found.tables, folder)
+    write_report(study, source, found, [Job(run, out) for run in done], folder)
+    if found.no_seconds is not None:
+        _print(f"nothing at equal seconds: {found.no_seconds}")
     missing = len(study.runs()) - len(done)
     _print(f"results in {folder}" + (f"; {missing} runs are not complete" if missing else ""))
     return 0

@@ -152,7 +152,7 @@ def command(**options: Any) -> int:
     with cli.user_errors():
         config = resolve(_configure(given))
         folder = cli.run_to_continue(
-            given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
+            given.get("run_dir"), dump_config(config), is_complete, is_auto=resume == cli.AUTO
         )
     return _start(config, given.get("run_dir")) if folder is None else _continue(folder)
 
@@ -192,7 +192,7 @@ def _continue(folder: Path) -> int:
         # An environment may fail where its actions are played again.
         with cli.user_errors(), cli.failures(EnvironmentFaultError):
             repair_state(checkpoint_dir(folder, "last"))
-            if _is_complete(folder):
+            if is_complete(folder):
                 timesteps = read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"]
                 print(f"{folder} is complete: {timesteps:,} steps")
                 return 0
@@ -200,8 +200,8 @@ def _continue(folder: Path) -> int:
         return _train(model, config, folder, n_rollbacks)
 
 
-def _is_complete(folder: Path) -> bool:
-    """All steps are done, and no signal cut the last evaluation short."""
+def is_complete(folder: Path) -> bool:
+    """Whether all steps of a run are done, and no signal cut the last evaluation short."""
     checkpoint = checkpoint_dir(folder, "last")
     if not has_state(checkpoint):
         return False

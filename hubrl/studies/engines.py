@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from agents.config import load_config
 from agents.runs import checkpoint_dir
 from agents.study_config import Run
+from hubrl.files import reason
 from hubrl.origin import REPOSITORY, commit
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.signals import StopSignal
@@ -107,15 +109,20 @@ def run_local(
             while running or (waiting and stop.number is None):
                 while waiting and len(running) < n_parallel and stop.number is None:
                     job = waiting.popleft()
-                    running[job] = start(job, n_threads, (lock,))
+                    try:
+                        running[job] = start(job, n_threads, (lock,))
+                    except (OSError, ValueError) as error:
+                        on_end(job, _not_started(job, error))
                 if stop.number is not None and not asked:
+                    print(f"stopping: {len(running)} trainings save a checkpoint", flush=True)
                     _terminate(running)
                     asked = True
                 for job in [job for job, process in running.items() if process.poll() is not None]:
                     on_end(job, running.pop(job).returncode)
                 time.sleep(POLL_SECONDS)
     finally:
-        _terminate(running)
+        if not asked:  # a second signal ends a training without a checkpoint
+            _terminate(running)
 
 
 def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
@@ -151,7 +158,10 @@ def import_ray() -> Any:
 
 def run_job(job: Job) -> int:
     """Run one job to its end; an interrupt, by which Ray cancels, becomes a checkpoint."""
-    process = start(job, n_threads=1)
+    try:
+        process = start(job, n_threads=1)
+    except (OSError, ValueError) as error:
+        return _not_started(job, error)
     try:
         # Ray interrupts by a flag, which a blocking wait would not notice.
         while process.poll() is None:
@@ -176,7 +186,10 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
             shutil.rmtree(job.folder)
         options = ["--config", str(job.config), "--run-dir", str(job.folder)]
         hub = load_config(job.config).hub.name
-        job.facts.write_text(json.dumps({"commit": commit(), "weights": weights(hub)}) + "\n")
+        facts = {"commit": commit(), "weights": weights(hub)}
+        new = job.facts.with_suffix(".new")
+        new.write_text(json.dumps(facts) + "\n")
+        new.replace(job.facts)
     with job.log.open("ab") as log:
         return subprocess.Popen(
             ["nice", "-n", str(NICENESS), sys.executable, "-m", "hubrl.train", *options],
@@ -212,6 +225,13 @@ def _await(ray: Any, pending: dict[Any, Job], stop: StopSignal, on_end: OnEnd) -
         ended, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_SECONDS)
         for reference in ended:
             on_end(pending.pop(reference), _ray_result(ray, reference))
+
+
+def _not_started(job: Job, error: Exception) -> int:
+    """Note why; its exit code."""
+    with contextlib.suppress(OSError), job.log.open("a") as log:
+        log.write(f"it could not be started: {reason(error)}\n")
+    return 1
 
 
 def _same_code() -> dict[str, str]:

@@ -90,7 +90,7 @@ def draw_improvement(study: StudyConfig, table: Table) -> Figure:
 
 
 def draw_thresholds(study: StudyConfig, table: Table) -> Figure:
-    """Median time to each threshold; a line ends where half of the runs never came."""
+    """Median time to each threshold; a line ends where half of the runs or more never came."""
     figure, panels = _panels(study)
     levels = study.metric.thresholds
     for game, panel in panels.items():
@@ -106,7 +106,7 @@ def draw_thresholds(study: StudyConfig, table: Table) -> Figure:
         )
         panel.set_ylim(bottom=0)
         panel.yaxis.set_major_formatter(_thousands)
-    _legend(figure, panels, "a line ends where half\nof the runs never came")
+    _legend(figure, panels, "a line ends where half of\nthe runs or more never came")
     return figure
 
 

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from agents.runs import EPISODES_FILE
+from agents.runs import EPISODES_FILE, PROGRESS_FILE, SECONDS
 from agents.study_config import Run, StudyConfig
 from hubrl.run_folder import cell_number, read_rows
 from hubrl.studies import statistics
 from hubrl.studies.statistics import Estimate, Floats, Strata
 
 Axis = Literal["steps", "seconds"]
-#: Of each axis: the column of ``episodes.csv``, and its name for people.
-AXES: dict[Axis, tuple[str, str]] = {
-    "steps": ("timesteps", "agent steps"),
-    "seconds": ("seconds", "seconds"),
-}
+#: Of each axis: its name for people.
+AXES: dict[Axis, str] = {"steps": "agent steps", "seconds": "seconds"}
 #: In the place of a game: over all games, each measured in the control's units.
 ALL = "all"
 CURVES_FILE, SUMMARY_FILE = "curves.csv", "summary.csv"
+
+
+class Games(NamedTuple):
+    """The whole games of a run, in the order of their ends."""
+
+    steps: Floats
+    """When each ended, in agent steps."""
+    seconds: Floats
+    """The same in seconds since the run's start."""
+    returns: Floats
+    """Unclipped return of each."""
+    n_seconds: float
+    """Of the whole run."""
 
 
 class Cell(NamedTuple):
@@ -35,7 +46,7 @@ class Cell(NamedTuple):
     area_S: Floats
     """Area under each curve over its length: the mean return while learning."""
     start_S: Floats
-    """Return at the start."""
+    """Return at the start; NaN: no game ended within it."""
     final_S: Floats
     """The last point of each curve."""
     times_TS: Floats
@@ -78,34 +89,49 @@ class Table(NamedTuple):
         return [name for name in names if all((name, g) in self.cells for g in games)]
 
 
-def collect(study: StudyConfig, done: Sequence[Run], out: Path, folder: Path) -> dict[Axis, Table]:
+class Results(NamedTuple):
+    """What a study found."""
+
+    tables: dict[Axis, Table]
+    """By axis: steps, and seconds where runs can be measured at equal seconds."""
+    no_seconds: str | None
+    """Why they can't."""
+
+
+def collect(study: StudyConfig, done: Sequence[Run], out: Path, folder: Path) -> Results:
     """
     Measure the complete runs and write ``curves.csv`` and ``summary.csv``.
 
     :param done: the complete runs
     :param out: where the runs are
     :param folder: for the results
-    :raises ValueError: if a run has no games, or a game no run of the control
+    :raises ValueError: if a run has no games, or a game no run of the control, or a run has none
+        within the study's steps
     """
     for game in study.games:
         if not any(run.variant == study.control and run.game == game for run in done):
             raise ValueError(
                 f"the control {study.control!r} has no complete run of {game} in {out}"
             )
-    games = {run: read_episodes(out / "runs" / run.path) for run in done}
-    tables = {axis: measure(study, games, axis) for axis in AXES}
+    games = {run: read_games(out / "runs" / run.path) for run in done}
+    tables: dict[Axis, Table] = {"steps": measure(study, games, "steps")}
+    no_seconds = None
+    try:
+        tables["seconds"] = measure(study, games, "seconds")
+    except ValueError as error:
+        no_seconds = str(error)
     folder.mkdir(parents=True, exist_ok=True)
     _write(
         folder / CURVES_FILE, ["axis", "game", "variant", "seed", "x", "return"], _points(tables)
     )
     rows = (row for table in tables.values() for row in table.rows)
     _write(folder / SUMMARY_FILE, Row._fields, (map(_cell_text, row) for row in rows))
-    return tables
+    return Results(tables, no_seconds)
 
 
-def read_episodes(folder: Path) -> dict[str, Floats]:
+def read_games(folder: Path) -> Games:
     """
-    Columns of a run's ``episodes.csv``.
+    The games of a run, out of ``episodes.csv``; its length in seconds is in ``progress.csv``.
 
     :raises ValueError: if there is none, or none with a game, or something else in it than numbers
     """
@@ -115,65 +141,87 @@ def read_episodes(folder: Path) -> dict[str, Floats]:
     rows = read_rows(file)
     if not rows:
         raise ValueError(f"the run {folder} has no game in {EPISODES_FILE}: train it longer")
-    return {name: np.array([cell_number(row, name, file) for row in rows]) for name in rows[0]}
+    steps, seconds, returns = (
+        np.array([cell_number(row, column, file) for row in rows])
+        for column in ("timesteps", "seconds", "return")
+    )
+    return Games(steps, seconds, returns, max(float(seconds[-1]), _n_seconds(folder)))
 
 
-def measure(study: StudyConfig, episodes: Mapping[Run, dict[str, Floats]], axis: Axis) -> Table:
+def _n_seconds(folder: Path) -> float:
+    """What the last row of ``progress.csv`` says; 0 if it is older than this column."""
+    file = folder / PROGRESS_FILE
+    rows = [row for row in read_rows(file) if row.get(SECONDS)]
+    return cell_number(rows[-1], SECONDS, file) if rows else 0.0
+
+
+def measure(study: StudyConfig, episodes: Mapping[Run, Games], axis: Axis) -> Table:
     """
     Measure runs along an axis.
 
     At equal seconds a game's curves end where its fastest run ended: all had that long.
 
-    :param episodes: of each run, columns of ``episodes.csv``
-    :raises ValueError: if the control's return is not above a game's floor
+    :raises ValueError: if the control's return is not above a game's floor, or a run has no game
+        within the axis
     """
     grids, cells = {}, {}
     for game in study.games:
         runs = {run: games for run, games in episodes.items() if run.game == game}
         end = float(study.n_timesteps)
         if axis == "seconds":
-            end = min(float(games["seconds"][-1]) for games in runs.values())
+            end = min(games.n_seconds for games in runs.values())
         grids[game] = np.linspace(0, end, study.metric.n_points + 1)[1:]
         curves = _curves(study, runs, axis, grids[game])
-        levels = _thresholds(study, game, curves[study.control][1])
-        for variant, (seeds, curve_PS, start_S) in curves.items():
-            cells[variant, game] = _cell(grids[game], seeds, curve_PS, start_S, levels)
+        levels = _thresholds(study, game, curves[study.control].curve_PS)
+        for variant, mine in curves.items():
+            cells[variant, game] = _cell(grids[game], mine, levels)
     table = Table(axis, grids, cells, [])
     table.rows.extend(_rows(study, table))
     return table
 
 
-Curves = dict[str, tuple[tuple[int, ...], Floats, Floats]]
+class _Curves(NamedTuple):
+    """Of one variant on one game."""
+
+    seeds: tuple[int, ...]
+    curve_PS: Floats
+    start_S: Floats
+    first_end_S: Floats
+    """When the first game of each run ended."""
 
 
 def _curves(
-    study: StudyConfig, runs: Mapping[Run, dict[str, Floats]], axis: Axis, grid: Floats
-) -> Curves:
-    """Of each variant: seeds, learning curves, returns at the start."""
-    column, _ = AXES[axis]
-    curves: Curves = {}
+    study: StudyConfig, runs: Mapping[Run, Games], axis: Axis, grid: Floats
+) -> dict[str, _Curves]:
+    curves = {}
     for variant in study.variants:
         mine = {run: games for run, games in runs.items() if run.variant == variant}
-        if not mine:
-            continue
-        pairs = [_curve_and_start(study, run, games, column, grid) for run, games in mine.items()]
-        points, starts = zip(*pairs, strict=True)
-        curves[variant] = (tuple(run.seed for run in mine), np.stack(points, 1), np.array(starts))
+        if mine:
+            found = [_curve(study, run, games, axis, grid) for run, games in mine.items()]
+            points, starts, first_ends = zip(*found, strict=True)
+            seeds = tuple(run.seed for run in mine)
+            curves[variant] = _Curves(
+                seeds, np.stack(points, 1), np.array(starts), np.array(first_ends)
+            )
     return curves
 
 
-def _curve_and_start(
-    study: StudyConfig, run: Run, games: dict[str, Floats], column: str, grid: Floats
-) -> tuple[Floats, float]:
-    x, returns, end = games[column], games["return"], grid[-1]
-    start = study.metric.jump_start * end
-    try:
-        curve = statistics.learning_curve(x, returns, grid, study.metric.window * end)
-        return curve, float(statistics.learning_curve(x, returns, [start], start)[0])
-    except ValueError as error:
+def _curve(
+    study: StudyConfig, run: Run, games: Games, axis: Axis, grid: Floats
+) -> tuple[Floats, float, float]:
+    """Learning curve, return at the start, end of the first game."""
+    x, end = getattr(games, axis), grid[-1]
+    if x[0] > end:
         raise ValueError(
-            f"{run}: {error}; give more n_timesteps or a longer metric.jump_start"
-        ) from None
+            f"{run}: its first game ended after {x[0]:,.0f} {AXES[axis]}, but its curve has "
+            f"{end:,.0f}: train all runs longer"
+        )
+    curve = statistics.learning_curve(x, games.returns, grid, study.metric.window * end)
+    start = study.metric.jump_start * end
+    if x[0] > start:
+        return curve, math.nan, x[0]
+    starts = statistics.learning_curve(x, games.returns, [start], start)
+    return curve, float(starts[0]), x[0]
 
 
 def _thresholds(study: StudyConfig, game: str, control_PS: Floats) -> list[float]:
@@ -190,11 +238,13 @@ def _thresholds(study: StudyConfig, game: str, control_PS: Floats) -> list[float
     ]
 
 
-def _cell(
-    grid: Floats, seeds: tuple[int, ...], curve_PS: Floats, start_S: Floats, levels: Sequence[float]
-) -> Cell:
+def _cell(grid: Floats, curves: _Curves, levels: Sequence[float]) -> Cell:
+    seeds, curve_PS, start_S, first_end_S = curves
     times = [
-        [statistics.time_to_threshold(grid, curve, level) for curve in curve_PS.T]
+        [
+            statistics.time_to_threshold(grid, curve, level, first_end)
+            for curve, first_end in zip(curve_PS.T, first_end_S, strict=True)
+        ]
         for level in levels
     ]
     return Cell(seeds, curve_PS, curve_PS.mean(axis=0), start_S, curve_PS[-1], np.array(times))
@@ -224,13 +274,13 @@ def _game_estimates(
     for name, scores_S in (("area", cell.area_S), ("final", cell.final_S), ("start", cell.start_S)):
         yield name, "return", estimate(statistics.mean, [scores_S])
     for level, times_S in zip(study.metric.thresholds, cell.times_TS, strict=True):
-        yield f"time_to_{level:g}", AXES[axis][1], estimate(statistics.median, [times_S])
+        yield f"time_to_{level:g}", AXES[axis], estimate(statistics.median, [times_S])
     if variant == study.control:
         return
     areas = [cell.area_S - floor], [control.area_S - floor]
     finals = [cell.final_S - floor], [control.final_S - floor]
-    yield "area_ratio", "1", estimate(statistics.ratio, *areas)
-    yield "final_ratio", "1", estimate(statistics.ratio, *finals)
+    yield "area_ratio", "1", estimate(statistics.mean_ratio, *areas)
+    yield "final_ratio", "1", estimate(statistics.mean_ratio, *finals)
     yield "jump_start", "return", estimate(statistics.difference, [cell.start_S], [control.start_S])
     probability = estimate(statistics.probability_of_improvement, *areas)
     yield "probability_of_improvement", "1", probability
@@ -262,7 +312,8 @@ def _all_estimates(study: StudyConfig, table: Table, variant: str) -> Estimates:
         return
     control = {name: in_units(study, table, study.control, *unit) for name, unit in units.items()}
     for name in ("area", "final"):
-        yield f"{name}_ratio", "1", estimate(statistics.ratio, mine[name], control[name])
+        quotient = estimate(statistics.interquartile_ratio, mine[name], control[name])
+        yield f"{name}_ratio", "1", quotient
     difference = estimate(statistics.difference, mine["start"], control["start"])
     yield "jump_start", "control", difference
     probability = statistics.probability_of_improvement
@@ -287,6 +338,8 @@ def in_units(study: StudyConfig, table: Table, variant: str, field: str, unit: s
 def _as_rows(axis: Axis, game: str, variant: str, n_runs: int, found: Estimates) -> Iterator[Row]:
     for metric, unit, number in found:
         value, low, high = number or (None, None, None)
+        if value is not None and math.isnan(value):
+            value = low = high = None
         yield Row(axis, game, variant, metric, unit, value, low, high, n_runs)
 
 

@@ -65,10 +65,17 @@ def learning_curve(x: ArrayLike, returns: ArrayLike, grid: ArrayLike, window: fl
     return means
 
 
-def time_to_threshold(grid: ArrayLike, curve: ArrayLike, threshold: float) -> float:
-    """The first grid point whose value is at least the threshold; infinity if there is none."""
-    reached = np.flatnonzero(np.asarray(curve) >= threshold)
-    return float(np.asarray(grid)[reached[0]]) if len(reached) else np.inf
+def time_to_threshold(
+    grid: ArrayLike, curve: ArrayLike, threshold: float, first_end: float = 0.0
+) -> float:
+    """
+    The first grid point whose value is at least the threshold; infinity if there is none.
+
+    :param first_end: when the first game ended; before it nothing was reached
+    """
+    grid = np.asarray(grid, dtype=np.float64)
+    reached = np.flatnonzero((np.asarray(curve) >= threshold) & (grid >= first_end))
+    return float(grid[reached[0]]) if len(reached) else np.inf
 
 
 def mean(strata: Strata) -> Floats:
@@ -90,15 +97,36 @@ def interquartile_mean(strata: Strata) -> Floats:
 
 
 def median(strata: Strata) -> Floats:
-    """The lower median, so that infinity (a threshold that was never reached) has its place."""
+    """
+    The upper median, so that infinity (a threshold that was never reached) has its place.
+
+    It is infinite where half of the runs never came.
+    """
     pooled = np.sort(np.concatenate(strata, axis=-1), axis=-1)
-    middle: Floats = pooled[..., (pooled.shape[-1] - 1) // 2]
+    middle: Floats = pooled[..., pooled.shape[-1] // 2]
     return middle
 
 
-def ratio(strata: Strata, control: Strata) -> Floats:
-    """Interquartile mean divided by the control's."""
-    return interquartile_mean(strata) / interquartile_mean(control)
+def mean_ratio(strata: Strata, control: Strata) -> Floats:
+    """Mean divided by the control's; as ``quotient`` where that is 0 or less."""
+    return quotient(mean(strata), mean(control))
+
+
+def interquartile_ratio(strata: Strata, control: Strata) -> Floats:
+    """Interquartile mean divided by the control's; as ``quotient`` where that is 0 or less."""
+    return quotient(interquartile_mean(strata), interquartile_mean(control))
+
+
+def quotient(scores: Floats, controls: Floats) -> Floats:
+    """
+    Scores in units of the control's.
+
+    A control of 0 or less is no unit: what is above 0 is infinitely many of it, the rest unknown
+    (NaN).
+    """
+    unit = np.where(controls > 0, controls, np.nan)
+    without = np.where(scores > 0, np.inf, np.nan)
+    return np.where(controls > 0, scores / unit, without)
 
 
 def difference(strata: Strata, control: Strata) -> Floats:

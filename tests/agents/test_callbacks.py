@@ -231,6 +231,28 @@ def test_a_resumed_run_drops_games_after_its_checkpoint_and_goes_on_counting(
     assert all(1000 <= float(row["seconds"]) < 1060 for row in rows[8:])
 
 
+def test_the_seconds_of_a_run_go_on_from_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "LOG_FREQ", 32)
+    learn(tmp_path, [EpisodesCallback(tmp_path), SignalAt(90)], train__n_timesteps=160)
+    file = tmp_path / "progress.csv"
+    with file.open() as lines:
+        rows = list(csv.DictReader(lines))
+    seconds = [float(row["time/seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    for row in rows:
+        row["time/seconds"] = "1000"
+    lines_of = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    file.write_text("\n".join(lines_of) + "\n")
+    learn(tmp_path, [EpisodesCallback(tmp_path)], train__n_timesteps=160)
+    assert all(float(row["seconds"]) >= 1000 for row in games(tmp_path)[8:])
+    with file.open() as lines:
+        last = list(csv.DictReader(lines))[-1]
+    assert last["time/total_timesteps"] == "160"
+    assert 1000 <= float(last["time/seconds"]) < 1060
+
+
 def test_the_end_of_a_run_tells_what_became_of_the_encoders(
     hub5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,13 +42,17 @@ def test_a_hub_beside_the_study(hub5: Path) -> None:
     variants = {
         "none": {},
         "beside": {"overrides": {"hub.name": hub5.name}},
+        "member": {"overrides": {"hub.name": f"{hub5.name}:a"}},
         "shipped": {"overrides": {"hub.name": "atari5"}},
+        "shipped-member": {"overrides": {"hub.name": "atari5:contrast"}},
     }
     (hub5.parent / "atari5").mkdir()  # a shipped hub's name wins
     study = load_study(small_study(hub5.parent, variants=variants))
     names = {run.variant: study.run_config(run).hub.name for run in study.runs()}
     assert names["beside"] == str(hub5)
+    assert names["member"] == f"{hub5}:a"
     assert names["shipped"] == "atari5"
+    assert names["shipped-member"] == "atari5:contrast"
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -79,6 +83,19 @@ METRIC = {"n_points": 4, "window": 0.5, "jump_start": 0.5, "thresholds": [1.0], 
         ({"seeds": [1, 2, 1]}, "seeds names 1 twice"),
         ({"games": ["a", "a"]}, "games names a twice"),
         (of_none(seeds=[4, 4]), "variants.none.seeds names 4 twice"),
+        (
+            {"games": ["a/b-v0", "a_B-v0"]},
+            "none, a/b-v0, seed 0 and none, a_B-v0, seed 0 would share a folder: rename one",
+        ),
+        (
+            {"variants": {"none": {}, "None": {}}},
+            "none, hubrl/TinyImage-v0, seed 0 and None, hubrl/TinyImage-v0, seed 0 would share",
+        ),
+        (
+            {"metric": METRIC | {"thresholds": [1.0, 0.5]}},
+            r"metric.thresholds is \[1.0, 0.5\], allowed: numbers that ascend",
+        ),
+        ({"metric": METRIC | {"thresholds": [0.5, 0.5]}}, r"metric.thresholds is .*ascend"),
         ({"control": "nonee"}, r"control names 'nonee' \(closest: 'none'\), allowed: none, fast"),
         ({"metric": METRIC | {"floors": {"Pong": 1}}}, "metric.floors names 'Pong'"),
         ({"variants": {"a/b": {}}}, "variant 'a/b': a name has letters, digits and any of"),

@@ -90,6 +90,29 @@ def test_wrong_input(
     assert not (finished_run / "evaluation.json").exists()
 
 
+def test_one_game_has_no_interval(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert run(finished_run, "--episodes", 1) == 0
+    result = json.loads((finished_run / "evaluation.json").read_text())
+    assert result["interval_95"] is None
+    text = f"1 game: return {result['mean_return']:.2f} (give more --episodes for an interval)"
+    assert text in capsys.readouterr().out
+
+
+def test_a_full_disk_costs_the_file_alone(
+    finished_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert run(finished_run, "--episodes", 2, "--json", "/dev/full") == 1
+    output = capsys.readouterr()
+    assert "2 games: mean return" in output.out
+    assert "No space left" in output.err
+    assert output.err.count("\n") == 1
+    (finished_run / "evaluation.json").mkdir()
+    assert run(finished_run) == 2
+    assert "evaluation.json is a folder: give a file" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = finished_run / "checkpoints" / "best" / "policy.safetensors"
     file.write_bytes(file.read_bytes()[:5000])

@@ -127,6 +127,18 @@ def run(*args: object) -> int:
     return exit.value.code
 
 
+def test_features_that_are_no_numbers(
+    hub5: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = torch.full((128, 4), torch.nan)
+    monkeypatch.setattr(ranking, "features_of", lambda *_: bad)
+    assert run("rank", hub5, "--env", "hubrl/TinyImage-v0", "-n", 128) == 2
+    message = (
+        "features of encoder 'a' are NaN or infinite: rank without it, and see what `hubrl hubs"
+    )
+    assert message in capsys.readouterr().err
+
+
 def test_the_command(hub5: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("rank", hub5, "--env", "hubrl/TinyImage-v0", "-n", 128) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -140,7 +152,7 @@ def test_the_command(hub5: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["HUB", "--env", "ALE/Breakot-v5"], "(closest: ALE/Breakout-v5"),
         (["nowhere", "--env", "ALE/Pong-v5"], "hub 'nowhere' is unknown"),
-        (["HUB", "--env", "hubrl/TinyImage-v0", "-n", "3"], "3 is not in the range x>=64"),
+        (["HUB", "--env", "hubrl/TinyImage-v0", "-n", "3"], "3 is not in the range 64<=x<=10000"),
         (["HUB", "--env", "ALE/MontezumaRevenge-v5", "-n", "64"], "all returns are 0 in 64 obs"),
     ],
 )

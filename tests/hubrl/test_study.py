@@ -33,6 +33,8 @@ if "/broken/" in str(folder):
     print("no such thing")
     sys.exit(3)
 def stop(number, frame):
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(0.3)
     print("stopped")
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
@@ -202,6 +204,33 @@ def test_a_signal_stops_the_runs(
     assert not Path("docs").exists()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it runs on
+def test_a_second_signal_leaves_the_trainings_to_their_checkpoints(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Path("studies/small/jobs/slow/hubrl_TinyImage-v0/s0.txt")
+
+    def send() -> None:
+        deadline = time.monotonic() + 30
+        while not Path("calls.slow").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    file = small_study(tmp_path, variants=variants("slow", "none"), control="none")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        cli.run(study.command, "hubrl study", [str(file), "--jobs", "1"])
+    thread.join()
+    assert "stopping: 1 trainings save a checkpoint" in capsys.readouterr().out
+    deadline = time.monotonic() + 10
+    while log.read_text() != "stopped\n" and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert log.read_text() == "stopped\n"
+
+
 def test_one_study_at_a_time_in_a_folder(
     calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -231,6 +260,99 @@ def test_a_changed_study_does_not_mix_with_old_runs(
     changed = small_study(tmp_path, overrides={"hub.aggregation": "sum"})
     assert run(changed, "--only", "run") == 2
     assert "has hub.aggregation 'concat', but the study says 'sum'" in capsys.readouterr().err
+
+
+def test_results_are_those_of_the_settings_that_were_trained(
+    calls: Calls,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    assert run(small_study(tmp_path), "--only", "run") == 0
+    changed = small_study(tmp_path, overrides={"algorithm.gamma": 0.5})
+    assert run(changed, "--only", "collect") == 2
+    assert "has algorithm.gamma 0.99, but the study says 0.5" in capsys.readouterr().err
+    assert run(small_study(tmp_path, n_timesteps=32), "--only", "collect") == 0
+    report = Path("docs/studies/small/report.md").read_text()
+    assert "**Some runs have 64 agent steps,** of which the first 32 are measured" in report
+    longer = small_study(tmp_path, n_timesteps=128)
+    assert run(longer, "--only", "collect") == 2
+    assert "control 'none' has no complete run" in capsys.readouterr().err
+
+
+def test_a_study_that_is_edited_meanwhile(
+    calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = small_study(tmp_path)
+    before = file.read_text().strip()
+
+    def edit(*_: object) -> None:
+        file.write_text("nothing: true")
+
+    monkeypatch.setattr(study, "draw", edit)
+    assert run(file) == 0
+    assert before in Path("docs/studies/small/report.md").read_text()
+
+
+def test_a_run_that_cannot_be_started_does_not_stop_the_others(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = small_study(tmp_path, variants=variants("none", "a", "b"))
+    (tmp_path / "studies/small/jobs/a/hubrl_TinyImage-v0/s0.new").mkdir(parents=True)
+    assert run(file, "--only", "run", "--jobs", 1) == 1
+    assert len(calls()) == 2
+    error = capsys.readouterr().err
+    assert f"FAILED a, {GAME}, seed 0: exit code 1, " in error
+    assert "it could not be started: [Errno 21] Is a directory" in error
+
+
+def test_a_damaged_checkpoint_concerns_its_run_alone(
+    calls: Calls,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+    file = small_study(tmp_path, variants=variants("none", "a"))
+    assert run(file, "--only", "run") == 0
+    (folder_of("a") / "checkpoints/last/state.json").write_text("")
+    assert run(file, "--only", "collect") == 0
+    assert f"a, {GAME}, seed 0 is left out: " in capsys.readouterr().err
+    assert f"**Not complete:** a, {GAME}" in Path("docs/studies/small/report.md").read_text()
+    Path("calls").unlink()
+    assert run(file, "--only", "run") == 0
+    assert [arguments for arguments, *_ in calls()] == [f"--resume {folder_of('a').absolute()}"]
+
+
+def test_a_run_without_its_last_evaluation_is_not_complete(calls: Calls, tmp_path: Path) -> None:
+    file = small_study(tmp_path, variants=variants("none"), overrides={"train.eval_freq": 32})
+    assert run(file, "--only", "run") == 0
+    assert run(file, "--only", "run") == 0
+    assert len(calls()) == 2
+    header = "timesteps,episode,return,length\n"
+    (folder_of("none") / "evaluations.csv").write_text(f"{header}64,0,1,8\n")
+    assert run(file, "--only", "run") == 0
+    assert len(calls()) == 2
+
+
+def test_results_that_cannot_be_written(
+    calls: Calls,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("file").touch()
+    assert run(small_study(tmp_path), "--results", "file/results") == 2
+    assert "--results file/results: " in capsys.readouterr().err
+    assert not Path("studies").exists(), "before hours of training"
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(study, "draw", full)
+    assert run(small_study(tmp_path)) == 1
+    assert "no results: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ from small_runs import small_study, write_complete_run
 from agents.study_config import Run, StudyConfig, load_study
 from hubrl.studies import figures, results
 from hubrl.studies.engines import Job
-from hubrl.studies.report import write_report
-from hubrl.studies.results import ALL, Table, measure
+from hubrl.studies.report import read_source, write_report
+from hubrl.studies.results import ALL, Games, Table, measure
 
 GAME, OTHER = "hubrl/TinyImage-v0", "hubrl/TinyImageContinuous-v0"
 
 
-def games(*returns: float, speed: float = 1.0) -> dict[str, np.ndarray]:
+def games(*returns: float, speed: float = 1.0) -> Games:
     """A game every 16 steps; ``speed`` steps in a second."""
     steps = 16.0 * np.arange(1, len(returns) + 1)
-    return {"timesteps": steps, "return": np.array(returns), "seconds": steps / speed}
+    return Games(steps, steps / speed, np.array(returns, dtype=float), steps[-1] / speed)
 
 
 def study_of(folder: Path, **changes: Any) -> StudyConfig:
@@ -57,11 +57,11 @@ def test_one_game_by_hand(tmp_path: Path) -> None:
     assert value(table, "fast", "negative_transfer") == 0
     # Thresholds 2.75 and 5.5: "none" at 48, 48 and never, 64; "fast" at 32, 32 and 48, never.
     assert value(table, "none", "time_to_0.5") == 48
-    assert value(table, "none", "time_to_1") == 64
+    assert value(table, "none", "time_to_1") == np.inf, "half of the runs never came"
     assert value(table, "fast", "time_to_0.5") == 32
     row = table.row(GAME, "fast", "time_to_1")
     assert row is not None
-    assert (row.value, row.low, row.high) == (48, 48, np.inf)
+    assert (row.value, row.low, row.high) == (np.inf, 48, np.inf)
     assert (row.unit, row.n_runs) == ("agent steps", 2)
 
 
@@ -86,9 +86,19 @@ def test_a_control_below_the_floor(tmp_path: Path) -> None:
 
 
 def test_no_game_at_the_start(tmp_path: Path) -> None:
-    late = {"timesteps": np.array([60.0]), "return": np.ones(1), "seconds": np.ones(1)}
-    with pytest.raises(ValueError, match=r"seed 0: no game ended within 32, .*metric.jump_start"):
-        measure(study_of(tmp_path), {Run("none", GAME, 0): late}, "steps")
+    late = Games(np.array([60.0]), np.array([60.0]), np.ones(1), 64)
+    episodes = {Run("none", GAME, 0): games(1, 1, 1, 1), Run("fast", GAME, 0): late}
+    table = measure(study_of(tmp_path), episodes, "steps")
+    assert value(table, "fast", "start") is None
+    assert value(table, "fast", "jump_start") is None
+    assert value(table, "fast", "area_ratio") == 1
+    assert value(table, "fast", "time_to_1") == 64, "not before its first game ended"
+    episodes[Run("fast", GAME, 0)] = late._replace(steps=np.array([65.0]))
+    message = (
+        "fast, .*, seed 0: its first game ended after 65 agent steps, but its curve has 64: tr"
+    )
+    with pytest.raises(ValueError, match=message):
+        measure(study_of(tmp_path), episodes, "steps")
 
 
 def test_equal_seconds_end_with_the_fastest_run(tmp_path: Path) -> None:
@@ -100,6 +110,10 @@ def test_equal_seconds_end_with_the_fastest_run(tmp_path: Path) -> None:
     assert table.grids[GAME].tolist() == [8, 16, 24, 32]
     assert table.cells["none", GAME].curve_PS[:, 0].tolist() == [1, 1.5, 2.5, 3.5]
     assert table.cells["fast", GAME].curve_PS[:, 0].tolist() == [10, 10, 10, 20]
+    # A run whose last game lasts long is as long as it was.
+    episodes[Run("fast", GAME, 0)] = games(10, speed=1)._replace(n_seconds=64)
+    table = measure(study_of(tmp_path), episodes, "seconds")
+    assert table.grids[GAME].tolist() == [8, 16, 24, 32]
 
 
 def test_negative_transfer(tmp_path: Path) -> None:
@@ -153,6 +167,13 @@ def write_runs(study: StudyConfig, out: Path) -> list[Run]:
     return study.runs()
 
 
+def write(study: StudyConfig, found: results.Results, done: list[Run], out: Path) -> str:
+    """The report of a study that ``small_study`` has written."""
+    jobs = [Job(run, out) for run in done]
+    write_report(study, read_source(study, out / "small.yaml"), found, jobs, out / "results")
+    return (out / "results" / "report.md").read_text()
+
+
 def rows_of(file: Path) -> list[dict[str, str]]:
     with file.open() as lines:
         return list(csv.DictReader(lines))
@@ -160,10 +181,9 @@ def rows_of(file: Path) -> list[dict[str, str]]:
 
 def test_files_and_figures(study: StudyConfig, tmp_path: Path) -> None:
     done = write_runs(study, tmp_path)
-    tables = results.collect(study, done, tmp_path, tmp_path / "results")
-    figures.draw(study, tables, tmp_path / "results")
-    jobs = [Job(run, tmp_path) for run in done]
-    write_report(study, tmp_path / "small.yaml", tables, jobs, tmp_path / "results")
+    found = results.collect(study, done, tmp_path, tmp_path / "results")
+    figures.draw(study, found.tables, tmp_path / "results")
+    write(study, found, done, tmp_path)
     curves = rows_of(tmp_path / "results" / "curves.csv")
     assert len(curves) == 2 * len(done) * study.metric.n_points
     assert list(curves[0].values()) == ["steps", GAME, "none", "0", "16", "1"]
@@ -191,7 +211,7 @@ def test_the_same_runs_give_the_same_bytes(
     monkeypatch.setattr(figures, "FIGURES", {"curves": figures.FIGURES["curves"]})
     done = write_runs(study, tmp_path)
     for name in ("a", "b"):
-        tables = results.collect(study, done, tmp_path, tmp_path / name)
+        tables = results.collect(study, done, tmp_path, tmp_path / name).tables
         figures.draw(study, {"steps": tables["steps"]}, tmp_path / name)
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
@@ -204,13 +224,50 @@ def test_the_report_says_what_is_missing_or_mixed(study: StudyConfig, tmp_path: 
     jobs = [Job(run, tmp_path) for run in done]
     jobs[0].facts.parent.mkdir(parents=True)
     jobs[0].facts.write_text('{"commit": "abc", "weights": "w"}')
-    tables = results.collect(study, done, tmp_path, tmp_path / "results")
-    write_report(study, tmp_path / "small.yaml", tables, jobs, tmp_path / "results")
-    report = (tmp_path / "results" / "report.md").read_text()
+    found = results.collect(study, done, tmp_path, tmp_path / "results")
+    report = write(study, found, done, tmp_path)
     assert f"**Not complete:** none, {OTHER}, seed 1." in report
+    assert "In the table of all games each game counts by its number of runs." in report
     assert "**Runs differ in hub.precision:** bfloat16, float32." in report
     assert "**The hub of none got other weights between its runs.**" in report
     assert "trained at abc, unknown; measured at" in report
+
+
+def test_ratios_without_a_unit_and_starts_without_a_game(tmp_path: Path) -> None:
+    study = study_of(tmp_path)
+    returns = {("none", 0): (0, 0), ("none", 1): (6, 8), ("fast", 0): (1, 3), ("fast", 1): (1, 3)}
+    for run in study.runs():
+        first, last = returns[run.variant, run.seed]
+        rows = [(48, float(first), 6.0), (64, float(last), 8.0)]
+        write_complete_run(tmp_path / "runs" / run.path, study.run_config(run), rows)
+    found = results.collect(study, study.runs(), tmp_path, tmp_path / "results")
+    # Areas: 0 and 25 / 4, and 5 / 4 twice. Where both resampled controls are 0 there is no ratio.
+    assert "| 0.4 [0.2, unbounded] |" in write(study, found, study.runs(), tmp_path)
+    starts = [row for row in found.tables["steps"].rows if row.metric in ("start", "jump_start")]
+    assert {row.value for row in starts} == {None}
+
+
+def test_runs_that_cannot_be_measured_at_equal_seconds(study: StudyConfig, tmp_path: Path) -> None:
+    for run in study.runs():
+        seconds = 1.0 if run.variant == "none" else 100.0
+        rows = [(48, 1.0, seconds), (64, 2.0, seconds)]
+        write_complete_run(tmp_path / "runs" / run.path, study.run_config(run), rows)
+    found = results.collect(study, study.runs(), tmp_path, tmp_path / "results")
+    assert list(found.tables) == ["steps"]
+    report = write(study, found, study.runs(), tmp_path)
+    assert "Not measured: fast, " in report
+    assert "its first game ended after 100 seconds, but its curve has 1: train all runs" in report
+    assert {row["axis"] for row in rows_of(tmp_path / "results" / "summary.csv")} == {"steps"}
+
+
+def test_a_run_is_as_long_as_its_progress_says(study: StudyConfig, tmp_path: Path) -> None:
+    run = write_runs(study, tmp_path)[0]
+    folder = tmp_path / "runs" / run.path
+    assert results.read_games(folder).n_seconds == 8
+    (folder / "progress.csv").write_text("time/total_timesteps,time/seconds\n32,4\n64,9.5\n")
+    assert results.read_games(folder).n_seconds == 9.5
+    (folder / "progress.csv").write_text("time/total_timesteps,train/loss\n32,4\n")
+    assert results.read_games(folder).n_seconds == 8, "of a run that is older than the column"
 
 
 def test_runs_that_cannot_be_read(study: StudyConfig, tmp_path: Path) -> None:

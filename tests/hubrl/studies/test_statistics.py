@@ -61,6 +61,8 @@ def test_time_to_threshold() -> None:
     grid, curve = [10, 20, 30, 40], [1.0, 3.0, 2.0, 4.0]
     times = [statistics.time_to_threshold(grid, curve, level) for level in (0.5, 2.5, 3.5, 4.5)]
     assert times == [10, 20, 40, INF]
+    # A curve has its first game's return before that game ended.
+    assert statistics.time_to_threshold(grid, [3.0, 3.0, 2.0, 4.0], 3, first_end=25) == 40
 
 
 @given(numbers)
@@ -75,8 +77,9 @@ def test_interquartile_mean_pools_games() -> None:
     assert statistics.interquartile_mean(games) == 4.5
 
 
-def test_median_is_the_lower_one_and_knows_infinity() -> None:
-    assert statistics.median([np.array([3.0, 1, INF, 2])]) == 2
+def test_median_is_the_upper_one_and_knows_infinity() -> None:
+    assert statistics.median([np.array([3.0, 1, INF, 2])]) == 3
+    assert statistics.median([np.array([INF, 1])]) == INF
     assert statistics.median([np.array([3.0, 1, INF])]) == 3
     assert statistics.median([np.array([INF, 1, INF])]) == INF
 
@@ -97,8 +100,22 @@ def test_probability_of_improvement_by_hand() -> None:
 
 def test_ratio_and_difference_by_hand() -> None:
     scores, control = [np.array([4.0, 8.0])], [np.array([1.0, 2.0])]
-    assert statistics.ratio(scores, control) == 4
+    assert statistics.mean_ratio(scores, control) == 4
     assert statistics.difference(scores, control) == 4.5
+    scores, control = [np.array([1.0, 1, 1, 1, 16])], [np.array([2.0, 2, 2, 2, 2])]
+    assert statistics.mean_ratio(scores, control) == 2
+    assert statistics.interquartile_ratio(scores, control) == 0.5
+
+
+def test_a_control_that_is_no_unit() -> None:
+    # Resampled controls of mean 0 are 8 of 27: more than 2.5 %.
+    control = [np.array([0.0, 0, 3])]
+    assert estimate(statistics.mean_ratio, [np.array([1.0, 2, 3])], control) == (2, 2 / 3, INF)
+    value, low, high = estimate(statistics.mean_ratio, [np.array([0.0, 0, 1])], control)
+    assert value == 1 / 3
+    assert np.isnan([low, high]).all()
+    below = [np.array([-0.3, -0.2, 2])]
+    assert estimate(statistics.mean_ratio, [np.array([1.0, 2, 3])], below) == (4, 1, INF)
 
 
 def test_rliables_interquartile_mean_with_its_interval() -> None:
