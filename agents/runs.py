@@ -116,4 +116,4 @@ class _Events(TensorBoardOutputFormat):
     def __init__(self, folder: Path, timesteps: int) -> None:
         # SB3's own __init__ takes no purge_step, by which TensorBoard drops what was logged later.
         self._is_closed = False
-        self.writer = SummaryWriter(str(folder), purge_step=timesteps or None)
+        self.writer = SummaryWriter(str(folder), purge_step=timesteps + 1)

@@ -247,7 +247,7 @@ class Log:
         self._folder, self._title = folder, title
         self._can_draw = _can_draw()
         self._table = CsvTable(folder / LOSSES_FILE, "update", update)
-        self._events = SummaryWriter(str(folder), purge_step=update or None)
+        self._events = SummaryWriter(str(folder), purge_step=update + 1)
         self._line = self._save = time.monotonic()
         self._n_updates = 0
         self._sums: dict[str, float] = {}

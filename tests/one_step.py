@@ -1,7 +1,8 @@
 """One training step of hub-pathway in this process, or in each that ``torchrun`` started.
 
 Usage: one_step.py HUB FOLDER; the gradients of all weights go to FOLDER/gradients.safetensors, and
-with them, as "idle", how far the weights of the hub's last encoder went, which no image activates.
+with them, as "idle", how far the weights of the hub's last encoder went, which no image activates,
+and what the generator's running means came to.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vision_tasks.training import Trainer
 if __name__ == "__main__":
     hub, folder = Path(sys.argv[1]), Path(sys.argv[2])
     distributed.join()
-    config = small_vision_config(hub, train__epochs=1, train__batch_size=24, data__flip=False)
+    config = small_vision_config(hub, train__epochs=1, train__batch_size=32, data__flip=False)
     settings = Settings(config.train.seed, SIZE)
     method = build_method("hub-pathway", load_hub(hub), Classification(4), settings)
     torch.manual_seed(1)
@@ -42,8 +43,12 @@ if __name__ == "__main__":
             gradients[name] = none if weight.grad is None else weight.grad.clone()
 
     register_optimizer_step_pre_hook(keep)
-    Trainer(method, quadrant_data(24), config, folder).run(StopSignal())
+    Trainer(method, quadrant_data(32), config, folder).run(StopSignal())
     if distributed.rank() == 0:
         went = [(now.detach() - then).abs().max() for now, then in zip(idle, before, strict=True)]
         gradients["idle"] = torch.stack(went).max()
+        generator = method.model.pathway.generator
+        for name in ("image_mean", "feature_mean"):
+            for key, buffer in getattr(generator, name).named_buffers():
+                gradients[f"{name}.{key}"] = buffer
         save_file(gradients, folder / "gradients.safetensors")

@@ -28,7 +28,7 @@ from vision_tasks.data.images import UnreadableImageError
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import METHODS
 from vision_tasks.methods.method import Method
-from vision_tasks.runs import build, load_data, open_run
+from vision_tasks.runs import build, check_data, load_data, note_data, open_run
 from vision_tasks.swap import SWAP_FOLDER
 from vision_tasks.training import RESULTS_FILE, Trainer
 
@@ -103,8 +103,10 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
                     print(f"{folder} is complete")
                     return 0
                 method, data = _build(config, folder)
+                check_data(folder, data)
                 if is_new and is_leader:
                     create_folder(folder, dump_config(config))
+                    note_data(folder, data)
                     stack.enter_context(held(folder))
             return _train(method, data, config, folder)
 

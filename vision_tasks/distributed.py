@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+from hubrl.generators import RunningMean
+
+#: Numbers and text, in lists and dicts.
+Json = TypeVar("Json")
 
 
 def join() -> None:
@@ -104,13 +110,40 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad /= n_processes()
 
 
+def agreed(value: Json) -> Json:
+    """
+    The first process' of a value that each has computed, so that all decide alike by it: last
+    digits may differ between machines.
+    """
+    found: Json = json.loads(from_leader(lambda: json.dumps(value)))
+    return found
+
+
 def average_buffers(module: nn.Module) -> None:
-    """Mean over all processes of what they have noted of their shares, such as running means."""
+    """
+    Mean over all processes of what they have noted of their shares.
+
+    Of rows that running means haven't taken up yet there is the sum, in all processes.
+    """
     if n_processes() == 1:
         return
+    pending = {id(tensor) for tensor in _pending(module)}
     for buffer in module.buffers():
         if buffer.is_floating_point():
-            buffer.copy_(_mean(buffer))
+            mean = _mean(buffer)
+            buffer.copy_(mean * n_processes() if id(buffer) in pending else mean)
+
+
+def leave_pending_to_leader(module: nn.Module) -> None:
+    """After a sum over processes, or the next would count it once for each of them."""
+    if rank() > 0:
+        for tensor in _pending(module):
+            tensor.zero_()
+
+
+def _pending(module: nn.Module) -> list[Tensor]:
+    means = [each for each in module.modules() if isinstance(each, RunningMean)]
+    return [tensor for mean in means for tensor in (mean.pending_sum, mean.n_pending)]
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:

@@ -55,10 +55,10 @@ def draw_curves(
     figure, panels = _panels(len(curves), height=max(4.0, 0.7 + 0.2 * len(names)), margin=2.4)
     for panel, (data, methods) in zip(panels, curves.items(), strict=True):
         for method, by_seed in methods.items():
-            seeds = list(by_seed.values())
-            n = min(len(seed) for seed in seeds)
-            steps = [step for step, _ in seeds[0][:n]]
-            scores = np.array([[score for _, score in seed[:n]] for seed in seeds])
+            seeds = [dict(points) for points in by_seed.values()]
+            # Where training may stop early, seeds differ in length.
+            steps = sorted(set.intersection(*(set(seed) for seed in seeds)))
+            scores = np.array([[seed[step] for step in steps] for seed in seeds])
             i = names.index(method)
             colour = COLOURS[i % len(COLOURS)]
             dash = DASHES[i // len(COLOURS) % len(DASHES)]

@@ -13,6 +13,7 @@ from hubrl import cli
 from hubrl.files import DamagedFileError, checked, read_json
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import cell_number, read_rows
+from hubrl.specs import TIMM_PREFIX
 from vision_tasks.figures import draw_curves, draw_exploration, draw_routing, draw_scores
 from vision_tasks.metrics import Interval, mean_over_seeds, paired_difference
 from vision_tasks.routing import Routing, routing
@@ -27,7 +28,15 @@ TASKS: dict[str, type[Classification] | type[Landmarks]] = {
 }
 MORE_IS_BETTER = {task.metric: task.is_more_better for task in TASKS.values()}
 #: Settings in which runs of one method may differ and still be the same method.
-IGNORED = ("method", "train.seed", "train.device", "train.n_workers", "train.save_freq")
+IGNORED = (
+    "method",
+    "hub.swap",  # gives the same numbers
+    "train.seed",
+    "train.device",
+    "train.n_workers",
+    "train.save_freq",
+    "train.n_rollbacks",
+)
 COEFFICIENT = "hub.exploration_coef"
 #: Methods whose runs give models of single encoders besides.
 OF_SINGLES = ("ensemble-i", "logme")
@@ -258,6 +267,9 @@ def _settings_of(folder: Path) -> Settings:
     hub, here = Path(config["hub.name"]), Path.cwd()
     if hub.is_relative_to(here):
         config["hub.name"] = str(hub.relative_to(here))
+    name, colon, encoder = config["hub.name"].rpartition(":")
+    if config["method"] == "single" and colon and not config["hub.name"].startswith(TIMM_PREFIX):
+        config |= {"method": f"single:{encoder}", "hub.name": name}
     return config
 
 

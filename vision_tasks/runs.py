@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from hubrl.files import read_json
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.specs import HubSpec
 from hubrl.state_folder import load_parts
 from vision_tasks import distributed
 from vision_tasks.config import VisionConfig, load_run_config
-from vision_tasks.data import Data, load_classification, load_landmarks
+from vision_tasks.data import Data, ImageDataset, load_classification, load_landmarks
 from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import Method, Settings, build_method
 from vision_tasks.swap import Swap
 from vision_tasks.tasks import Classification, Landmarks, Task
 from vision_tasks.training import BEST
+
+#: Which images a run has.
+DATA_FILE = "data.json"
 
 
 class LoadedRun(NamedTuple):
@@ -50,6 +55,7 @@ def load_run(folder: Path) -> LoadedRun:
     if config.hub.swap is not None:
         raise ValueError(f"{folder} was trained with hub.swap, whose weights lie in other files")
     data, task = load_data(config)
+    check_data(folder, data)
     hub = load_vision_hub(
         config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
     )
@@ -57,6 +63,39 @@ def load_run(folder: Path) -> LoadedRun:
     name = BEST if config.train.patience else "last"
     load_parts({"method": method}, folder / "checkpoints" / name)
     return LoadedRun(config, data, method)
+
+
+def note_data(folder: Path, data: Data) -> None:
+    """Write down which images a new run learns from, is chosen by and is tested on."""
+    (folder / DATA_FILE).write_text(json.dumps(_identity(data), indent=1) + "\n")
+
+
+def check_data(folder: Path, data: Data) -> None:
+    """
+    A run must not go on with another split: what it has learned from may be in its test.
+
+    :raises ValueError: if its images or targets are others than those noted; older runs noted none
+    """
+    file = folder / DATA_FILE
+    if not file.exists():
+        return
+    noted, found = read_json(file), _identity(data)
+    for part, now in found.items():
+        if noted.get(part) != now:
+            n = (noted.get(part) or {}).get("n_images")
+            raise ValueError(
+                f"{folder} began with other images: its {part} part is another one ({n} images "
+                f"then, {now['n_images']} now); put them back as they were, or train anew"
+            )
+
+
+def _identity(data: Data) -> dict[str, dict[str, Any]]:
+    parts = {"train": data.train, "validation": data.validation, "test": data.test}
+    return {
+        name: {"n_images": len(part), "sha256": part.sha256}
+        for name, part in parts.items()
+        if isinstance(part, ImageDataset)
+    }
 
 
 def load_data(config: VisionConfig) -> tuple[Data, Task]:

@@ -127,7 +127,11 @@ def save_random_weights(folder: Path) -> Path:
 
 
 def measure(side: Side, sizes: Sizes, weights: Path) -> Memory:
-    """Train in a fresh process, and look at its memory."""
+    """
+    Train in a fresh process, and look at its memory.
+
+    :raises ValueError: if it dies
+    """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=train, args=(side, sizes, weights, theirs))
@@ -138,7 +142,14 @@ def measure(side: Side, sizes: Sizes, weights: Path) -> Memory:
         kinds = read_memory(process.pid)
         anonymous = max(anonymous, kinds.get("RssAnon", 0.0))
         mapped = max(mapped, kinds.get("RssFile", 0.0) + kinds.get("RssShmem", 0.0))
-    told = ours.recv()
+    try:
+        told = ours.recv()
+    except EOFError:
+        process.join()
+        raise ValueError(
+            f"the process of {_name(side)} ended with code {process.exitcode}: if that is -9, "
+            "memory was full; give a smaller --batch-size, --image-size or --n-encoders"
+        ) from None
     process.join()
     return Memory(anonymous=anonymous, mapped=mapped, **told)
 

@@ -76,11 +76,19 @@ class Scores(TypedDict):
     """Of training, in all phases."""
 
 
+class EpochLosses(TypedDict):
+    """Losses of the steps of an unfinished epoch."""
+
+    sums: dict[str, float]
+    n_steps: StoredCount
+
+
 class Checkpoint(TypedDict):
     """``state.json`` of a run."""
 
     position: Position
     scores: Scores
+    losses: NotRequired[EpochLosses]
     n_rollbacks: NotRequired[Rollbacks]
 
 
@@ -131,11 +139,13 @@ class Trainer:
         self._stopped_by: int | None = None
         self._position = Position()
         self._scores: Scores = {"best": None, "bad_epochs": 0, "seconds": 0.0}
+        self._losses: EpochLosses = {"sums": {}, "n_steps": 0}
         self.n_rollbacks = 0
         _repair(self._last)
         if has_state(self._last):
             state = read_state(self._last, Checkpoint)
             self._position, self._scores = state["position"], state["scores"]
+            self._losses = state.get("losses", self._losses)
             self.n_rollbacks = state.get("n_rollbacks", 0)
         if n_rollbacks is not None:
             self.n_rollbacks = n_rollbacks
@@ -164,11 +174,11 @@ class Trainer:
                 self._method.train(self._position.step > 0)
                 self._load(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
-                losses = self._train_epoch(phase, optimizer, stop)
+                self._train_epoch(phase, optimizer, stop)
                 if self._stopped_by is not None:
                     self._save(self._last, optimizer)
                     return self._stopped_by
-                self._end_epoch(phase, optimizer, losses)
+                self._end_epoch(phase, optimizer)
             # A next phase shall not hold what this one's optimizer did.
             del optimizer
             self._method.zero_grad(set_to_none=True)
@@ -226,14 +236,14 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"] * self._lr_scale()
 
-    def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> dict[str, float]:
-        """Mean of each loss over the steps that were made."""
-        sums: dict[str, float] = {}
+    def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> None:
+        sums = self._losses["sums"]
         start, first = time.perf_counter(), self._position.step
         self._method.train()
         for step, (images_BCHW, targets_B) in enumerate(self._epoch_batches(), first):
             for name, value in self._step(phase, optimizer, images_BCHW, targets_B).items():
                 sums[name] = sums.get(name, 0.0) + value
+            self._losses["n_steps"] += 1
             self._position = self._position._replace(step=step + 1)
             save_freq = self._config.train.save_freq
             if save_freq and (step + 1) % save_freq == 0:
@@ -243,7 +253,6 @@ class Trainer:
             if self._stopped_by is not None:
                 break
         self._scores["seconds"] += time.perf_counter() - start
-        return {name: total / (self._position.step - first) for name, total in sums.items()}
 
     def _step(
         self, phase: str, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor
@@ -324,12 +333,15 @@ class Trainer:
         batches = _batches(dataset, self._config.train.n_workers)
         return ((images.to(self._device), targets.to(self._device)) for images, targets in batches)
 
-    def _end_epoch(self, phase: str, optimizer: Optimizer, losses: dict[str, float]) -> None:
+    def _end_epoch(self, phase: str, optimizer: Optimizer) -> None:
+        n_steps = self._losses["n_steps"]
+        losses = {name: total / n_steps for name, total in self._losses["sums"].items()}
+        self._losses = {"sums": {}, "n_steps": 0}
         train, task = self._config.train, self._method.task
         distributed.average_buffers(self._method)
         self._method.eval()
         self._method.choose(self._validation_batches)
-        scores = self._evaluate(self._data.validation)
+        scores = distributed.agreed(self._evaluate(self._data.validation))
         score, best = scores[""][task.metric], self._scores["best"]
         is_better = best is None or (score > best if task.is_more_better else score < best)
         self._scores["best"] = score if is_better else best
@@ -388,10 +400,12 @@ class Trainer:
     def _save(self, folder: Path, optimizer: Optimizer) -> None:
         self._check_weights()
         distributed.average_buffers(self._method)
+        distributed.leave_pending_to_leader(self._method)
         if distributed.rank() == 0:
             state: Checkpoint = {
                 "position": self._position,
                 "scores": self._scores,
+                "losses": self._losses,
                 "n_rollbacks": self.n_rollbacks,
             }
             files = () if self._swapped is None else self._swapped.files()
@@ -400,6 +414,7 @@ class Trainer:
 
     def _load(self, parts: dict[str, Any], folder: Path) -> None:
         load_parts(parts, folder)
+        distributed.leave_pending_to_leader(self._method)
         if self._swapped is not None:
             self._swapped.restore(folder)
 
@@ -450,7 +465,7 @@ class _Log:
 
     def __init__(self, folder: Path, steps_done: int) -> None:
         self._table = CsvTable(folder / EPOCHS_FILE, "step", steps_done)
-        self._writer = SummaryWriter(str(folder), purge_step=steps_done or None)
+        self._writer = SummaryWriter(str(folder), purge_step=steps_done + 1)
 
     def write(
         self,

@@ -12,6 +12,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import yaml
+from image_files import write_classes
 from small_images import (
     SIZE,
     landmark_data,
@@ -58,7 +59,7 @@ def test_a_run_leaves_its_files(
     assert results["method"] == method
     assert 0 <= results["test"][""]["accuracy"] <= 1
     names = {file.name.split(".")[0] for file in folder.iterdir() if file.name != ".lock"}
-    assert names == {"checkpoints", "command", "config", "epochs", "events", "results"}
+    assert names == {"checkpoints", "command", "config", "data", "epochs", "events", "results"}
     config = load_config(folder / "config.yaml")
     assert (config.method, config.train.epochs) == (method, 1)
     assert "accuracy" in capsys.readouterr().out
@@ -215,6 +216,27 @@ def test_landmarks_do_not_move(
     (tmp_path / "moved.yaml").write_text(yaml.safe_dump(data))
     assert run("--config", tmp_path / "moved.yaml", "--hub", hub, task=landmarks) == 2
     assert "data.flip and data.shift would leave the landmarks" in capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_other_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an image each one after it would come into another part of the split."""
+    monkeypatch.chdir(tmp_path)
+    write_classes(tmp_path / "images", {"cat": 12, "dog": 12})
+    hub = write_rgb_hub(tmp_path / "rgb")
+    command = ("--data", "folder", "--root", "images", *small(hub, "--method", "single:a")[2:])
+    first = sorted((tmp_path / "images" / "cat").iterdir())[0]
+    whole = first.read_bytes()
+    first.write_bytes(whole[:60])
+    assert run(*command, "--run-dir", "r") == 1
+    assert "replace it, or remove it and train anew" in capsys.readouterr().err
+    first.unlink()
+    assert run("--resume", "r") == 2
+    message = "r began with other images: its train part is another one (12 images then, 12 now)"
+    assert message in capsys.readouterr().err
+    first.write_bytes(whole)
+    assert run("--resume", "r") == 0
 
 
 def test_the_same_command_again(

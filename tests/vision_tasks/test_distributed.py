@@ -54,6 +54,7 @@ def test_gradients_are_those_of_the_double_batch(tmp_path: Path) -> None:
     for name, gradient in one.items():
         torch.testing.assert_close(two[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
     assert one["idle"] == two["idle"] == 0
+    assert one["feature_mean.n_rows"] == two["feature_mean.n_rows"] == 4 + 4, "settled, and learned"
     assert not (tmp_path / "two" / "checkpoints" / "best").exists()
     assert (tmp_path / "two" / "results.json").exists()
 

@@ -100,6 +100,28 @@ def test_an_untrained_aggregator_is_the_weighted_sum(hub: Path) -> None:
     torch.testing.assert_close(output.features, expected)
 
 
+def test_one_activated_encoder_counts_whole(hub: Path) -> None:
+    """Landmarks would be in the wrong place; the generator learns all the same."""
+    settings = SETTINGS._replace(top_k=1)
+    method = build_method("hub-pathway", load_hub(hub), Classification(4), settings).eval()
+    spread(method)
+    images, targets = quadrant_images(8, seed=3)
+    output, parts = method.model.route(images)
+    assert len(parts) > 1
+    for _, rows_R, outputs_RO in parts:
+        torch.testing.assert_close(output.features[rows_R], outputs_RO)
+    # The gradient of the logarithm of the chosen probability, times what the output would change.
+    scores = method.model.pathway.generator.scores.weight
+    ours = torch.autograd.grad(method.task.losses(output.features, targets).sum(), scores)[0]
+    outputs = output.features.detach().requires_grad_()
+    slopes_BO = torch.autograd.grad(method.task.losses(outputs, targets).sum(), outputs)[0]
+    log_BE = method.model.pathway.generator(images, None).log_softmax(dim=1)
+    factors_B = (slopes_BO * outputs).sum(dim=1).detach()
+    expected = torch.autograd.grad((factors_B * log_BE.amax(dim=1)).sum(), scores)[0]
+    torch.testing.assert_close(ours, expected)
+    assert float(ours.abs().max()) > 0
+
+
 def test_evaluation_takes_an_encoders_share_at_a_time(hub: Path) -> None:
     method = build_method("hub-pathway", load_hub(hub), Classification(4), SETTINGS).eval()
     image, _ = quadrant_images(1, seed=3)

@@ -127,6 +127,20 @@ def test_settings_in_which_runs_differ_are_named(finished: Path) -> None:
     }
 
 
+def test_settings_that_change_no_number_are_no_difference(finished: Path) -> None:
+    _write(finished / "swapped", "hub-pathway", 4, 0.8, hub__swap=2, train__n_rollbacks=2)
+    _write(finished / "single:a-4", "single:a", 4, 0.7)
+    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    assert set(rows) == {"hub-pathway", "single:a", "single:b"}
+    assert rows["hub-pathway"].seeds == rows["single:a"].seeds == (1, 2, 3, 4)
+
+
+def test_a_single_encoder_named_with_its_hub(finished: Path) -> None:
+    _write(finished / "c", "single", 1, 0.95, hub="rgb:c")
+    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    assert rows["single:c"].difference == (pytest.approx(0.80 - 0.95), None, None)
+
+
 def test_settings_are_named_between_folders_too(finished: Path, tmp_path: Path) -> None:
     _write(tmp_path / "other", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
     runs = report.read_runs(finished / "hub-pathway-1", tmp_path / "other", tmp_path / "other")
@@ -322,6 +336,18 @@ def test_results_that_are_none(results: str, message: str, finished: Path) -> No
     (finished / "hub-pathway-1" / "results.json").write_text(results)
     with pytest.raises(ValueError, match=message):
         report.read_runs(finished)
+
+
+def test_curves_of_seeds_that_stopped_early_meet_at_the_steps_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "_save", lambda figure, file: drawn.append(figure))
+    # The second seed's first phase ended earlier.
+    seeds = {1: [(3, 0.1), (6, 0.2), (9, 0.5)], 2: [(3, 0.3), (9, 0.7), (12, 0.8)]}
+    figures.draw_curves({"a": {"distill": seeds}}, tmp_path / "curves.png")
+    (line,) = drawn[0].axes[0].lines
+    assert line.get_xydata() == pytest.approx(np.array([[3, 0.2], [9, 0.6]]))
 
 
 def test_a_method_looks_the_same_in_all_panels_and_is_named_once(

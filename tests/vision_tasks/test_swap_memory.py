@@ -45,6 +45,12 @@ def test_encoders_of_a_random_hub_share_a_file(tmp_path: Path) -> None:
     assert {hub.weights_path(spec) for spec in hub.encoders} == {tmp_path / "weights.safetensors"}
 
 
+def test_a_process_that_dies(tmp_path: Path) -> None:
+    side, sizes = Side(2, None), Sizes(32, 2, 2)
+    with pytest.raises(ValueError, match=r"the process of .* ended with code 1: if that is"):
+        measure(side, sizes, tmp_path / "missing.safetensors")
+
+
 def test_results_need_a_folder(tmp_path: Path) -> None:
     result = CliRunner().invoke(command, ["--json", str(tmp_path / "missing" / "memory.json")])
     assert result.exit_code == 2

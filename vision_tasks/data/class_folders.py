@@ -23,7 +23,8 @@ def load_folder(root: Path | None) -> ClassSource:
     :raises ValueError: if there are no class folders, or one is empty
     """
     folder = needed_root(root, "folder", FOLDER_LAYOUT)
-    has_parts = [(folder / part).is_dir() for part in ("train", "test")]
+    # One with images in it is a class: trains, say.
+    has_parts = [any(p.is_dir() for p in _entries(folder / part)) for part in ("train", "test")]
     if all(has_parts):
         return _load_parts(folder, FOLDER_LAYOUT)
     if any(has_parts):

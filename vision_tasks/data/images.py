@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -9,7 +11,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -17,6 +19,16 @@ from torch.utils.data import Dataset
 # Shape letters: N images, C H W image.
 Ints = NDArray[np.int64]
 
+#: What makes an image upright, by its EXIF orientation.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 #: Left, top, right and bottom, in pixels; it may reach beyond the image.
 Box = tuple[int, int, int, int]
 
@@ -40,6 +52,9 @@ class Images(Protocol):
 
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W) or grey (1, H, W)."""
+
+    def name(self, index: int) -> str:
+        """What tells it from the others, wherever they lie."""
 
 
 class Part(NamedTuple):
@@ -78,6 +93,14 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         """Of all images, without reading any."""
         return self._part.targets[torch.from_numpy(self._rows)]
 
+    @property
+    def sha256(self) -> str:
+        """Of the images' names and targets, in their order, without reading any."""
+        names = "\n".join(self._part.images.name(row) for row in self._rows.tolist())
+        digest = hashlib.sha256(names.encode(errors="surrogateescape"))
+        digest.update(self.targets.numpy().tobytes())
+        return digest.hexdigest()
+
 
 class ImageArray:
     """
@@ -95,6 +118,10 @@ class ImageArray:
     def read(self, index: int) -> Tensor:
         """One image, uint8 (C, H, W)."""
         return self._images_NCHW[index]
+
+    def name(self, index: int) -> str:
+        """Its number."""
+        return str(index)
 
 
 class ImageFiles:
@@ -115,18 +142,24 @@ class ImageFiles:
         """
         One image, uint8 (3, H, W); black beyond the file's borders.
 
+        A whole image is turned as its EXIF orientation says; boxes are of pixels as they are.
+
         :raises UnreadableImageError: if the file holds no image, or not a whole one
         """
-        image_HW3 = read_image(self._files[index])
-        if self._boxes is not None:
-            image_HW3 = crop(image_HW3, self._boxes[index])
-        return to_tensor(image_HW3)
+        if self._boxes is None:
+            return to_tensor(read_image(self._files[index], upright=True))
+        return to_tensor(crop(read_image(self._files[index]), self._boxes[index]))
+
+    def name(self, index: int) -> str:
+        """The file's, and its folder's: that of its class."""
+        return "/".join(self._files[index].parts[-2:])
 
 
-def read_image(file: Path) -> Image.Image:
+def read_image(file: Path, *, upright: bool = False) -> Image.Image:
     """
     The image in a file, in three colours; what is transparent becomes white.
 
+    :param upright: turned as its EXIF orientation says
     :raises UnreadableImageError: if the file is missing, holds no image or one with more than 8
         bits a colour
     """
@@ -134,17 +167,34 @@ def read_image(file: Path) -> Image.Image:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise UnreadableImageError(f"{file} has more than 8 bits a colour: convert it to 8")
-            if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
-                coloured = image.convert("RGBA")
-                white = Image.new("RGBA", coloured.size, "white")
-                return Image.alpha_composite(white, coloured).convert("RGB")
-            return image.convert("RGB")
+            picture = _in_colour(image)
+            return _turned(picture, image) if upright else picture
     except UnreadableImageError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(
-            f"{file} can't be read as an image ({error}): replace or remove it"
+            f"{file} can't be read as an image ({error}): replace it, or remove it and train anew"
         ) from error
+
+
+def _in_colour(image: Image.Image) -> Image.Image:
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA"):
+        coloured = image.convert("RGBA")
+        white = Image.new("RGBA", coloured.size, "white")
+        return Image.alpha_composite(white, coloured).convert("RGB")
+    return image.convert("RGB")
+
+
+def _turned(picture: Image.Image, image: Image.Image) -> Image.Image:
+    """
+    The picture as ``image``'s orientation says.
+
+    :param image: of which damaged metadata say nothing
+    """
+    turn = None
+    with contextlib.suppress(Exception):  # Pillow doesn't say what reading EXIF may raise
+        turn = TURNS.get(image.getexif()[ExifTags.Base.Orientation])
+    return picture if turn is None else picture.transpose(turn)
 
 
 def crop(image: Image.Image, box: Box) -> Image.Image:

@@ -188,6 +188,10 @@ class MatImages:
     def __len__(self) -> int:
         return len(self._boxes)
 
+    def name(self, index: int) -> str:
+        """Its number in its list."""
+        return f"{self._key}/{index}"
+
     def read(self, index: int) -> Tensor:
         """One image, uint8 (3, H, W); grey is repeated, black is beyond its borders."""
 

@@ -104,7 +104,7 @@ class HubPathwayModel(nn.Module):
         swap = settings.swap
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            self.pathway = HubPathway(
+            self.pathway = OutputPathway(
                 hub,
                 settings.top_k,
                 generator=settings.generator,
@@ -143,6 +143,19 @@ class HubPathwayModel(nn.Module):
             return (rows_R,)
         share = math.ceil(n_images * self.pathway.top_k / len(self.pathway.encoders))
         return torch.split(rows_R, share)
+
+
+class OutputPathway(HubPathway):
+    """
+    A pathway over outputs, which must keep their scale: one encoder alone weighs 1.
+
+    Its weight in features is its probability, or the task would not teach the generator. Here that
+    is divided by its value, which leaves the gradient of its logarithm.
+    """
+
+    def _weights(self, probabilities_BE: Tensor, activated_BK: Tensor) -> Tensor:
+        weights_BE = super()._weights(probabilities_BE, activated_BK)
+        return weights_BE / weights_BE.sum(dim=1, keepdim=True).detach()
 
 
 def settle_generator(pathway: HubPathway, batches: Batches) -> None:

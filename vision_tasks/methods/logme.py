@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from vision_tasks.distributed import agreed
 from vision_tasks.logme import logme, regression_targets
 from vision_tasks.methods.ensembles import Ensemble
 from vision_tasks.methods.method import Batches, Losses, Predictor
@@ -67,4 +68,4 @@ def logme_scores(
         pairs = [(model.features(images).cpu(), targets.cpu()) for images, targets in batches()]
         features_ND, targets_N = (torch.cat(part) for part in zip(*pairs, strict=True))
         scores[name] = logme(features_ND, regression_targets(targets_N, task.n_outputs))
-    return scores
+    return agreed(scores)

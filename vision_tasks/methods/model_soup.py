@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hubrl.specs import HubSpec
+from vision_tasks.distributed import agreed
 from vision_tasks.methods.ensembles import EnsembleI
 from vision_tasks.methods.method import Batches, Settings
 from vision_tasks.methods.same_architecture import check_same_architecture
@@ -81,4 +82,4 @@ class ModelSoup(EnsembleI):
     def _score(self, is_member_E: Tensor, batches: Batches) -> float:
         pairs = [(self.soup(images, is_member_E).cpu(), y.cpu()) for images, y in batches()]
         outputs_NO, targets_N = (torch.cat(part) for part in zip(*pairs, strict=True))
-        return self.task.scores(outputs_NO, targets_N)[self.task.metric]
+        return agreed(self.task.scores(outputs_NO, targets_N)[self.task.metric])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -72,7 +73,10 @@ class ZooTuning(Method):
             norm.momentum = None  # the mean of all batches
             norm.train()
         if norms:
-            for images_BCHW in _mixed_sample(batches).split(4 * self.CHUNK):
+            sample_NCHW = _mixed_sample(batches)
+            # Each batch counts alike in the mean, so their sizes differ by one at most.
+            n_batches = math.ceil(len(sample_NCHW) / (4 * self.CHUNK))
+            for images_BCHW in sample_NCHW.tensor_split(n_batches):
                 self._features(images_BCHW)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -79,6 +79,11 @@ def test_wrong_layouts_are_named(tmp_path: Path) -> None:
     write_classes(tmp_path / "test", {"cat": 3, "cow": 3})
     with pytest.raises(ValueError, match=r"test/cow is of no class of .*train"):
         load_classification("folder", tmp_path, 16, None, 0)
+    write_classes(tmp_path / "vehicles", {"car": 5, "train": 5})
+    assert load_classification("folder", tmp_path / "vehicles", 16, None, 0).names == (
+        "car",
+        "train",
+    )
     write_image(tmp_path / "one" / "cat" / "a.png")
     with pytest.raises(ValueError, match="one has 1 class folders"):
         load_classification("folder", tmp_path / "one", 16, None, 0)

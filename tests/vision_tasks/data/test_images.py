@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import write_image
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 from vision_tasks.data.images import (
@@ -64,6 +64,42 @@ def test_a_box_may_reach_beyond_the_image(tmp_path: Path) -> None:
     assert np.array_equal(image[:, 3:], pixels[2:12, :7])
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_images_are_upright_where_no_points_refer_to_them(orientation: int, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        upright = np.array(ImageOps.exif_transpose(image))
+    read = ImageFiles([tmp_path / "a.png"]).read(0).permute(1, 2, 0).numpy()
+    assert np.array_equal(read, upright)
+    boxed = ImageFiles([tmp_path / "a.png"], [(0, 0, 6, 4)]).read(0).permute(1, 2, 0).numpy()
+    assert np.array_equal(boxed, pixels)
+
+
+def test_damaged_metadata_say_nothing(tmp_path: Path) -> None:
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png", exif=b"Exif\0\0XX*\0\1\2")
+    assert ImageFiles([tmp_path / "a.png"]).read(0).shape == (3, 4, 6)
+
+
+def test_what_tells_images_apart(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("cat/a.png", "cat/b.png", "dog/a.png")]
+
+    def sha256(rows: list[int], targets: list[int], files: list[Path] = files) -> str:
+        part = Part(ImageFiles(files), torch.tensor(targets))
+        return ImageDataset(part, np.array(rows), 8).sha256
+
+    same = sha256([0, 2], [0, 0, 1])
+    assert same == sha256([0, 2], [0, 0, 1], [Path("elsewhere", *f.parts[-2:]) for f in files])
+    assert len({same, sha256([0, 1], [0, 0, 1]), sha256([2, 0], [0, 0, 1])}) == 3
+    assert same != sha256([0, 2], [0, 0, 0])
+    array = Part(ImageArray(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)), torch.zeros(3))
+    assert (
+        ImageDataset(array, np.array([0]), 8).sha256 != ImageDataset(array, np.array([1]), 8).sha256
+    )
+
+
 def test_what_is_transparent_becomes_white(tmp_path: Path) -> None:
     rgba = np.array([[[255, 0, 0, 255], [0, 0, 0, 0]]], dtype=np.uint8)
     Image.fromarray(rgba).save(tmp_path / "a.png")
@@ -99,7 +135,7 @@ def test_a_worker_process_names_it_in_one_line(tmp_path: Path) -> None:
     part = Part(ImageFiles([tmp_path / "missing.png"]), torch.zeros(1))
     loader = DataLoader(ImageDataset(part, np.array([0]), 8), num_workers=1)
     with pytest.raises(
-        UnreadableImageError, match=r"^[^ ]*missing.png can't be read .* remove it$"
+        UnreadableImageError, match=r"^[^ ]*missing.png can't be read .* train anew$"
     ):
         next(iter(loader))
 

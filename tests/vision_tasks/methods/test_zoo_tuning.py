@@ -117,6 +117,26 @@ def test_batch_norm_learns_the_aggregated_statistics(
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 
+def test_each_image_counts_alike_in_the_statistics(
+    tmp_path: Path, batch_norm_architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many are left for a last chunk."""
+    spec = dataclasses.replace(
+        nature_spec("a"), architecture=batch_norm_architecture, features_dim=8, channels=3
+    )
+    hub = load_hub(write_hub(tmp_path / "norm", [spec, dataclasses.replace(spec, name="b")]))
+    method = build_method("zoo-tuning", hub, Classification(4), Settings(0, SIZE))
+    monkeypatch.setattr(type(method), "CHUNK", 2)
+    sizes: list[int] = []
+    method.encoder.trunk.norm.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    images, targets = IMAGES.repeat(2, 1, 1, 1)[:10], TARGETS.repeat(2)[:10]
+    method.begin("train", lambda: [(images, targets)])
+    assert sizes == [5, 5]
+    maps_BCHW = method.encoder.trunk.conv(method.encoder.preprocess(images))
+    norm = method.encoder.trunk.norm
+    torch.testing.assert_close(norm.running_mean, maps_BCHW.mean(dim=(0, 2, 3)).detach())
+
+
 def test_layers_that_are_not_called_become_the_mean() -> None:
     trunks = [nn.Sequential(nn.MultiheadAttention(8, 2), nn.LayerNorm(8)) for _ in range(2)]
     projections = [trunk[0].out_proj.weight.detach().clone() for trunk in trunks]
