@@ -136,18 +136,21 @@ class Standardised(nn.Module):
     one from another. A step of Adam has one size for all weights, so a linear layer over small
     features learns slowly, and one over a large constant part learns that first.
 
-    From an encoder's features their running mean is subtracted; the rest is divided by one running
-    deviation for the whole vector, the root of a running median of mean squares, and multiplied by
-    ``SCALE``. Both run over rows that were trained on, and come into use when training mode is
-    left: an update goes on with the policy of its rollout. Rows that are further than ``LIMIT``
-    deviations away, as the first of a game, whose frames before are black, are brought back to that
-    distance and count in neither, unless most of a batch are.
+    From an encoder's features their running mean is subtracted, but for a part that is as long as
+    ``SHARED`` deviations: from what all observations share a policy is learned that hardly depends
+    on them, such as always going one way, where a bias alone would take long. The rest is divided
+    by one running deviation for the whole vector, the root of a running median of mean squares, and
+    multiplied by ``SCALE``. Mean and deviation run over rows that were trained on, and come into
+    use when training mode is left: an update goes on with the policy of its rollout. Rows that are
+    further than ``LIMIT`` deviations away, as the first of a game, whose frames before are black,
+    are brought back to that distance and count in neither, unless most of a batch are.
 
     :param aggregator: as ``Concat`` and ``Sum``
     :param features_dims: the encoders' features_dim
     """
 
     SCALE = 0.25
+    SHARED = 1.0
     LIMIT = 4.0
     MEMORY = 25_600  # rows, each epoch counted: six rollouts of PPO for an encoder always active
     FIRST = 64  # rows before anything changes
@@ -183,12 +186,13 @@ class Standardised(nn.Module):
         centred, distance_BE = [], torch.zeros_like(weights_BE)
         for i, rows_R, features_RD in parts:
             start_D = used[f"running_mean_{i}"] * is_known_E[i]
-            centred_RD = features_RD - start_D  # float32, as the means are
+            kept_D = start_D * self._kept_share(start_D, used["running_variance_E"][i])
+            base_D = start_D - kept_D
+            centred_RD = features_RD - base_D  # float32, as the means are
             with torch.no_grad():
-                length_R = torch.linalg.vector_norm(centred_RD, dim=1)
-                distance_BE[rows_R, i] = length_R.square() / len(start_D)
+                distance_BE[rows_R, i] = _mean_squares(centred_RD, kept_D)
                 if is_learning:
-                    self._follow(i, centred_RD, start_D)
+                    self._follow(i, centred_RD, base_D)
             centred.append(Part(i, rows_R, centred_RD.to(features_RD.dtype)))
         limit_E = self.LIMIT**2 * used["running_variance_E"].clamp_min(1e-8)
         scale_BE = self.SCALE * self.LIMIT * torch.maximum(distance_BE, limit_E).rsqrt()
@@ -197,20 +201,26 @@ class Standardised(nn.Module):
         features_BO: Tensor = self.aggregator(centred, scaled_BE, casts)
         return features_BO
 
-    def _follow(self, i: int, centred_RD: Tensor, start_D: Tensor) -> None:
+    def _kept_share(self, mean_D: Tensor, variance: Tensor) -> Tensor:
+        """Of the mean: what is as long as ``SHARED`` deviations, or all of a shorter one."""
+        length = mean_D.square().mean().sqrt().clamp_min(1e-8)
+        share: Tensor = self.SHARED * variance.sqrt() / length
+        return share.clamp_max(1.0)
+
+    def _follow(self, i: int, centred_RD: Tensor, base_D: Tensor) -> None:
         """
         Take rows into encoder i's running numbers.
 
-        :param centred_RD: its features less ``start_D``
+        :param centred_RD: its features less ``base_D``
         """
         mean_D, variance = self.get_buffer(f"running_mean_{i}"), self.running_variance_E[i]
         rows = self.running_rows_E[i]
-        moved_D = torch.where(rows > 0, mean_D - start_D, centred_RD.mean(dim=0))
+        moved_D = torch.where(rows > 0, mean_D - base_D, centred_RD.mean(dim=0))
         distance_R = torch.linalg.vector_norm(centred_RD - moved_D, dim=1).square() / len(moved_D)
         is_near_R = (distance_R <= self.LIMIT**2 * variance) | (rows < self.FIRST)
         # If most are far, the encoder or the task has changed.
         is_near_R = (is_near_R | (is_near_R.float().mean() < 0.5)).float()
-        near_D = start_D + is_near_R @ centred_RD / is_near_R.sum()
+        near_D = base_D + is_near_R @ centred_RD / is_near_R.sum()
         # Features that are not finite, which training goes on to report, would stay in all means.
         is_finite = near_D.isfinite().all()
         n_near = is_near_R.sum() * is_finite
@@ -222,6 +232,17 @@ class Standardised(nn.Module):
 
 #: How features become one vector.
 AGGREGATIONS: dict[str, type[Concat] | type[Sum]] = {"concat": Concat, "sum": Sum}
+
+
+def _mean_squares(features_RD: Tensor, mean_D: Tensor) -> Tensor:
+    """
+    Mean square of each row's distance from a mean, (R,), without a copy of the rows.
+
+    :param mean_D: no longer than a few of these distances, or rounding takes them
+    """
+    squares_R = torch.linalg.vector_norm(features_RD, dim=1).square()
+    total_R: Tensor = squares_R - 2 * (features_RD @ mean_D) + mean_D.square().sum()
+    return total_R.clamp_min(0) / len(mean_D)
 
 
 def _linear(layer: nn.Module, features_RD: Tensor, casts: Casts | None) -> Tensor:

@@ -48,9 +48,18 @@ def module() -> Standardised:
 def test_the_first_rows_by_hand(module: Standardised) -> None:
     features_RD = rows(100)
     learn(module, features_RD)
-    centred_RD = features_RD - features_RD.mean(dim=0)
-    deviation = centred_RD.square().mean(dim=1).median().sqrt()
-    torch.testing.assert_close(standardised(module, features_RD), 0.25 * centred_RD / deviation)
+    mean_D = features_RD.mean(dim=0)
+    deviation = (features_RD - mean_D).square().mean(dim=1).median().sqrt()
+    shared_D = deviation * mean_D / mean_D.square().mean().sqrt()  # as long as a deviation
+    expected_RD = 0.25 * (features_RD - mean_D + shared_D) / deviation
+    torch.testing.assert_close(standardised(module, features_RD), expected_RD)
+
+
+def test_a_mean_that_is_shorter_than_a_deviation_stays(module: Standardised) -> None:
+    features_RD = rows(100) - rows(100).mean(dim=0) + 0.01
+    learn(module, features_RD)
+    deviation = (features_RD - features_RD.mean(dim=0)).square().mean(dim=1).median().sqrt()
+    torch.testing.assert_close(standardised(module, features_RD), 0.25 * features_RD / deviation)
 
 
 def test_before_64_rows_nothing_changes(module: Standardised) -> None:
@@ -88,6 +97,7 @@ def test_means_follow_with_the_share_of_the_rows(module: Standardised) -> None:
 
 def test_rows_far_away_come_back_to_the_limit_and_count_in_no_mean(module: Standardised) -> None:
     learn(module, rows(100))
+    module.SHARED = 0.0
     before_D = module.running_mean_0.clone()
     features_RD = torch.cat([rows(20, seed=1), 1000 * torch.ones(2, 3)])
     lengths_R = standardised(module, features_RD).square().mean(dim=1).sqrt()
@@ -103,12 +113,14 @@ def test_an_encoder_that_changed_is_followed(module: Standardised) -> None:
     expected_D = rows(100_000).mean(dim=0) + 3
     torch.testing.assert_close(module.running_mean_0, expected_D, atol=0.01, rtol=0)
     far_RD = standardised(module, rows(1000) + 3)
-    assert float(far_RD.square().mean(dim=1).median().sqrt()) == pytest.approx(0.25, rel=0.1)
+    apart_RD = far_RD - far_RD.mean(dim=0)
+    assert float(apart_RD.square().mean(dim=1).median().sqrt()) == pytest.approx(0.25, rel=0.1)
 
 
 @pytest.mark.parametrize("mode", ["evaluation", "no gradients"])
 def test_nothing_follows_where_nothing_is_trained(mode: str, module: Standardised) -> None:
     learn(module, rows(100))
+    module.SHARED = 0.0
     before = copy.deepcopy(module.state_dict())
     module.train(mode != "evaluation")
     with torch.set_grad_enabled(mode != "no gradients"):
