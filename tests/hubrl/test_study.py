@@ -68,6 +68,12 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results have their tables alone: drawing takes most of the time."""
+    monkeypatch.setattr(study, "draw", lambda *_: None)
+
+
 def run(*args: object) -> object:
     with pytest.raises(SystemExit) as exit:
         cli.run(study.command, "hubrl study", [str(arg) for arg in args])
@@ -158,10 +164,9 @@ def test_complete_runs_are_skipped_and_unfinished_ones_resumed(
 def test_a_failing_run_does_not_stop_the_others(
     calls: Calls,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    no_figures: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(study, "draw", lambda *_: None)
     file = small_study(tmp_path, variants=variants("broken", "none"))
     assert run(file, "--jobs", 1) == 1
     assert len(calls()) == 2
@@ -265,10 +270,9 @@ def test_a_changed_study_does_not_mix_with_old_runs(
 def test_results_are_those_of_the_settings_that_were_trained(
     calls: Calls,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    no_figures: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(study, "draw", lambda *_: None)
     assert run(small_study(tmp_path), "--only", "run") == 0
     changed = small_study(tmp_path, overrides={"algorithm.gamma": 0.5})
     assert run(changed, "--only", "collect") == 2
@@ -310,10 +314,9 @@ def test_a_run_that_cannot_be_started_does_not_stop_the_others(
 def test_a_damaged_checkpoint_concerns_its_run_alone(
     calls: Calls,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    no_figures: None,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(study, "draw", lambda *_: None)
     file = small_study(tmp_path, variants=variants("none", "a"))
     assert run(file, "--only", "run") == 0
     (folder_of("a") / "checkpoints/last/state.json").write_text("")
