@@ -14,6 +14,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureC
 from stable_baselines3.dqn import policies as dqn
 from torch import Tensor
 
+from hubrl.precision import nature_layout
+
 
 class RawImages(BasePolicy):
     """
@@ -85,10 +87,10 @@ class BaselineCNN(NatureCNN):
         :param observations: (B, C, H, W), uint8 or float in [0, 1]
         :return: (B, features_dim) float32
         """
-        # Converting to channels_last gained nothing here; bfloat16 alone doubles the speed.
         images = observations.to(self._dtype)
         if observations.dtype == torch.uint8:
-            images = images / 255.0
+            images = images.div_(255.0)
+        images = images.contiguous(memory_format=nature_layout(images))
         is_fast = self._dtype != torch.float32
         with torch.autocast(images.device.type, self._dtype, enabled=is_fast):
             features: Tensor = self.linear(self.cnn(images)).float()

@@ -23,6 +23,7 @@ from hubrl.architectures import (
     with_resampled_positions,
 )
 from hubrl.files import file_sha256, reason
+from hubrl.precision import fast_layout, nature_layout
 from hubrl.specs import N_GOLDEN, EncoderSpec, HubSpec
 
 # Shape letters: B batch, D features, C H W image.
@@ -74,9 +75,8 @@ class Encoder(nn.Module):
         :param dtype: what the trunk computes in; the features have it, too
         """
         images_BCHW = self.preprocess(images_BCHW, dtype)
-        if self._is_of_library:
-            layout = fast_layout(images_BCHW.device)
-            images_BCHW = images_BCHW.contiguous(memory_format=layout)
+        layout = fast_layout if self._is_of_library else nature_layout
+        images_BCHW = images_BCHW.contiguous(memory_format=layout(images_BCHW))
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
         if self.spec.n_frames > 1:
@@ -140,8 +140,7 @@ class Encoder(nn.Module):
             return
         for weight in self.trunk.parameters():
             if weight.ndim == 4:
-                layout = fast_layout(weight.device)
-                weight.data = weight.data.contiguous(memory_format=layout)
+                weight.data = weight.data.contiguous(memory_format=fast_layout(weight))
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode; whether the weights learn is ``requires_grad``'s business."""
@@ -454,15 +453,6 @@ def _check_features_dim(spec: EncoderSpec, found: tuple[int, ...]) -> None:
             f"architecture gives {found} at {spec.image_size[0]}x{spec.image_size[1]} px"
             + (f" for each of {spec.n_frames} frames" if spec.n_frames > 1 else "")
         )
-
-
-def fast_layout(device: torch.device) -> torch.memory_format:
-    """
-    How pixels and weights of a large network lie: by channels on a CPU, in planes elsewhere.
-
-    Convolutions of libraries' models take two thirds of the time so; NatureCNN's gain nothing.
-    """
-    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.encoders import fast_layout, orthogonal_init
+from hubrl.encoders import orthogonal_init
+from hubrl.precision import fast_layout
 
 # Shape letters: B batch, E encoders, D features, N whatever a row has, C H W image,
 # R rows of the batch that are observed.
@@ -172,7 +173,7 @@ class ResNet10Generator(nn.Module):
         :param images_BCHW: uint8 in 0..255 or float in 0..1
         :param noise_BE: standard normal numbers; None for ``g(x)`` alone
         """
-        layout = fast_layout(images_BCHW.device)
+        layout = fast_layout(images_BCHW)
         floats_BCHW = images_BCHW.to(torch.float32, memory_format=layout)
         if images_BCHW.dtype == torch.uint8:
             floats_BCHW.div_(255.0)

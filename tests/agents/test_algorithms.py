@@ -14,6 +14,7 @@ from sb3_contrib import QRDQN
 from small_runs import small_config, small_env
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from agents.algorithms import ALGORITHMS, build_model, resolve
@@ -232,6 +233,20 @@ def test_baseline_in_bfloat16_is_close_and_float32_outside() -> None:
     assert 0 < error < 0.02
     features.sum().backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in fast.parameters())
+
+
+def test_baseline_learns_by_channels_what_sb3_learns_by_planes() -> None:
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    ours, theirs = BaselineCNN(space), NatureCNN(space)
+    theirs.load_state_dict(ours.state_dict())
+    seen: list[torch.Tensor] = []
+    ours.cnn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    images = torch.randint(0, 256, (6, 4, 84, 84), dtype=torch.uint8)
+    for network, inputs in ((ours, images), (theirs, images / 255)):
+        network(inputs).square().sum().backward()
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])

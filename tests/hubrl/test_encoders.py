@@ -71,20 +71,26 @@ def test_contract_of_every_architecture(spec: EncoderSpec) -> None:
 
 
 @pytest.mark.parametrize("spec", [nature_spec("own"), library_spec("timm:test_resnet", 96)])
-def test_libraries_see_pixels_by_their_channels(spec: EncoderSpec) -> None:
-    """Their weights lie alike, and give the features that they give of pixels by planes."""
+def test_pixels_lie_by_their_channels(spec: EncoderSpec) -> None:
+    """For gradients in float32, and always for libraries' models, whose weights lie alike."""
     encoder = encoders.encoder_of(spec, None)
     kernels = [weight for weight in encoder.weights if weight.ndim == 4 and weight.shape[1] > 1]
     seen: list[Tensor] = []
     encoder.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     images_BCHW = torch.randint(0, 256, (2, spec.channels, *spec.image_size), dtype=torch.uint8)
     features_BD = encoder(images_BCHW)
-    assert seen[0].is_contiguous(memory_format=torch.channels_last) == (":" in spec.architecture)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
     features_BD.sum().backward()
     for kernel in kernels:
         for tensor in (kernel, kernel.grad):
             is_by_channels = tensor.is_contiguous(memory_format=torch.channels_last)
             assert is_by_channels == (":" in spec.architecture)
+    with torch.no_grad():
+        encoder(images_BCHW)
+    encoder(images_BCHW, torch.bfloat16)
+    for images in seen[1:]:  # ours gain nothing so
+        is_by_channels = images.is_contiguous(memory_format=torch.channels_last)
+        assert is_by_channels == (":" in spec.architecture)
     planes_BCHW = encoder.preprocess(images_BCHW).contiguous()
     trunk = copy.deepcopy(encoder.trunk).to(memory_format=torch.contiguous_format)
     torch.testing.assert_close(features_BD, trunk(planes_BCHW))
