@@ -24,7 +24,7 @@ from vision_tasks.costed import (
     SINGLE,
     Setup,
     check_setup,
-    load_cards,
+    costed_hub,
 )
 from vision_tasks.counting import Cost, count_costs
 from vision_tasks.memory import Memory, measure_memory
@@ -69,7 +69,7 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
         cli.check_output("--json", json_file)
         device = check_device("--device", setup.device)
         setup = setup._replace(device=str(device))
-        hub = load_cards(setup)
+        hub = costed_hub(setup)
         check_setup(hub, setup)
         counts = count_costs(hub, setup)
     if device.type == "cuda":

@@ -47,7 +47,7 @@ class Setup(NamedTuple):
     device: str = "cpu"
 
 
-def load_cards(setup: Setup) -> HubSpec:
+def costed_hub(setup: Setup) -> HubSpec:
     """
     The hub's cards, at the setup's image size.
 
@@ -69,7 +69,7 @@ def build_model(hub: HubSpec, setup: Setup, name: str, device: str | None = None
     """
     A model with random weights.
 
-    :param hub: as ``load_cards`` gives it
+    :param hub: as ``costed_hub`` gives it
     :param name: one of ``MODELS``; ``single`` is the hub's first encoder
     :param device: default: the setup's; ``meta`` for shapes alone
     :raises ValueError: if the setup doesn't fit the hub

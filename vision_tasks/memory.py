@@ -18,7 +18,7 @@ from vision_tasks.costed import (
     PATHWAY,
     Setup,
     build_model,
-    load_cards,
+    costed_hub,
     predict,
     random_batch,
     spread_routing,
@@ -122,7 +122,7 @@ def find_peak(setup: Setup, mode: str, name: str, step: str) -> Peak:
     :param step: ``models`` for all of it, ``generator`` for that alone
     """
     _load_libraries(setup.device)
-    method = spread_routing(build_model(load_cards(setup), setup, name))
+    method = spread_routing(build_model(costed_hub(setup), setup, name))
     method.train(mode == "training")
     images_BCHW, targets_B = random_batch(setup)
     loaded = _restart_peak(setup.device)

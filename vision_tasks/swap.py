@@ -27,7 +27,7 @@ SWAP_FOLDER = "swap"
 #: An optimizer of these weights; None where none of them learns.
 BuildOptimizer = Callable[[Iterable[Tensor]], Optimizer | None]
 #: Sets the learning rates of a step.
-Schedule = Callable[[Optimizer], None]
+SetRates = Callable[[Optimizer], None]
 
 
 class Swap(NamedTuple):
@@ -83,7 +83,7 @@ class SwappedEncoders(EncoderList):
         """Names of the encoders in memory, the least recently used one first."""
         return [encoder.spec.name for encoder in self._resident]
 
-    def learn(self, build_optimizer: BuildOptimizer, schedule: Schedule) -> None:
+    def learn(self, build_optimizer: BuildOptimizer, schedule: SetRates) -> None:
         """
         Let the encoders learn from now on, each with a fresh optimizer.
 
@@ -156,7 +156,7 @@ class SwappedEncoder(Encoder):
         self._weights_file = folder / f"encoder.{self.spec.name}.safetensors"
         self._optimizer_file = folder / f"encoder.{self.spec.name}.optimizer.safetensors"
         self._optimizer: Optimizer | None = None
-        self._schedule: Schedule | None = None
+        self._schedule: SetRates | None = None
         self._is_changed = True
         self.swap_out()
 
@@ -202,7 +202,7 @@ class SwappedEncoder(Encoder):
         self._optimizer.zero_grad()
         self._is_changed = True
 
-    def learn(self, build_optimizer: BuildOptimizer, schedule: Schedule) -> None:
+    def learn(self, build_optimizer: BuildOptimizer, schedule: SetRates) -> None:
         """As of ``SwappedEncoders``."""
         self._optimizer, self._schedule = build_optimizer(self.weights), schedule
         self._optimizer_file.unlink(missing_ok=True)

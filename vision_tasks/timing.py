@@ -46,7 +46,7 @@ def measure_speed(hub: HubSpec, setup: Setup, rounds: int = ROUNDS) -> Speed:
 
     The pathway chooses at random for each image, as in ``SpreadGenerator``.
 
-    :param hub: as ``load_cards`` gives it
+    :param hub: as ``costed_hub`` gives it
     :param rounds: measurements of each model
     :raises ValueError: if the setup doesn't fit the hub
     """

@@ -13,7 +13,7 @@ from torch import nn
 from hubrl import cli
 from hubrl.specs import HubSpec, load_hub, save_hub
 from vision_tasks import complexity
-from vision_tasks.costed import Setup, load_cards
+from vision_tasks.costed import Setup, costed_hub
 from vision_tasks.counting import count_costs, count_flops
 from vision_tasks.memory import find_peak
 from vision_tasks.timing import measure_speed
@@ -27,7 +27,7 @@ def run(*args: object) -> int:
 
 def test_the_papers_hub_costs_what_the_paper_prints() -> None:
     setup = Setup("resnet50x5")
-    costs = count_costs(load_cards(setup), setup)
+    costs = count_costs(costed_hub(setup), setup)
     printed = {
         name: (round(cost.parameters / 1e6, 2), round(cost.flops / 1e9, 2))
         for name, cost in costs.items()
@@ -87,7 +87,7 @@ def test_costs_of_a_hub_with_an_encoder_that_is_always_active(tmp_path: Path) ->
     specs = load_hub(write_rgb_hub(tmp_path / "rgb")).encoders
     save_hub(HubSpec(name="rgb", encoders=specs, always_active=("a",)), tmp_path / "rgb")
     setup = Setup(str(tmp_path / "rgb"), 4, SIZE, 3, generator="small")
-    speed = measure_speed(load_cards(setup), setup, rounds=1)
+    speed = measure_speed(costed_hub(setup), setup, rounds=1)
     assert speed.training["hub-pathway"] > 0
     assert find_peak(setup, "training", "hub-pathway", "generator").above >= 0
 

@@ -59,4 +59,6 @@ def _key() -> str:
     """It changes with what is rendered."""
     files = [Path(face_renderer.__file__), *sorted(face_renderer.FOLDER.glob("*.[sp]*"))]
     content = b"".join(file.read_bytes() for file in files)
-    return hashlib.sha256(content + f"{SIZE} {N_TRAIN} {N_TEST}".encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        content + f"{SIZE} {N_TRAIN} {N_VALIDATION} {N_TEST}".encode()
+    ).hexdigest()[:12]
