@@ -55,6 +55,7 @@ class Encoder(nn.Module):
         self.spec = spec
         self.trunk = trunk.eval()
         self._is_of_library = spec.architecture not in ARCHITECTURES
+        self._sees_as_learner = False
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
         for weight in self.weights:
@@ -75,8 +76,7 @@ class Encoder(nn.Module):
         :param dtype: what the trunk computes in; the features have it, too
         """
         images_BCHW = self.preprocess(images_BCHW, dtype)
-        layout = fast_layout if self._is_of_library else nature_layout
-        images_BCHW = images_BCHW.contiguous(memory_format=layout(images_BCHW))
+        images_BCHW = images_BCHW.contiguous(memory_format=self._layout(images_BCHW))
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
         if self.spec.n_frames > 1:
@@ -104,6 +104,7 @@ class Encoder(nn.Module):
     def cast(self, dtype: torch.dtype) -> Encoder:
         """A copy that doesn't learn, whose layers hold what ``forward`` would cast each time."""
         encoder = copy.deepcopy(self).requires_grad_(False)
+        encoder._sees_as_learner = self._is_learner()
         for layer in encoder.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
@@ -128,6 +129,19 @@ class Encoder(nn.Module):
                 return
             for weight in module.parameters(recurse=False):
                 weight.requires_grad_(False)
+
+    def _is_learner(self) -> bool:
+        return any(weight.requires_grad for weight in self.weights)
+
+    def _layout(self, images_BCHW: Tensor) -> torch.memory_format:
+        """
+        By whether it learns, not by whether gradients are computed.
+
+        Else rollout and update, or swapped encoders and others, would round otherwise.
+        """
+        if self._is_of_library:
+            return fast_layout(images_BCHW)
+        return nature_layout(images_BCHW, self._sees_as_learner or self._is_learner())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -12,10 +12,10 @@ OURS = {"hubrl", "agents", "envs", "vision_tasks"}
 CORE = {
     "specs": set(),
     "architectures": {"hubrl.specs"},
-    "encoders": {"hubrl.architectures", "hubrl.files", "hubrl.specs"},
+    "encoders": {"hubrl.architectures", "hubrl.files", "hubrl.precision", "hubrl.specs"},
     "files": set(),
     "finite": set(),
-    "generators": {"hubrl.encoders"},
+    "generators": {"hubrl.encoders", "hubrl.precision"},
     "losses": set(),
     "precision": set(),
     "optimizer": {"hubrl.encoders"},
