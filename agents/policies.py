@@ -89,7 +89,7 @@ class BaselineCNN(NatureCNN):
         """
         images = observations.to(self._dtype)
         if observations.dtype == torch.uint8:
-            images = images.div_(255.0)
+            images.div_(255.0)
         images = images.contiguous(memory_format=nature_layout(images, is_learning=True))
         is_fast = self._dtype != torch.float32
         with torch.autocast(images.device.type, self._dtype, enabled=is_fast):

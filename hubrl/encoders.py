@@ -55,7 +55,7 @@ class Encoder(nn.Module):
         self.spec = spec
         self.trunk = trunk.eval()
         self._is_of_library = spec.architecture not in ARCHITECTURES
-        self._sees_as_learner = False
+        self._sees_as_learner = False  # a cast copy of one that learns: it must round alike
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
         for weight in self.weights:
@@ -101,10 +101,15 @@ class Encoder(nn.Module):
             images_BCHW = (images_BCHW - self.mean) / self.std
         return images_BCHW.to(dtype)
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether no weight learns at present."""
+        return not any(weight.requires_grad for weight in self.weights)
+
     def cast(self, dtype: torch.dtype) -> Encoder:
         """A copy that doesn't learn, whose layers hold what ``forward`` would cast each time."""
         encoder = copy.deepcopy(self).requires_grad_(False)
-        encoder._sees_as_learner = self._is_learner()
+        encoder._sees_as_learner = not self.is_frozen
         for layer in encoder.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(dtype)
@@ -130,9 +135,6 @@ class Encoder(nn.Module):
             for weight in module.parameters(recurse=False):
                 weight.requires_grad_(False)
 
-    def _is_learner(self) -> bool:
-        return any(weight.requires_grad for weight in self.weights)
-
     def _layout(self, images_BCHW: Tensor) -> torch.memory_format:
         """
         By whether it learns, not by whether gradients are computed.
@@ -141,7 +143,7 @@ class Encoder(nn.Module):
         """
         if self._is_of_library:
             return fast_layout(images_BCHW)
-        return nature_layout(images_BCHW, self._sees_as_learner or self._is_learner())
+        return nature_layout(images_BCHW, self._sees_as_learner or not self.is_frozen)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -100,7 +100,7 @@ class EncoderList(nn.Module):
 
     def is_frozen(self, index: int) -> bool:
         """Whether no weight of the encoder learns at present."""
-        return not any(weight.requires_grad for weight in self[index].weights)
+        return self[index].is_frozen
 
     def _hold(self, encoder: Encoder) -> None:
         """Keep one that isn't shared."""

@@ -59,6 +59,5 @@ def _key() -> str:
     """It changes with what is rendered."""
     files = [Path(face_renderer.__file__), *sorted(face_renderer.FOLDER.glob("*.[sp]*"))]
     content = b"".join(file.read_bytes() for file in files)
-    return hashlib.sha256(
-        content + f"{SIZE} {N_TRAIN} {N_VALIDATION} {N_TEST}".encode()
-    ).hexdigest()[:12]
+    counts = f"{SIZE} {N_TRAIN} {N_VALIDATION} {N_TEST}"
+    return hashlib.sha256(content + counts.encode()).hexdigest()[:12]
