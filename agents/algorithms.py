@@ -29,6 +29,7 @@ from agents.policies import (
     QRDQNImagePolicy,
     RecurrentImagePolicy,
 )
+from agents.rollout_buffer import DeviceRolloutBuffer
 from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.optimizer import EncoderScaledAdam
@@ -121,6 +122,7 @@ def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
         algorithm.policy,
         env,
         **fields,
+        **_rollout_buffer(algorithm, config),
         # SB3 gives its own NatureCNN no hidden layers, but any other extractor two layers of 64.
         policy_kwargs={
             **algorithm.policy_kwargs,
@@ -220,6 +222,14 @@ def _optimizer(algorithm: Algorithm, config: RunConfig) -> dict[str, Any]:
         return {"optimizer_class": Adam, "optimizer_kwargs": kwargs}
     kwargs["encoder_lr_scale"] = scale
     return {"optimizer_class": EncoderScaledAdam, "optimizer_kwargs": kwargs}
+
+
+def _rollout_buffer(algorithm: Algorithm, config: RunConfig) -> dict[str, Any]:
+    device = check_device("train.device", config.train.device)
+    is_plain = algorithm.model in (PPO, A2C)  # others keep more, of the masks and of the LSTM
+    return (
+        {"rollout_buffer_class": DeviceRolloutBuffer} if is_plain and device.type == "cuda" else {}
+    )
 
 
 def _features_extractor(hub: HubSection) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureC
 from stable_baselines3.dqn import policies as dqn
 from torch import Tensor
 
+from hubrl.cuda_graphs import Recorded
 from hubrl.precision import nature_layout
 
 
@@ -81,12 +82,17 @@ class BaselineCNN(NatureCNN):
     ) -> None:
         super().__init__(observation_space, features_dim)
         self._dtype = getattr(torch, precision)
+        self._recorded = Recorded(self, self._features)
 
     def forward(self, observations: Tensor) -> Tensor:
         """
         :param observations: (B, C, H, W), uint8 or float in [0, 1]
         :return: (B, features_dim) float32
         """
+        run = self._recorded if observations.is_cuda else self._features
+        return run(observations)[0]
+
+    def _features(self, observations: Tensor) -> tuple[Tensor, ...]:
         images = observations.to(self._dtype)
         if observations.dtype == torch.uint8:
             images.div_(255.0)
@@ -94,4 +100,4 @@ class BaselineCNN(NatureCNN):
         is_fast = self._dtype != torch.float32
         with torch.autocast(images.device.type, self._dtype, enabled=is_fast):
             features: Tensor = self.linear(self.cnn(images)).float()
-        return features
+        return (features,)

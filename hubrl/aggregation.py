@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     i: int
     """Its index."""
     rows_R: Tensor
-    """The rows that activate it, ascending."""
+    """The rows that activate it, ascending; or all rows, of which the others have weight 0."""
     features_RD: Tensor
     """Its features of these rows, in the format of computation."""
 
@@ -163,15 +163,14 @@ class Standardised(nn.Module):
         self.aggregator = aggregator
         # SB3 copies buffers with running_ in their names to target networks, without averaging.
         for i, n in enumerate(features_dims):
-            self.register_buffer(f"running_mean_{i}", torch.zeros(n))
-        self.register_buffer("running_variance_E", torch.zeros(len(features_dims)))
-        self.register_buffer("running_rows_E", torch.zeros(len(features_dims)))
-        self._at_start: dict[str, Tensor] = {}
+            self._register(f"mean_{i}", n)
+        self._register("variance_E", len(features_dims))
+        self._register("rows_E", len(features_dims))
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training mode, what was learned in it comes into use."""
-        if not mode:
-            self._at_start = {}
+        if mode and not self.training:
+            self._begin()
         return super().train(mode)
 
     def forward(
@@ -179,22 +178,21 @@ class Standardised(nn.Module):
     ) -> Tensor:
         """As in ``Concat``; in training mode, with gradients, the running numbers follow."""
         is_learning = self.training and torch.is_grad_enabled()
-        if is_learning and not self._at_start:
-            self._at_start = {name: b.clone() for name, b in self.named_buffers(recurse=False)}
-        used = self._at_start or dict(self.named_buffers(recurse=False))
-        is_known_E = used["running_rows_E"] >= self.FIRST
+        used = "start" if self.training else "running"
+        variance_E = self.get_buffer(f"{used}_variance_E")
+        is_known_E = self.get_buffer(f"{used}_rows_E") >= self.FIRST
         centred, distance_BE = [], torch.zeros_like(weights_BE)
         for i, rows_R, features_RD in parts:
-            start_D = used[f"running_mean_{i}"] * is_known_E[i]
-            kept_D = start_D * self._kept_share(start_D, used["running_variance_E"][i])
+            start_D = self.get_buffer(f"{used}_mean_{i}") * is_known_E[i]
+            kept_D = start_D * self._kept_share(start_D, variance_E[i])
             base_D = start_D - kept_D
             centred_RD = features_RD - base_D  # float32, as the means are
             with torch.no_grad():
                 distance_BE[rows_R, i] = _mean_squares(centred_RD, kept_D)
                 if is_learning:
-                    self._follow(i, centred_RD, base_D)
+                    self._follow(i, centred_RD, base_D, weights_BE[rows_R, i] > 0)
             centred.append(Part(i, rows_R, centred_RD.to(features_RD.dtype)))
-        limit_E = self.LIMIT**2 * used["running_variance_E"].clamp_min(1e-8)
+        limit_E = self.LIMIT**2 * variance_E.clamp_min(1e-8)
         scale_BE = self.SCALE * self.LIMIT * torch.maximum(distance_BE, limit_E).rsqrt()
         # Scaling weights, one for a row, costs less than scaling features.
         scaled_BE = weights_BE * scale_BE.where(is_known_E, 1.0)
@@ -207,27 +205,44 @@ class Standardised(nn.Module):
         share: Tensor = self.SHARED * variance.sqrt() / length
         return share.clamp_max(1.0)
 
-    def _follow(self, i: int, centred_RD: Tensor, base_D: Tensor) -> None:
+    def _follow(self, i: int, centred_RD: Tensor, base_D: Tensor, counts_R: Tensor) -> None:
         """
         Take rows into encoder i's running numbers.
 
         :param centred_RD: its features less ``base_D``
+        :param counts_R: which rows; the others don't activate it
         """
         mean_D, variance = self.get_buffer(f"running_mean_{i}"), self.running_variance_E[i]
-        rows = self.running_rows_E[i]
-        moved_D = torch.where(rows > 0, mean_D - base_D, centred_RD.mean(dim=0))
+        rows, n_rows = self.running_rows_E[i], counts_R.sum()
+        first_D = counts_R.float() @ centred_RD / n_rows
+        moved_D = torch.where(rows > 0, mean_D - base_D, first_D)
         distance_R = torch.linalg.vector_norm(centred_RD - moved_D, dim=1).square() / len(moved_D)
-        is_near_R = (distance_R <= self.LIMIT**2 * variance) | (rows < self.FIRST)
+        is_near_R = counts_R & ((distance_R <= self.LIMIT**2 * variance) | (rows < self.FIRST))
         # If most are far, the encoder or the task has changed.
-        is_near_R = (is_near_R | (is_near_R.float().mean() < 0.5)).float()
+        is_near_R = torch.where(is_near_R.sum() < 0.5 * n_rows, counts_R, is_near_R).float()
         near_D = base_D + is_near_R @ centred_RD / is_near_R.sum()
         # Features that are not finite, which training goes on to report, would stay in all means.
         is_finite = near_D.isfinite().all()
         n_near = is_near_R.sum() * is_finite
         share = (n_near / (rows + n_near).clamp(1, self.MEMORY)).clamp_max(1.0)
         mean_D.lerp_(near_D.where(is_finite, mean_D), share)
-        variance.lerp_(distance_R.median().where(is_finite, variance), share)
+        median = _median(distance_R, counts_R).where(is_finite, variance)
+        variance.lerp_(median, share)
         rows.add_(n_near)
+
+    def _register(self, name: str, n: int) -> None:
+        """Running numbers, and what they were when training mode was entered."""
+        self.register_buffer(f"running_{name}", torch.zeros(n))
+        self.register_buffer(f"start_{name}", torch.zeros(n), persistent=False)
+
+    def _begin(self) -> None:
+        for name, start in self.named_buffers(recurse=False):
+            if name.startswith("start_"):
+                start.copy_(self.get_buffer(name.replace("start_", "running_", 1)))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._begin()
 
 
 #: How features become one vector.
@@ -243,6 +258,13 @@ def _mean_squares(features_RD: Tensor, mean_D: Tensor) -> Tensor:
     squares_R = torch.linalg.vector_norm(features_RD, dim=1).square()
     total_R: Tensor = squares_R - 2 * (features_RD @ mean_D) + mean_D.square().sum()
     return total_R.clamp_min(0) / len(mean_D)
+
+
+def _median(numbers_R: Tensor, counts_R: Tensor) -> Tensor:
+    """Of those that count, the lower one of two; torch's nanmedian would wait for a GPU."""
+    sorted_R = numbers_R.where(counts_R, torch.inf).sort().values
+    middle = (counts_R.sum() - 1).clamp_min(0) // 2
+    return sorted_R.index_select(0, middle[None])[0]
 
 
 def _linear(layer: nn.Module, features_RD: Tensor, casts: Casts | None) -> Tensor:

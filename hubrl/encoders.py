@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.trunk = trunk.eval()
-        self._is_of_library = spec.architecture not in ARCHITECTURES
+        self.is_small = spec.architecture in ARCHITECTURES  # ours; not of a library
         self._sees_as_learner = False  # a cast copy of one that learns: it must round alike
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
@@ -141,7 +141,7 @@ class Encoder(nn.Module):
 
         Else rollout and update, or swapped encoders and others, would round otherwise.
         """
-        if self._is_of_library:
+        if not self.is_small:
             return fast_layout(images_BCHW)
         return nature_layout(images_BCHW, self._sees_as_learner or not self.is_frozen)
 
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
 
     def _lay_out(self) -> None:
         """Weights as the images will be, or each call would copy them."""
-        if not self._is_of_library:
+        if self.is_small:
             return
         for weight in self.trunk.parameters():
             if weight.ndim == 4:

@@ -17,6 +17,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
+from hubrl.cuda_graphs import Recorded
 from hubrl.encoders import Casts, check_image_shape
 from hubrl.generators import BATCH_GENERATORS, GENERATORS
 from hubrl.losses import attach_loss
@@ -52,6 +53,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     CrossQ's critic sees observations and next observations in one batch: both have noise there, and
     the exploration loss is that of the whole batch. The rows with which RecurrentPPO pads its
     sequences activate no encoder and count in no mean.
+
+    On a GPU, encoders of hubrl's own architectures run on all rows, with weight 0 and no gradient
+    where they are not activated, and all of it as CUDA graphs, one for each size of a batch.
 
     Give ``net_arch=[]`` beside it: SB3 adds two layers of 64 to any extractor but its own.
 
@@ -122,6 +126,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self._casts = Casts()
         self._cache = FeatureCache()
         self._is_range_known = False
+        self._recorded_look = Recorded(self.pathway, self._look)
+        self._recorded_collection = Recorded(self.pathway, self._collect_densely)
+        self._recorded_lesson = Recorded(self.pathway, self._learn_densely)
 
     @property
     def exploration_coef(self) -> float:
@@ -154,7 +161,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
                 features_BO, loss = self._learn_unpadded(observations_BCHW)
                 return attach_loss(features_BO, self.exploration_coef * loss)
         elif _is_collecting():
-            return self._collect(observations_BCHW).features
+            return self._collect(observations_BCHW)
+        elif self._fits_a_graph(observations_BCHW):
+            return self._recorded_look(observations_BCHW)[0]
         return self.pathway.route(observations_BCHW, noise_BE=None).features
 
     def train(self, mode: bool = True) -> Self:
@@ -187,7 +196,39 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         names = [f"{what}_{name}" for what in ("usage", "probability") for name in encoders]
         return dict(zip([*names, "entropy", "exploration_loss"], means, strict=True))
 
-    def _collect(self, observations_BCHW: Tensor) -> PathwayOutput:
+    def _fits_a_graph(self, observations_BCHW: Tensor) -> bool:
+        """
+        Whether a CUDA graph pays.
+
+        The kernels of encoders as small as ours take less time than their launches, even where
+        all encoders run on all rows.
+        """
+        return observations_BCHW.is_cuda and all(e.is_small for e in self.pathway.encoders)
+
+    def _look(self, observations_BCHW: Tensor) -> tuple[Tensor, ...]:
+        output = self.pathway.route(observations_BCHW, None, dispatch=False)
+        return (output.features,)
+
+    def _collect_densely(self, observations_BCHW: Tensor) -> tuple[Tensor, ...]:
+        hash_B = self.replay.hash(observations_BCHW)
+        noise_BE = self.replay.noise(hash_B)
+        output = self.pathway.route(observations_BCHW, noise_BE, dispatch=False)
+        return output.features, hash_B, output.activated
+
+    def _learn_densely(
+        self, observations_BCHW: Tensor, hash_B: Tensor, activated_BK: Tensor
+    ) -> tuple[Tensor, ...]:
+        noise_BE = self.replay.noise(hash_B)
+        output = self.pathway.route(observations_BCHW, noise_BE, activated_BK, dispatch=False)
+        features_BO, weights_BE, activated_BK, probabilities_BE, loss = output
+        others = weights_BE.detach(), activated_BK, probabilities_BE.detach()
+        return features_BO, *others, loss, _statistics(output)
+
+    def _collect(self, observations_BCHW: Tensor) -> Tensor:
+        if self._fits_a_graph(observations_BCHW):
+            features_BO, hash_B, activated_BK = self._recorded_collection(observations_BCHW)
+            self.replay.remember(hash_B, activated_BK)
+            return features_BO
         hash_B = self.replay.hash(observations_BCHW)
 
         def encode(i: int, rows_R: Tensor) -> Tensor:
@@ -199,7 +240,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         noise_BE = self.replay.noise(hash_B)
         output = self.pathway.route(observations_BCHW, noise_BE, casts=self._casts, encode=encode)
         self.replay.remember(hash_B, output.activated)
-        return output
+        return output.features
 
     def _learn_unpadded(self, observations_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Features, zero for padding, and the exploration loss of the other rows."""
@@ -213,6 +254,13 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     def _learn(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
+        activated_BK = self.replay.recall(hash_B)
+        if self._fits_a_graph(observations_BCHW):
+            if activated_BK is None:
+                activated_BK = hash_B.new_full((len(hash_B), self.pathway.top_k), -1)
+            outputs = self._recorded_lesson(observations_BCHW, hash_B, activated_BK)
+            self._statistics.append(outputs[-1].detach().clone())
+            return PathwayOutput(*outputs[:-1])
 
         def encode(i: int, rows_R: Tensor) -> Tensor:
             known_RD = None
@@ -222,20 +270,20 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
                 self.pathway.encode(i, observations_BCHW, rows_R) if known_RD is None else known_RD
             )
 
-        noise_BE, activated_BK = self.replay.noise(hash_B), self.replay.recall(hash_B)
+        noise_BE = self.replay.noise(hash_B)
         output = self.pathway.route(observations_BCHW, noise_BE, activated_BK, encode=encode)
-        self._keep_statistics(output)
+        self._statistics.append(_statistics(output))
         return output
 
-    def _keep_statistics(self, output: PathwayOutput) -> None:
-        n_encoders = len(self.pathway.encoders)
-        usage_E = (
-            output.activated.flatten().bincount(minlength=n_encoders) / output.activated.numel()
-        )
-        probabilities_BE = output.probabilities.detach()
-        entropy = torch.special.entr(probabilities_BE).sum(dim=1).mean()
-        scalars = torch.stack([entropy, output.exploration_loss.detach()])
-        self._statistics.append(torch.cat([usage_E, probabilities_BE.mean(dim=0), scalars]))
+
+def _statistics(output: PathwayOutput) -> Tensor:
+    """Usage and mean probability of each encoder, entropy and exploration loss."""
+    probabilities_BE = output.probabilities.detach()
+    indices_E = torch.arange(probabilities_BE.shape[1], device=probabilities_BE.device)
+    usage_E = (output.activated[..., None] == indices_E).float().mean(dim=(0, 1))
+    entropy = torch.special.entr(probabilities_BE).sum(dim=1).mean()
+    scalars = torch.stack([entropy, output.exploration_loss.detach()])
+    return torch.cat([usage_E, probabilities_BE.mean(dim=0), scalars])
 
 
 def _is_collecting() -> bool:

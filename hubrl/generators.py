@@ -99,9 +99,9 @@ class PathwayGenerator(nn.Module):
 
     def _standardise(self, features_BD: Tensor) -> Tensor:
         # Features of whole images would tell of something else.
-        if self.training and self.image_mean.n_rows > 0:
-            self.feature_mean.observe(features_BD)
-            self.feature_square.observe(features_BD.square())
+        is_mean_known = self.image_mean.n_rows > 0
+        self.feature_mean.observe(features_BD, counts=is_mean_known)
+        self.feature_square.observe(features_BD.square(), counts=is_mean_known)
         mean_D = self.feature_mean.running_mean
         variance_D = self.feature_square.running_mean - mean_D.square()
         return (features_BD - mean_D) * variance_D.clamp(min=self.MIN_VARIANCE).rsqrt()
@@ -296,14 +296,16 @@ class RunningMean(nn.Module):
         self.register_buffer("pending_sum", torch.zeros(shape))
         self.register_buffer("n_pending", torch.zeros(()))
 
-    def observe(self, rows_BN: Tensor, scale: float = 1.0) -> None:
+    def observe(self, rows_BN: Tensor, scale: float = 1.0, counts: Tensor | bool = True) -> None:
         """
         Take note of rows, (B, ...), divided by ``scale``; nothing outside of training.
+
+        :param counts: whether to; a tensor on a GPU is not waited for
         """
         if self.training and torch.is_grad_enabled():
             some_RN = rows_BN.detach()[:: self.EVERY]
-            self.pending_sum += some_RN.float().sum(dim=0) / scale
-            self.n_pending += len(some_RN)
+            self.pending_sum += some_RN.float().sum(dim=0) / scale * counts
+            self.n_pending += len(some_RN) * counts
 
     def train(self, mode: bool = True) -> Self:
         """Leaving training mode, take up what was observed in it."""

@@ -250,6 +250,7 @@ class HubPathway(nn.Module):
         *,
         casts: Casts | None = None,
         encode: Encode | None = None,
+        dispatch: bool = True,
     ) -> PathwayOutput:
         """
         Route the images with given noise and, if wished, a given activated set.
@@ -261,13 +262,18 @@ class HubPathway(nn.Module):
             scores shall choose; the weights over them follow from the scores in any case
         :param casts: cast weights, to be used and added to; only while no weight changes
         :param encode: gives an encoder's features of some rows; default: ``encode``, which runs it
+        :param dispatch: run an encoder on the rows that activate it; else each on all rows, of
+            which the others get weight 0 and no gradient: more work, but the same for every
+            batch of a size, as a CUDA graph needs it
         """
         probabilities_BE = self._probabilities(images_BCHW, noise_BE)
         chosen_BK = self._top(probabilities_BE)
         if activated_BK is not None:
             chosen_BK = activated_BK.where(activated_BK >= 0, chosen_BK)
         weights_BE = self._weights(probabilities_BE, chosen_BK)
-        features_BO = self.aggregate(images_BCHW, weights_BE, chosen_BK, casts=casts, encode=encode)
+        features_BO = self.aggregate(
+            images_BCHW, weights_BE, chosen_BK, casts=casts, encode=encode, dispatch=dispatch
+        )
         loss = pathway_exploration_loss(probabilities_BE)
         return PathwayOutput(features_BO, weights_BE, chosen_BK, probabilities_BE, loss)
 
@@ -279,6 +285,7 @@ class HubPathway(nn.Module):
         *,
         casts: Casts | None = None,
         encode: Encode | None = None,
+        dispatch: bool = True,
     ) -> Tensor:
         """
         Dispatch each encoder on the rows that activate it; aggregate their weighted features.
@@ -288,6 +295,7 @@ class HubPathway(nn.Module):
         :param activated_BK: the encoders that run for each image
         :param casts: as in ``route``
         :param encode: as in ``route``
+        :param dispatch: as in ``route``
         :return: (B, O) float32
         """
         if encode is None:
@@ -295,10 +303,13 @@ class HubPathway(nn.Module):
             def encode(i: int, rows_R: Tensor) -> Tensor:
                 return self.encode(i, images_BCHW, rows_R, casts)
 
+        if dispatch:
+            rows = rows_of_encoders(activated_BK, len(self.encoders))
+        else:
+            all_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
+            rows = [all_B] * len(self.encoders)
         parts = (
-            Part(i, rows_R, encode(i, rows_R))
-            for i, rows_R in enumerate(rows_of_encoders(activated_BK, len(self.encoders)))
-            if len(rows_R) > 0
+            Part(i, rows_R, encode(i, rows_R)) for i, rows_R in enumerate(rows) if len(rows_R) > 0
         )
         features_BO: Tensor = self.aggregator(parts, weights_BE, casts)
         return features_BO

@@ -61,6 +61,7 @@ def make_agent(
     settings: dict[str, Any] | None = None,
     *,
     optimizer: dict[str, Any] | None = None,
+    device: str = "cpu",
     **extractor: Any,
 ) -> BaseAlgorithm:
     """
@@ -91,7 +92,7 @@ def make_agent(
         agent.policy,
         env,
         seed=0,
-        device="cpu",
+        device=device,
         policy_kwargs=policy_kwargs,
         **{**agent.settings, **(settings or {})},
     )

@@ -16,6 +16,7 @@ CORE = {
     "files": set(),
     "finite": set(),
     "generators": {"hubrl.encoders", "hubrl.precision"},
+    "cuda_graphs": set(),
     "losses": set(),
     "precision": set(),
     "optimizer": {"hubrl.encoders"},
@@ -68,7 +69,7 @@ def test_envs_import_nothing_of_ours() -> None:
 
 
 def test_agents_import_the_extractor_but_no_command() -> None:
-    core = {"aggregation", "encoders", "optimizer", "pathway", "precision", "specs"}
+    core = {"aggregation", "cuda_graphs", "encoders", "optimizer", "pathway", "precision", "specs"}
     files = {"files", "finite", "run_folder", "sections", "signals", "state_folder"}
     allowed = core | files | {"callback", "extractor", "saved_agents"}
     for file in (ROOT / "agents").glob("*.py"):
