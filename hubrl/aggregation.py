@@ -189,7 +189,7 @@ class Standardised(nn.Module):
             centred_RD = features_RD - base_D  # float32, as the means are
             with torch.no_grad():
                 distance_BE[rows_R, i] = _mean_squares(centred_RD, kept_D)
-                if is_learning:
+                if is_learning and len(rows_R) > 0:
                     self._follow(i, centred_RD, base_D, weights_BE[rows_R, i] > 0)
             centred.append(Part(i, rows_R, centred_RD.to(features_RD.dtype)))
         limit_E = self.LIMIT**2 * variance_E.clamp_min(1e-8)
