@@ -15,6 +15,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.sac import policies as sac
 from stable_baselines3.td3 import policies as td3
@@ -225,7 +226,7 @@ def _optimizer(algorithm: Algorithm, config: RunConfig) -> dict[str, Any]:
 
 
 def _rollout_buffer(algorithm: Algorithm, config: RunConfig) -> dict[str, Any]:
-    device = check_device("train.device", config.train.device)
+    device = get_device(config.train.device)  # the CPU, as SB3 does, where the run's GPU is missing
     is_plain = algorithm.model in (PPO, A2C)  # others keep more, of the masks and of the LSTM
     return (
         {"rollout_buffer_class": DeviceRolloutBuffer} if is_plain and device.type == "cuda" else {}

@@ -82,15 +82,16 @@ class BaselineCNN(NatureCNN):
     ) -> None:
         super().__init__(observation_space, features_dim)
         self._dtype = getattr(torch, precision)
-        self._recorded = Recorded(self, self._features)
+        self._recorded = Recorded(self, BaselineCNN._features)
 
     def forward(self, observations: Tensor) -> Tensor:
         """
         :param observations: (B, C, H, W), uint8 or float in [0, 1]
         :return: (B, features_dim) float32
         """
-        run = self._recorded if observations.is_cuda else self._features
-        return run(observations)[0]
+        if observations.is_cuda:
+            return self._recorded(self, observations)[0]
+        return self._features(observations)[0]
 
     def _features(self, observations: Tensor) -> tuple[Tensor, ...]:
         images = observations.to(self._dtype)

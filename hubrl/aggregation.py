@@ -168,7 +168,7 @@ class Standardised(nn.Module):
         self._register("rows_E", len(features_dims))
 
     def train(self, mode: bool = True) -> Self:
-        """Leaving training mode, what was learned in it comes into use."""
+        """In training mode the numbers of when it was entered are in use, else the newest."""
         if mode and not self.training:
             self._begin()
         return super().train(mode)

@@ -481,8 +481,9 @@ def _to_channels(images_BCHW: Tensor, spec: EncoderSpec) -> Tensor:
         return images_BCHW
     if spec.channels == 3:
         return images_BCHW.expand(-1, 3, -1, -1)
-    weights = images_BCHW.new_tensor(LUMA).view(1, 3, 1, 1)
-    return (images_BCHW * weights).sum(dim=1, keepdim=True)
+    red_B1HW, green_B1HW, blue_B1HW = images_BCHW.split(1, dim=1)
+    grey_B1HW: Tensor = LUMA[0] * red_B1HW + LUMA[1] * green_B1HW + LUMA[2] * blue_B1HW
+    return grey_B1HW
 
 
 def _frame_channels(channels: int, spec: EncoderSpec) -> int:

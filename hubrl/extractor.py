@@ -54,8 +54,10 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     the exploration loss is that of the whole batch. The rows with which RecurrentPPO pads its
     sequences activate no encoder and count in no mean.
 
-    On a GPU, encoders of hubrl's own architectures run on all rows, with weight 0 and no gradient
-    where they are not activated, and all of it as CUDA graphs, one for each size of a batch.
+    On a GPU a hub whose encoders are all of hubrl's own architectures runs as CUDA graphs, for up
+    to 8 sizes of a batch. All its encoders run on all rows then, with weight 0 where they are not
+    activated, and nothing is kept. An encoder that no row of a batch activates gets a gradient of
+    0, not none: Adam's momentum still moves it.
 
     Give ``net_arch=[]`` beside it: SB3 adds two layers of 64 to any extractor but its own.
 
@@ -126,9 +128,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self._casts = Casts()
         self._cache = FeatureCache()
         self._is_range_known = False
-        self._recorded_look = Recorded(self.pathway, self._look)
-        self._recorded_collection = Recorded(self.pathway, self._collect_densely)
-        self._recorded_lesson = Recorded(self.pathway, self._learn_densely)
+        self._recorded_look = Recorded(self, HubFeaturesExtractor._look)
+        self._recorded_collection = Recorded(self, HubFeaturesExtractor._collect_densely)
+        self._recorded_lesson = Recorded(self, HubFeaturesExtractor._learn_densely)
 
     @property
     def exploration_coef(self) -> float:
@@ -163,7 +165,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         elif _is_collecting():
             return self._collect(observations_BCHW)
         elif self._fits_a_graph(observations_BCHW):
-            return self._recorded_look(observations_BCHW)[0]
+            return self._recorded_look(self, observations_BCHW)[0]
         return self.pathway.route(observations_BCHW, noise_BE=None).features
 
     def train(self, mode: bool = True) -> Self:
@@ -196,12 +198,17 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         names = [f"{what}_{name}" for what in ("usage", "probability") for name in encoders]
         return dict(zip([*names, "entropy", "exploration_loss"], means, strict=True))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for recorded in (self._recorded_look, self._recorded_collection, self._recorded_lesson):
+            recorded.clear()  # buffers and shared encoders may have moved
+        return self
+
     def _fits_a_graph(self, observations_BCHW: Tensor) -> bool:
         """
-        Whether a CUDA graph pays.
+        Whether a CUDA graph is recorded: on a GPU, with encoders of our own architectures alone.
 
-        The kernels of encoders as small as ours take less time than their launches, even where
-        all encoders run on all rows.
+        Their kernels take less time than their launches, even where all run on all rows.
         """
         return observations_BCHW.is_cuda and all(e.is_small for e in self.pathway.encoders)
 
@@ -226,7 +233,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     def _collect(self, observations_BCHW: Tensor) -> Tensor:
         if self._fits_a_graph(observations_BCHW):
-            features_BO, hash_B, activated_BK = self._recorded_collection(observations_BCHW)
+            features_BO, hash_B, activated_BK = self._recorded_collection(self, observations_BCHW)
             self.replay.remember(hash_B, activated_BK)
             return features_BO
         hash_B = self.replay.hash(observations_BCHW)
@@ -256,9 +263,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         hash_B = self.replay.hash(observations_BCHW)
         activated_BK = self.replay.recall(hash_B)
         if self._fits_a_graph(observations_BCHW):
-            if activated_BK is None:
+            if activated_BK is None:  # a recording takes tensors: the scores choose all
                 activated_BK = hash_B.new_full((len(hash_B), self.pathway.top_k), -1)
-            outputs = self._recorded_lesson(observations_BCHW, hash_B, activated_BK)
+            outputs = self._recorded_lesson(self, observations_BCHW, hash_B, activated_BK)
             self._statistics.append(outputs[-1].detach().clone())
             return PathwayOutput(*outputs[:-1])
 

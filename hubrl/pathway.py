@@ -263,8 +263,8 @@ class HubPathway(nn.Module):
         :param casts: cast weights, to be used and added to; only while no weight changes
         :param encode: gives an encoder's features of some rows; default: ``encode``, which runs it
         :param dispatch: run an encoder on the rows that activate it; else each on all rows, of
-            which the others get weight 0 and no gradient: more work, but the same for every
-            batch of a size, as a CUDA graph needs it
+            which the others have weight 0 and give a gradient of 0: more work, but the same for
+            every batch of a size, as a CUDA graph needs it
         """
         probabilities_BE = self._probabilities(images_BCHW, noise_BE)
         chosen_BK = self._top(probabilities_BE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from small_runs import small_config
+from small_runs import small_config, small_env
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents import algorithms
@@ -51,6 +53,13 @@ def test_minibatches_are_those_of_sb3(actions: spaces.Space, batch_size: int | N
                     assert column.dtype == other.dtype
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_run_of_a_gpu_is_built_without_one() -> None:
+    config = small_config("ppo", {"train.device": "cuda"})
+    with contextlib.closing(small_env()) as env:
+        assert algorithms.build_model(config, env).device.type == "cpu"
+
+
 @pytest.mark.parametrize(
     ("name", "device", "is_ours"),
     [
@@ -65,6 +74,8 @@ def test_minibatches_are_those_of_sb3(actions: spaces.Space, batch_size: int | N
 def test_a_gpu_has_it_where_the_algorithm_takes_it(
     name: str, device: str, is_ours: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(algorithms, "check_device", lambda key, value: torch.device(device))
-    kwargs = algorithms._rollout_buffer(ALGORITHMS[name], small_config(name))
+    monkeypatch.setattr(algorithms, "get_device", torch.device)
+    kwargs = algorithms._rollout_buffer(
+        ALGORITHMS[name], small_config(name, {"train.device": device})
+    )
     assert kwargs == ({"rollout_buffer_class": DeviceRolloutBuffer} if is_ours else {})

@@ -1,6 +1,8 @@
 """What a CUDA graph holds equals what is dispatched: on a GPU, and on a CPU by a stand-in."""
 
 import copy
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,30 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """On a CPU a stand-in has what is peculiar to a recording."""
     if request.param == "cpu":
         monkeypatch.setattr(hubrl.HubFeaturesExtractor, "_fits_a_graph", lambda self, images: True)
-        monkeypatch.setattr(Recorded, "_record", lambda self, inputs: self._function)
+        monkeypatch.setattr(Recorded, "_record", lambda self, module, inputs: self._function)
         monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return str(request.param)
 
 
 def stand_in(module: nn.Module, inputs: tuple[Tensor, ...], allow_unused_input: bool) -> None:
     """
-    As torch.cuda's: the module runs three times first, and there is one place for what it gives and
-    for what backward needs.
+    As torch.cuda's: the module runs three times first, and there is one place for what it gives,
+    for what backward needs, and for gradients.
     """
     function = module.forward
     weights = [weight for weight in module.parameters() if weight.requires_grad]
+    fixed_gradients = [torch.zeros_like(weight) for weight in weights]
+    addresses = [weight.data_ptr() for weight in weights]
     place: dict[str, tuple[Tensor, ...]] = {}
 
     class Replayed(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Tensor) -> tuple[Tensor, ...]:
+            assert addresses == [weight.data_ptr() for weight in weights], "a GPU reads there"
             with torch.enable_grad():
-                place["outputs"] = function(*arguments[: len(inputs)])
+                place["outputs"] = module._function(owner(), *arguments[: len(inputs)])
             fixed = place.setdefault("fixed", tuple(o.detach().clone() for o in place["outputs"]))
             for output, new in zip(fixed, place["outputs"], strict=True):
                 output.copy_(new.detach())
@@ -63,10 +69,15 @@ def stand_in(module: nn.Module, inputs: tuple[Tensor, ...], allow_unused_input: 
             found = torch.autograd.grad(
                 outputs, weights, gradients, allow_unused=allow_unused_input, retain_graph=True
             )
-            return *[None] * len(inputs), *found
+            for fixed, new in zip(fixed_gradients, found, strict=True):
+                fixed.copy_(torch.zeros_like(fixed) if new is None else new)
+            pairs = zip(fixed_gradients, found, strict=True)
+            ours = [None if new is None else fixed.detach() for fixed, new in pairs]
+            return *[None] * len(inputs), *ours
 
     for _ in range(3):
         function(*inputs)
+    owner = weakref.ref(module.module)
     module.forward = lambda *arguments: Replayed.apply(*arguments, *weights)
 
 
@@ -113,7 +124,7 @@ def test_rollouts_and_updates_are_those_of_dispatch(
     arguments: dict[str, object], hub5: Path, device: str
 ) -> None:
     both = extractor_pair(hub5, device, **arguments)
-    for round_ in range(3):  # the first records, the others replay
+    for round_ in range(3):  # recorded in the first, replayed from then on
         for extractor in both:
             extractor.train(False)
         for seed in range(3):
@@ -162,22 +173,100 @@ def test_two_passes_before_a_backward_pass_keep_their_own_numbers(hub5: Path, de
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_a_recording_is_lent_until_its_backward_pass(device: str) -> None:
-    layer = nn.Linear(2, 2).to(device)
-    recorded = Recorded(layer, lambda rows: (layer(rows),))
-
-    def is_replayed(output: Tensor) -> bool:
-        return "EndLease" in type(output.grad_fn).__name__
-
-    rows = torch.ones(3, 2, device=device)
-    (first,), (second,) = recorded(rows), recorded(rows)
+    layer, recorded, rows = recorded_layer(device)
+    (first,), (second,) = recorded(layer, rows), recorded(layer, rows)
     assert (is_replayed(first), is_replayed(second)) == (True, False)
     first.sum().backward()
-    (third,) = recorded(rows)
+    (third,) = recorded(layer, rows)
     assert is_replayed(third), "the first, still referred to, was used up"
     kept, before = third.detach(), third.detach().clone()
     del third
-    assert is_replayed(recorded(2 * rows)[0]), "the third had no backward pass, and is gone"
+    assert is_replayed(recorded(layer, 2 * rows)[0]), "the third, without backward pass, is gone"
     assert torch.equal(kept, before)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_gradients_add_up(is_kept: bool, device: str) -> None:
+    layer, recorded, rows = recorded_layer(device)
+    if is_kept:  # as by zero_grad(set_to_none=False)
+        recorded(layer, rows)[0].sum().backward()
+        layer.zero_grad(set_to_none=False)
+    for scale in (1.0, 10.0):
+        recorded(layer, scale * rows)[0].sum().backward()
+    assert layer.weight.grad is not None
+    assert_close(layer.weight.grad, torch.full((2, 2), 33.0, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_a_second_backward_pass_is_refused(device: str) -> None:
+    layer, recorded, rows = recorded_layer(device)
+    (output,) = recorded(layer, rows)
+    output.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"already differentiated.*call backward\(\) once"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_a_weight_that_moved_is_found(device: str) -> None:
+    layer, recorded, rows = recorded_layer(device)
+    layer.bias.data = torch.full((2,), 7.0, device=device)
+    for _ in range(2):
+        (output,) = recorded(layer, torch.zeros_like(rows))
+        assert output.tolist() == [[7.0, 7.0]] * 3
+        output.sum().backward()
+    with torch.inference_mode():
+        for _ in range(3):
+            assert recorded(layer, torch.zeros_like(rows))[0].tolist() == [[7.0, 7.0]] * 3
+    with torch.no_grad():
+        assert recorded(layer, torch.zeros_like(rows))[0].tolist() == [[7.0, 7.0]] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:FutureWarning")
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_tracers_see_the_function(device: str) -> None:
+    layer, recorded, rows = recorded_layer(device)
+
+    class Network(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, rows: Tensor) -> Tensor:
+            return recorded(self.layer, rows)[0]
+
+    traced = torch.jit.trace(Network(), rows)
+    assert_close(traced(2 * rows), layer(2 * rows))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_an_extractor_that_is_dropped_is_gone(hub5: Path, device: str) -> None:
+    def used() -> weakref.ref[hubrl.HubFeaturesExtractor]:
+        extractor = copy.deepcopy(extractor_pair(hub5, device)[0])  # out of its model
+        for _ in range(3):
+            lesson(extractor, images_of(8, device))
+            with torch.no_grad():
+                extractor(images_of(8, device))
+        gc.disable()
+        return weakref.ref(extractor)
+
+    try:
+        assert used()() is None
+    finally:
+        gc.enable()
+
+
+def recorded_layer(device: str) -> tuple[nn.Linear, Recorded, Tensor]:
+    """A layer, recorded for rows with gradients, and such rows."""
+    layer, rows = nn.Linear(2, 2).to(device), torch.ones(3, 2, device=device)
+    recorded = Recorded(layer, lambda layer, rows: (layer(rows),))
+    assert not is_replayed(recorded(layer, rows)[0]), "most shapes come once"
+    assert is_replayed(recorded(layer, rows)[0])
+    return layer, recorded, rows
+
+
+def is_replayed(output: Tensor) -> bool:
+    return "EndLease" in type(output.grad_fn).__name__
 
 
 @pytest.mark.parametrize(
@@ -209,13 +298,14 @@ def test_recordings_are_kept_for_a_few_shapes_and_for_no_copy(hub5: Path) -> Non
     extractor, other = extractor_pair(hub5, "cuda")
     extractor.train(False)
     with torch.no_grad():
-        for n in range(1, 12):
+        for n in (*range(1, 12), *range(1, 12)):
             assert_close(extractor(images_of(n, "cuda")), other(images_of(n, "cuda")))
     assert len(extractor._recorded_look._recordings) == Recorded.MAX_RECORDINGS
     assert not copy.deepcopy(extractor)._recorded_look._recordings
     extractor.to("cpu").to("cuda")
     with torch.no_grad():
-        assert_close(extractor(images_of(8, "cuda")), other(images_of(8, "cuda")))
+        for _ in range(2):
+            assert_close(extractor(images_of(8, "cuda")), other(images_of(8, "cuda")))
     assert len(extractor._recorded_look._recordings) == 1
 
 
