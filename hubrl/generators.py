@@ -99,9 +99,10 @@ class PathwayGenerator(nn.Module):
 
     def _standardise(self, features_BD: Tensor) -> Tensor:
         # Features of whole images would tell of something else.
-        is_mean_known = self.image_mean.n_rows > 0
-        self.feature_mean.observe(features_BD, counts=is_mean_known)
-        self.feature_square.observe(features_BD.square(), counts=is_mean_known)
+        if self.training:
+            is_mean_known = self.image_mean.n_rows > 0
+            self.feature_mean.observe(features_BD, counts=is_mean_known)
+            self.feature_square.observe(features_BD.square(), counts=is_mean_known)
         mean_D = self.feature_mean.running_mean
         variance_D = self.feature_square.running_mean - mean_D.square()
         return (features_BD - mean_D) * variance_D.clamp(min=self.MIN_VARIANCE).rsqrt()

@@ -6,6 +6,7 @@ The three games of this study and Breakout of breakout-shared: one table of the 
 
 import csv
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,12 @@ def curves() -> dict[tuple[str, str], np.ndarray]:
     return {key: np.array(list(seeds.values())) for key, seeds in points.items()}
 
 
+def estimate(statistic: Callable[..., np.ndarray], *groups: list[np.ndarray]) -> str:
+    """With its 95 % bootstrap interval."""
+    found = statistics.estimate(statistic, *groups)
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
 def main() -> None:
     """Areas, then final returns, in units of the control's mean on each game."""
     found = curves()
@@ -43,18 +50,14 @@ def main() -> None:
             ("atari5", "best-single"),
         ):
             pair = strata[variant], strata[control]
-            ratio = statistics.estimate(statistics.interquartile_ratio, *pair)
-            better = statistics.estimate(statistics.probability_of_improvement, *pair)
             print(
                 f"{name}: {variant} / {control}, {n_runs[variant]} and {n_runs[control]} runs: "
-                f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}), "
-                f"P(improvement) {better.value:.2f} ({better.low:.2f} to {better.high:.2f})"
+                f"{estimate(statistics.interquartile_ratio, *pair)}, "
+                f"P(improvement) {estimate(statistics.probability_of_improvement, *pair)}"
             )
-            by_game = [
-                f"{game.removeprefix('ALE/')} {a.mean() / b.mean():.2f}"
-                for game, a, b in zip(games, *pair, strict=True)
-            ]
-            print("    " + ", ".join(by_game))
+            for game, *scores in zip(games, *pair, strict=True):
+                ratio = estimate(statistics.mean_ratio, *([of_game] for of_game in scores))
+                print(f"    {game}: {ratio}")
 
 
 if __name__ == "__main__":
