@@ -1,7 +1,7 @@
 """
 Areas at equal time: the curves of this study and the speeds of idle machines, put together.
 
-``python docs/studies/breakout-shared/equal_time.py`` prints the table of docs/when-a-hub-helps.md.
+``python docs/studies/breakout-shared/equal_time.py`` prints a table of docs/studies/README.md.
 """
 
 import csv

@@ -1,7 +1,7 @@
 """
 The three games of this study and Breakout of breakout-shared: one table of the same 200,000 steps.
 
-``python docs/studies/games-short/four_games.py`` prints the table of docs/when-a-hub-helps.md.
+``python docs/studies/games-short/four_games.py`` prints a table of docs/studies/README.md.
 """
 
 import csv
