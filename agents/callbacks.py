@@ -28,7 +28,7 @@ from agents.runs import (
     checkpoint_dir,
     derive_seed,
 )
-from hubrl.extractor import HubFeaturesExtractor
+from hubrl.callback import places
 from hubrl.pathway import EncoderChange, encoder_changes
 from hubrl.run_folder import CsvTable, cell_number, read_rows
 from hubrl.signals import StopSignal
@@ -226,12 +226,16 @@ class EncodersCallback(BaseCallback):
         return True
 
     def _on_training_end(self) -> None:
-        extractors = [m for m in self.model.policy.modules() if isinstance(m, HubFeaturesExtractor)]
-        rows = encoder_changes(extractors[0].pathway)
-        width = max(len(row.name) for row in rows)
-        for row in rows:
+        extractors = places(self.model.policy)
+        rows = [
+            (f"{place}/{row.name}" if len(extractors) > 1 else row.name, row)
+            for place, extractor in extractors.items()
+            for row in encoder_changes(extractor.pathway)
+        ]
+        width = max(len(name) for name, _ in rows)
+        for name, row in rows:
             kind = "frozen" if row.is_frozen else "trained"
-            _print(f"encoder {row.name:<{width}}  {kind:<7}  {_change(row)}")
+            _print(f"encoder {name:<{width}}  {kind:<7}  {_change(row)}")
 
 
 def _change(row: EncoderChange) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +85,27 @@ def bootstrap_interval(values: Sequence[float]) -> Interval:
     chosen = np.random.default_rng(0).integers(len(sample), size=(N_RESAMPLES, len(sample)))
     low, high = np.quantile(sample[chosen].mean(axis=1), [0.025, 0.975])
     return Interval(float(sample.mean()), float(low), float(high))
+
+
+def returns_report(played: Episodes) -> dict[str, Any]:
+    """For JSON: returns, their mean and its 95 % interval, which one game has not."""
+    mean, low, high = bootstrap_interval(played.returns)
+    return {
+        "mean_return": mean,
+        "interval_95": [low, high] if len(played.returns) > 1 else None,
+        "returns": played.returns,
+        "lengths": played.lengths,
+    }
+
+
+def returns_text(report: Mapping[str, Any]) -> str:
+    """What ``returns_report`` gave, in one line."""
+    n, mean, interval = len(report["returns"]), report["mean_return"], report["interval_95"]
+    if interval is None:
+        return f"1 game: return {mean:.2f} (give more --episodes for an interval)"
+    return (
+        f"{n} games: mean return {mean:.2f} (95% interval {interval[0]:.2f} to {interval[1]:.2f})"
+    )
 
 
 class _Stopped(Exception):

@@ -46,7 +46,7 @@ def aggregation_name(aggregation: str, features_dims: list[int]) -> str:
     return aggregation
 
 
-class Part(NamedTuple):
+class Contribution(NamedTuple):
     """What one encoder contributes to a batch."""
 
     i: int
@@ -76,17 +76,17 @@ class Concat(nn.Module):
         orthogonal_init(self.blocks)
 
     def forward(
-        self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
+        self, contributions: Iterable[Contribution], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
         """
         Aggregated features (B, O) float32.
 
-        :param parts: of the encoders that are activated
+        :param contributions: of the encoders that are activated
         :param weights_BE: pathway weights
         :param casts: as in ``HubPathway.route``
         """
         total_BO = self.bias.expand(weights_BE.shape[0], -1)
-        for i, rows_R, features_RD in parts:
+        for i, rows_R, features_RD in contributions:
             features_RO = _linear(self.blocks[i], features_RD, casts)
             weighted_RO = features_RO.float() * weights_BE[rows_R, i, None]
             total_BO = total_BO.index_add(0, rows_R, weighted_RO)
@@ -116,11 +116,11 @@ class Sum(nn.Module):
         orthogonal_init(self)
 
     def forward(
-        self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
+        self, contributions: Iterable[Contribution], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
         """As in ``Concat``."""
         total_BD = weights_BE.new_zeros(weights_BE.shape[0], self.linear.in_features)
-        for i, rows_R, features_RD in parts:
+        for i, rows_R, features_RD in contributions:
             total_BD = total_BD.to(features_RD.dtype)
             weighted_RD = features_RD * weights_BE[rows_R, i, None].to(features_RD.dtype)
             total_BD = total_BD.index_add(0, rows_R, weighted_RD)
@@ -174,7 +174,7 @@ class Standardised(nn.Module):
         return super().train(mode)
 
     def forward(
-        self, parts: Iterable[Part], weights_BE: Tensor, casts: Casts | None = None
+        self, contributions: Iterable[Contribution], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
         """As in ``Concat``; in training mode, with gradients, the running numbers follow."""
         is_learning = self.training and torch.is_grad_enabled()
@@ -182,7 +182,7 @@ class Standardised(nn.Module):
         variance_E = self.get_buffer(f"{used}_variance_E")
         is_known_E = self.get_buffer(f"{used}_rows_E") >= self.FIRST
         centred, distance_BE = [], torch.zeros_like(weights_BE)
-        for i, rows_R, features_RD in parts:
+        for i, rows_R, features_RD in contributions:
             start_D = self.get_buffer(f"{used}_mean_{i}") * is_known_E[i]
             kept_D = start_D * self._kept_share(start_D, variance_E[i])
             base_D = start_D - kept_D
@@ -191,7 +191,7 @@ class Standardised(nn.Module):
                 distance_BE[rows_R, i] = _mean_squares(centred_RD, kept_D)
                 if is_learning and len(rows_R) > 0:
                     self._follow(i, centred_RD, base_D, weights_BE[rows_R, i] > 0)
-            centred.append(Part(i, rows_R, centred_RD.to(features_RD.dtype)))
+            centred.append(Contribution(i, rows_R, centred_RD.to(features_RD.dtype)))
         limit_E = self.LIMIT**2 * variance_E.clamp_min(1e-8)
         scale_BE = self.SCALE * self.LIMIT * torch.maximum(distance_BE, limit_E).rsqrt()
         # Scaling weights, one for a row, costs less than scaling features.

@@ -17,7 +17,7 @@ cli.refuse_foreign_modules("agents", "envs")
 from agents.algorithms import build_model  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
-from agents.evaluation import Episodes, bootstrap_interval, evaluate  # noqa: E402
+from agents.evaluation import Episodes, evaluate, returns_report, returns_text  # noqa: E402
 from agents.runs import best_checkpoint, checkpoint_dir, derive_seed, open_run  # noqa: E402
 from agents.zips import hub_of, rebuild  # noqa: E402
 from envs import EnvironmentFaultError, make_vec_env, with_action_masks  # noqa: E402
@@ -85,7 +85,7 @@ def command(
     facts = {"checkpoint": checkpoint, "timesteps": state["num_timesteps"], "seed": seed}
     result = _result(config, facts, played)
     where = f"{config.env.id}, {checkpoint} checkpoint at {state['num_timesteps']:,} steps"
-    click.echo(f"{where}, {_text(result)}")
+    click.echo(f"{where}, {returns_text(result)}")
     _write(result, file)
 
 
@@ -97,8 +97,8 @@ def _evaluate_zip(
             raise ValueError(f"{agent} doesn't say where its agent plays: give --env")
         played = _play_zip(agent, algo, env, episodes, seed)
     result: dict[str, Any] = {"env": env, "algorithm": algo, "deterministic": False, "seed": seed}
-    result |= _returns(played)
-    click.echo(f"{env}, {agent}, {_text(result)}")
+    result |= returns_report(played)
+    click.echo(f"{env}, {agent}, {returns_text(result)}")
     if file is not None:
         _write(result, file)
 
@@ -129,27 +129,8 @@ def _result(config: RunConfig, facts: dict[str, Any], played: Episodes) -> dict[
         "sticky": config.env.sticky,
         "deterministic": config.train.deterministic_eval,
         **facts,
-        **_returns(played),
+        **returns_report(played),
     }
-
-
-def _returns(played: Episodes) -> dict[str, Any]:
-    mean, low, high = bootstrap_interval(played.returns)
-    return {
-        "mean_return": mean,
-        "interval_95": [low, high] if len(played.returns) > 1 else None,
-        "returns": played.returns,
-        "lengths": played.lengths,
-    }
-
-
-def _text(result: dict[str, Any]) -> str:
-    n, mean, interval = len(result["returns"]), result["mean_return"], result["interval_95"]
-    if interval is None:
-        return f"1 game: return {mean:.2f} (give more --episodes for an interval)"
-    return (
-        f"{n} games: mean return {mean:.2f} (95% interval {interval[0]:.2f} to {interval[1]:.2f})"
-    )
 
 
 def _write(result: dict[str, Any], file: Path) -> None:

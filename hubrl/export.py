@@ -27,7 +27,7 @@ from agents.algorithms import build_model  # noqa: E402
 from agents.callbacks import LINE_SECONDS  # noqa: E402
 from agents.checkpoints import Progress, load_checkpoint, save_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
-from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
+from agents.evaluation import evaluate, returns_report, returns_text  # noqa: E402
 from agents.runs import (  # noqa: E402
     best_checkpoint,
     checkpoint_dir,
@@ -250,12 +250,12 @@ def _measure(
     deterministic = config.train.deterministic_eval
     report: dict[str, Any] = {"evaluation_seed": seed, "deterministic": deterministic}
     for name, agent in {"teacher": teacher, "student": student}.items():
-        report[name] = _returns(agent, n_episodes, deterministic, seed)
-        low, high = report[name]["interval_95"]
-        click.echo(
-            f"{name}: {n_episodes} games, mean return {report[name]['mean_return']:.2f} "
-            f"(95% interval {low:.2f} to {high:.2f})"
-        )
+        env = agent.get_env()
+        assert env is not None
+        played = evaluate(agent, env, n_episodes, deterministic=deterministic, seed=seed)
+        assert played is not None  # nothing stops it
+        report[name] = returns_report(played)
+        click.echo(f"{name}: {returns_text(report[name])}")
     return report | {"seconds_per_predict": _speeds(teacher, student)}
 
 
@@ -270,17 +270,6 @@ def _speeds(teacher: BaseAlgorithm, student: BaseAlgorithm) -> dict[str, Any]:
             f"{slow / fast:.2f} times as fast"
         )
     return speeds
-
-
-def _returns(
-    agent: BaseAlgorithm, n_episodes: int, deterministic: bool, seed: int
-) -> dict[str, Any]:
-    env = agent.get_env()
-    assert env is not None
-    played = evaluate(agent, env, n_episodes, deterministic=deterministic, seed=seed)
-    assert played is not None
-    mean, low, high = bootstrap_interval(played.returns)
-    return {"mean_return": mean, "interval_95": [low, high], "returns": played.returns}
 
 
 def _first_images(agent: BaseAlgorithm, batch: int) -> Images:

@@ -28,8 +28,6 @@ from hubrl.specs import HubSpec, load_hub
 # Shape letters: B batch, E encoders, C H W image, O features out,
 # R rows of the batch that activate one encoder, D its features.
 
-Schedule = float | Mapping[str, float]
-
 #: Algorithms that can't train a hub, and why.
 UNFIT_ALGORITHMS: Mapping[str, str] = {
     "trpo": "it differentiates the KL divergence too, which would count the exploration loss "
@@ -90,7 +88,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         observation_space: spaces.Box,
         hub: str | Path | HubSpec = "atari5",
         top_k: int = 2,
-        exploration_coef: Schedule = 0.01,
+        exploration_coef: float | Mapping[str, float] = 0.01,
         features_dim: int = 512,
         aggregation: str = "auto",
         standardise: bool = True,
@@ -240,7 +238,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
         def encode(i: int, rows_R: Tensor) -> Tensor:
             features_RD = self.pathway.encode(i, observations_BCHW, rows_R, self._casts)
-            if self.pathway.encoders.is_frozen(i):
+            if self.pathway.encoders[i].is_frozen:
                 self._cache.store(i, hash_B[rows_R], features_RD)
             return features_RD
 
@@ -271,7 +269,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
         def encode(i: int, rows_R: Tensor) -> Tensor:
             known_RD = None
-            if self.pathway.encoders.is_frozen(i):
+            if self.pathway.encoders[i].is_frozen:
                 known_RD = self._cache.find(i, hash_B[rows_R])
             return (
                 self.pathway.encode(i, observations_BCHW, rows_R) if known_RD is None else known_RD
@@ -353,7 +351,7 @@ def _refuse_batch_generator(name: str) -> None:
         )
 
 
-def _schedule(coef: Schedule) -> tuple[float, float]:
+def _schedule(coef: float | Mapping[str, float]) -> tuple[float, float]:
     """The coefficient's first and last value."""
     if not isinstance(coef, Mapping):
         coef = {"start": coef, "end": coef}

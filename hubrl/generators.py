@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hubrl.encoders import orthogonal_init
 from hubrl.precision import fast_layout
 
-# Shape letters: B batch, E encoders, D features, N whatever a row has, C H W image,
+# Shape letters: B batch, M encoders to choose from, D features, N whatever a row has, C H W image,
 # R rows of the batch that are observed.
 
 
@@ -35,7 +35,7 @@ class PathwayGenerator(nn.Module):
 
     :param channels: input channels
     :param image_size: (height, width) in pixels
-    :param n_encoders: number of scores, E
+    :param n_choices: number of scores, M
     """
 
     PATCH = 14
@@ -43,7 +43,7 @@ class PathwayGenerator(nn.Module):
     NOISE_START = -2.0  # before the softplus, which makes it 0.13
     MIN_VARIANCE = 1e-4  # of a feature, lest one that hardly ever changed explodes
 
-    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
+    def __init__(self, channels: int, image_size: tuple[int, int], n_choices: int) -> None:
         super().__init__()
         height, width = ((-size % self.PATCH + 1) // 2 for size in image_size)
         channels = len(range(channels)[self._seen(channels)])
@@ -58,28 +58,28 @@ class PathwayGenerator(nn.Module):
         self.feature_mean = RunningMean(64)
         self.feature_square = RunningMean(64)
         self.feature_square.running_mean.fill_(1.0)  # until known, a variance of 1
-        self.scores = nn.Linear(64, n_encoders)
-        self.noise_scale = nn.Linear(64, n_encoders)
+        self.scores = nn.Linear(64, n_choices)
+        self.noise_scale = nn.Linear(64, n_choices)
         nn.init.orthogonal_(self.scores.weight, self.SCORE_GAIN)
         nn.init.zeros_(self.scores.bias)
         nn.init.zeros_(self.noise_scale.weight)
         nn.init.constant_(self.noise_scale.bias, self.NOISE_START)
 
-    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
+    def forward(self, images_BCHW: Tensor, noise_BM: Tensor | None) -> Tensor:
         """
-        Scores (B, E): ``g(x) + noise * softplus(n(x))``.
+        Scores (B, M): ``g(x) + noise * softplus(n(x))``.
 
         :param images_BCHW: uint8 in 0..255 or float in 0..1
-        :param noise_BE: standard normal numbers; None for ``g(x)`` alone
+        :param noise_BM: standard normal numbers; None for ``g(x)`` alone
         """
         images_BCHW = images_BCHW[:, self._seen(images_BCHW.shape[1])]
         with torch.autocast(images_BCHW.device.type, enabled=False):
             patches_BCHW = self._patches(images_BCHW)
             features_BD = self._standardise(self.hidden(patches_BCHW.relu().flatten(1)).relu())
-            scores_BE: Tensor = self.scores(features_BD)
-            if noise_BE is not None:
-                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(features_BD))
-        return scores_BE
+            scores_BM: Tensor = self.scores(features_BD)
+            if noise_BM is not None:
+                scores_BM = scores_BM + noise_BM * F.softplus(self.noise_scale(features_BD))
+        return scores_BM
 
     @staticmethod
     def _seen(channels: int) -> slice:
@@ -129,13 +129,13 @@ class UniformGenerator(nn.Module):
     Arguments as of ``PathwayGenerator``.
     """
 
-    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
+    def __init__(self, channels: int, image_size: tuple[int, int], n_choices: int) -> None:
         super().__init__()
-        self.n_encoders = n_encoders
+        self.n_choices = n_choices
 
-    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        """Scores (B, E), zero."""
-        return torch.zeros(images_BCHW.shape[0], self.n_encoders, device=images_BCHW.device)
+    def forward(self, images_BCHW: Tensor, noise_BM: Tensor | None) -> Tensor:
+        """Scores (B, M), zero."""
+        return torch.zeros(images_BCHW.shape[0], self.n_choices, device=images_BCHW.device)
 
 
 class ResNet10Generator(nn.Module):
@@ -151,38 +151,38 @@ class ResNet10Generator(nn.Module):
     :param channels: input channels
     :param image_size: (height, width) in pixels, at least 33 each: the last stage of smaller ones
         has a single pixel, of which a batch of one image has no variance
-    :param n_encoders: number of scores, E
+    :param n_choices: number of scores, M
     :raises ValueError: if the images are smaller
     """
 
     MIN_SIZE = 33
 
-    def __init__(self, channels: int, image_size: tuple[int, int], n_encoders: int) -> None:
+    def __init__(self, channels: int, image_size: tuple[int, int], n_choices: int) -> None:
         super().__init__()
         if min(image_size) < self.MIN_SIZE:
             raise ValueError(
                 f"generator is 'resnet10', but the images have {image_size[0]}x{image_size[1]} px, "
                 f"allowed: at least {self.MIN_SIZE}x{self.MIN_SIZE}; take generator 'small'"
             )
-        self.scores = ResNet10(channels, n_encoders)
-        self.noise_scale = ResNet10(channels, n_encoders)
+        self.scores = ResNet10(channels, n_choices)
+        self.noise_scale = ResNet10(channels, n_choices)
 
-    def forward(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
+    def forward(self, images_BCHW: Tensor, noise_BM: Tensor | None) -> Tensor:
         """
-        Scores (B, E): ``g(x) + noise * softplus(n(x))``.
+        Scores (B, M): ``g(x) + noise * softplus(n(x))``.
 
         :param images_BCHW: uint8 in 0..255 or float in 0..1
-        :param noise_BE: standard normal numbers; None for ``g(x)`` alone
+        :param noise_BM: standard normal numbers; None for ``g(x)`` alone
         """
         layout = fast_layout(images_BCHW)
         floats_BCHW = images_BCHW.to(torch.float32, memory_format=layout)
         if images_BCHW.dtype == torch.uint8:
             floats_BCHW.div_(255.0)
         with torch.autocast(images_BCHW.device.type, enabled=False):
-            scores_BE: Tensor = self.scores(floats_BCHW)
-            if noise_BE is not None:
-                scores_BE = scores_BE + noise_BE * F.softplus(self.noise_scale(floats_BCHW))
-        return scores_BE
+            scores_BM: Tensor = self.scores(floats_BCHW)
+            if noise_BM is not None:
+                scores_BM = scores_BM + noise_BM * F.softplus(self.noise_scale(floats_BCHW))
+        return scores_BM
 
 
 class ResNet10(nn.Module):

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
-from hubrl.aggregation import Part, Standardised, build_aggregator
+from hubrl.aggregation import Contribution, Standardised, build_aggregator
 from hubrl.encoders import Casts, Encoder, build_encoder
 from hubrl.generators import GENERATORS, GeneratorClass
 from hubrl.losses import pathway_exploration_loss
@@ -97,10 +97,6 @@ class EncoderList(nn.Module):
             name: self._shared[name].encoder.spec.sha256 if name in self._shared else None
             for name in self._names
         }
-
-    def is_frozen(self, index: int) -> bool:
-        """Whether no weight of the encoder learns at present."""
-        return self[index].is_frozen
 
     def _hold(self, encoder: Encoder) -> None:
         """Keep one that isn't shared."""
@@ -306,12 +302,15 @@ class HubPathway(nn.Module):
         if dispatch:
             rows = rows_of_encoders(activated_BK, len(self.encoders))
         else:
-            all_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
+            # len would fix B for a traced graph.
+            all_B = torch.arange(images_BCHW.shape[0], device=images_BCHW.device)
             rows = [all_B] * len(self.encoders)
-        parts = (
-            Part(i, rows_R, encode(i, rows_R)) for i, rows_R in enumerate(rows) if len(rows_R) > 0
+        contributions = (
+            Contribution(i, rows_R, encode(i, rows_R))
+            for i, rows_R in enumerate(rows)
+            if not dispatch or len(rows_R) > 0
         )
-        features_BO: Tensor = self.aggregator(parts, weights_BE, casts)
+        features_BO: Tensor = self.aggregator(contributions, weights_BE, casts)
         return features_BO
 
     def encode(
@@ -362,7 +361,7 @@ class HubPathway(nn.Module):
             )
 
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
-        shape = (images_BCHW.shape[0], len(self.encoders))  # len would fix B for a traced graph
+        shape = (images_BCHW.shape[0], len(self.encoders))  # not len, as in aggregate
         zero_BE = torch.zeros(shape, device=images_BCHW.device)
         if len(self._choices_M) == 1:  # nothing to choose
             return zero_BE.index_fill(1, self._choices_M, 1.0)
@@ -405,10 +404,9 @@ def encoder_changes(pathway: HubPathway) -> list[EncoderChange]:
     :raises ValueError: if a weight file is missing or another one by now
     """
     changes = []
-    for i, encoder in enumerate(pathway.encoders):
-        is_frozen = pathway.encoders.is_frozen(i)
+    for encoder in pathway.encoders:
         if not pathway.pretrained or encoder.spec.weights is None:
-            changes.append(EncoderChange(encoder.spec.name, is_frozen, False, None))
+            changes.append(EncoderChange(encoder.spec.name, encoder.is_frozen, False, None))
             continue
         old = build_encoder(pathway.hub, encoder.spec).trunk.state_dict()
         pairs = [(new.cpu(), old[key]) for key, new in encoder.trunk.state_dict().items()]
@@ -416,7 +414,7 @@ def encoder_changes(pathway: HubPathway) -> list[EncoderChange]:
         moved = sum(float((new.double() - before.double()).square().sum()) for new, before in pairs)
         length = sum(float(before.double().square().sum()) for _, before in pairs)
         distance = (moved / length) ** 0.5
-        changes.append(EncoderChange(encoder.spec.name, is_frozen, is_same, distance))
+        changes.append(EncoderChange(encoder.spec.name, encoder.is_frozen, is_same, distance))
     return changes
 
 

@@ -45,7 +45,7 @@ from agents.runs import (  # noqa: E402
 )
 from envs.atari import AtariVecEnv, rom_name  # noqa: E402
 from hubrl import train  # noqa: E402
-from hubrl.pretraining.figures import draw_losses, draw_returns  # noqa: E402
+from hubrl.pretraining.figures import COUNTS, draw_losses, draw_returns  # noqa: E402
 
 OBJECTIVES = (*PRETEXTS, "ppo")
 STATE_FILE = "state.safetensors"
@@ -251,7 +251,9 @@ class Log:
         self._line = self._save = time.monotonic()
         self._n_updates = 0
         self._sums: dict[str, float] = {}
-        self.means: dict[str, float] = {}
+        # A run that was killed when all was learned but the card has nothing to add.
+        last = self._table.last_row.items()
+        self.means = {name: float(cell) for name, cell in last if name not in COUNTS}
 
     def add(self, losses: dict[str, float]) -> None:
         """Count the losses of one update in."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.flop_counter import FlopCounterMode
 
-from hubrl.aggregation import Part
+from hubrl.aggregation import Contribution
 from hubrl.pathway import HubPathway
 from hubrl.specs import HubSpec
 from vision_tasks.costed import ENSEMBLE, PATHWAY, SINGLE, Setup, build_model
@@ -110,6 +110,6 @@ def _pathway_flops(pathway: HubPathway, predictor_flops: list[int], setup: Setup
 
 def _block_flops(pathway: HubPathway, i: int, setup: Setup) -> int:
     with torch.device("meta"):
-        part = Part(i, torch.zeros(1, dtype=torch.int64), torch.zeros(1, setup.n_outputs))
+        part = Contribution(i, torch.zeros(1, dtype=torch.int64), torch.zeros(1, setup.n_outputs))
         weights_BE = torch.zeros(1, len(pathway.encoders))
         return count_flops(lambda: pathway.aggregator([part], weights_BE))

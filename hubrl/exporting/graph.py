@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor, nn
 
-from hubrl.aggregation import Part
 from hubrl.exporting.outputs import check_policy, outputs
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.pathway import HubPathway
@@ -42,13 +41,10 @@ class DenseHub(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Features (B, O), free of noise."""
-        pathway = self.pathway
-        probabilities_BE = pathway._probabilities(images_BCHW, None)
-        weights_BE = pathway._weights(probabilities_BE, pathway._top(probabilities_BE))
-        rows_B = torch.arange(images_BCHW.shape[0], device=images_BCHW.device)
-        parts = (Part(i, rows_B, encode(images_BCHW)) for i, encode in enumerate(self.encoders))
-        features_BO: Tensor = pathway.aggregator(parts, weights_BE)
-        return features_BO
+        found = self.pathway.route(
+            images_BCHW, None, dispatch=False, encode=lambda i, _: self.encoders[i](images_BCHW)
+        )
+        return found.features
 
 
 class ActingGraph(nn.Module):

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agents.config import load_config
+from agents.config import HubSection, load_config
 from agents.runs import checkpoint_dir
 from agents.study_config import Run
 from hubrl.files import reason
@@ -185,8 +185,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
         if (job.folder / CONFIG_FILE).exists():
             shutil.rmtree(job.folder)
         options = ["--config", str(job.config), "--run-dir", str(job.folder)]
-        hub = load_config(job.config).hub.name
-        facts = {"commit": commit(), "weights": weights(hub)}
+        facts = {"commit": commit(), "weights": weights(load_config(job.config).hub)}
         new = job.facts.with_suffix(".new")
         new.write_text(json.dumps(facts) + "\n")
         new.replace(job.facts)
@@ -207,11 +206,12 @@ def can_resume(folder: Path) -> bool:
     return has_state(checkpoint_dir(folder, "last"))
 
 
-def weights(hub: str) -> str:
+def weights(hub: HubSection) -> str:
     """What identifies the weights of a hub: they may be replaced under the same name."""
-    if hub == "none":
+    if hub.name == "none":
         return ""
-    hashes = [encoder.sha256 or "" for encoder in load_hub(hub).encoders]
+    cards = load_hub(hub.name, weights=not hub.random_init)
+    hashes = [encoder.sha256 or "" for encoder in cards.encoders]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
 
 

@@ -265,3 +265,15 @@ def test_the_end_of_a_run_tells_what_became_of_the_encoders(
     assert model.num_timesteps >= 100
     learn(tmp_path / "random", [EncodersCallback()], hub__random_init=True, **values)
     assert capsys.readouterr().out.count("began with random weights") == 5
+
+
+def test_the_end_of_a_run_tells_of_the_encoders_of_each_network(
+    hub5: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config("sac", {"hub.name": str(hub5)})
+    model = build_model(config, small_env(algorithm="sac"))
+    model.learn(0, callback=EncodersCallback())
+    lines = [line for line in capsys.readouterr().out.splitlines() if "encoder" in line]
+    assert [line.split()[2] for line in lines] == [
+        f"{network}/{name}" for network in ("actor", "critic") for name in "abcde"
+    ]

@@ -8,7 +8,13 @@ import torch
 from small_runs import small_config, small_env
 
 from agents.algorithms import build_model
-from agents.evaluation import bootstrap_interval, evaluate
+from agents.evaluation import (
+    Episodes,
+    bootstrap_interval,
+    evaluate,
+    returns_report,
+    returns_text,
+)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
@@ -65,3 +71,12 @@ def test_bootstrap_interval() -> None:
     assert mean == pytest.approx(np.mean(values))
     assert (low, high) == pytest.approx((mean - half, mean + half), abs=0.02)
     assert bootstrap_interval(values) == (mean, low, high)
+
+
+def test_one_game_has_no_interval() -> None:
+    report = returns_report(Episodes([7.0], [40]))
+    assert report == {"mean_return": 7.0, "interval_95": None, "returns": [7.0], "lengths": [40]}
+    assert returns_text(report) == "1 game: return 7.00 (give more --episodes for an interval)"
+    report = returns_report(Episodes([3.0, 3.0], [40, 41]))
+    assert report["interval_95"] == [3.0, 3.0]
+    assert returns_text(report) == "2 games: mean return 3.00 (95% interval 3.00 to 3.00)"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hubrl.aggregation import Part, Standardised
+from hubrl.aggregation import Contribution, Standardised
 
 # Shape letters: R rows, D features of one encoder.
 
@@ -22,7 +22,7 @@ class Raw(nn.Module):
 
 
 def standardised(module: Standardised, features_RD: Tensor, i: int = 0) -> Tensor:
-    part = Part(i, torch.arange(len(features_RD)), features_RD)
+    part = Contribution(i, torch.arange(len(features_RD)), features_RD)
     return module([part], torch.ones(len(features_RD), 2))
 
 

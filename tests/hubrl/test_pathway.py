@@ -247,7 +247,7 @@ def test_first_layers_that_stay_as_they_are(hub: Path) -> None:
             assert not other.requires_grad
         else:
             torch.testing.assert_close(other.grad, one.grad)
-    assert not any(later.encoders.is_frozen(i) for i in range(5))
+    assert not any(encoder.is_frozen for encoder in later.encoders)
 
 
 @pytest.mark.parametrize("freeze_layers", [3, -1])

@@ -31,7 +31,7 @@ from hubrl.pretraining.frames import Places
 from hubrl.pretraining.member import Member
 from hubrl.pretraining.pretext import PRETEXTS
 from hubrl.pretraining.trainer import Budget, Trainer
-from hubrl.run_folder import held
+from hubrl.run_folder import held, read_rows
 from hubrl.specs import save_hub
 
 GAMES = ("ALE/Pong-v5", "ALE/Qbert-v5")
@@ -180,6 +180,23 @@ def test_an_unfinished_run_goes_on(tmp_path, monkeypatch):
     run(*arguments)
     assert seen == [0, 1, 2, 2, 3]
     assert load_hub(tmp_path / "hub").encoders[0].pretraining["updates"] == 4
+
+
+def test_the_card_has_the_losses_of_a_run_that_was_killed_at_its_end(tmp_path, monkeypatch):
+    arguments = ("--env", GAMES[0], "--objective", "inverse", "--out", str(tmp_path / "hub"))
+    arguments = (*arguments, "-n", "224")
+
+    def kill(*_):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain, "_add_self_supervised", kill)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(*arguments)
+    run(*arguments)
+    losses = load_hub(tmp_path / "hub").encoders[0].pretraining["losses"]
+    (row,) = read_rows(tmp_path / "hub" / ".pretrain" / "pong" / "losses.csv")[-1:]
+    assert losses == {"inverse": float(row["inverse"]), "accuracy": float(row["accuracy"])}
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_runs import small_study, write_small_config
+from small_runs import small_config, small_study, write_small_config
 
 from agents.study_config import Run
 from hubrl import cli, study
@@ -309,6 +309,16 @@ def test_a_run_that_cannot_be_started_does_not_stop_the_others(
     error = capsys.readouterr().err
     assert f"FAILED a, {GAME}, seed 0: exit code 1, " in error
     assert "it could not be started: [Errno 21] Is a directory" in error
+
+
+def test_random_encoders_need_no_fetched_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUBRL_CACHE", str(tmp_path / "empty"))
+    hub = small_config(overrides={"hub.name": "packaged5", "hub.random_init": True}).hub
+    assert len(engines.weights(hub)) == 12
+    with pytest.raises(ValueError, match="hub 'packaged5' is not on this machine"):
+        engines.weights(hub.model_copy(update={"random_init": False}))
 
 
 def test_a_damaged_checkpoint_concerns_its_run_alone(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.aggregation import Part
+from hubrl.aggregation import Contribution
 from hubrl.pathway import EncoderList
 from hubrl.precision import resolve_precision
 from hubrl.specs import HubSpec
@@ -61,11 +61,11 @@ class Attention(Method):
         """Outputs (B, O)."""
         features = self._features(images_BCHW)
         rows_B = torch.arange(len(images_BCHW), device=images_BCHW.device)
-        parts = [
-            Part(i, rows_B, head(features_BD))
+        contributions = [
+            Contribution(i, rows_B, head(features_BD))
             for i, (head, features_BD) in enumerate(zip(self.heads, features, strict=True))
         ]
-        outputs_BO: Tensor = self.aggregator(parts, self.weights(features))
+        outputs_BO: Tensor = self.aggregator(contributions, self.weights(features))
         return outputs_BO
 
     def weights(self, features: list[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hubrl.aggregation import Part
+from hubrl.aggregation import Contribution
 from hubrl.generators import RunningMean
 from hubrl.losses import pathway_exploration_loss
 from hubrl.pathway import HubPathway, PathwayOutput
@@ -117,22 +117,22 @@ class HubPathwayModel(nn.Module):
         heads = {spec.name: build_head(spec, task, settings.seed) for spec in hub.encoders}
         self.heads = nn.ModuleDict(heads)
 
-    def route(self, images_BCHW: Tensor) -> tuple[PathwayOutput, list[Part]]:
+    def route(self, images_BCHW: Tensor) -> tuple[PathwayOutput, list[Contribution]]:
         """
-        Route the images; ``features`` are the outputs (B, O), and the parts have those of each
-        activated encoder's head, (R, O).
+        Route the images; ``features`` are the outputs (B, O), and the contributions have those of
+        each activated encoder's head, (R, O).
         """
-        parts: list[Part] = []
+        contributions: list[Contribution] = []
         heads = list(self.heads.values())
 
         def encode(i: int, rows_R: Tensor) -> Tensor:
             some = [self.pathway.encode(i, images_BCHW, rows) for rows in self._pieces(rows_R, n)]
             outputs_RO: Tensor = heads[i](torch.cat(some).float())
-            parts.append(Part(i, rows_R, outputs_RO))
+            contributions.append(Contribution(i, rows_R, outputs_RO))
             return outputs_RO
 
         n = len(images_BCHW)
-        return self.pathway(images_BCHW, encode=encode), parts
+        return self.pathway(images_BCHW, encode=encode), contributions
 
     def _pieces(self, rows_R: Tensor, n_images: int) -> Sequence[Tensor]:
         """

@@ -100,7 +100,7 @@ def test_what_learns_moves_and_nothing_else(name: str, hub: Path, tmp_path: Path
     assert n_phases == len(method.phases)
     for encoders in (module for module in method.modules() if isinstance(module, EncoderList)):
         for i, spec in enumerate(method.hub.encoders):
-            if encoders.is_frozen(i):
+            if encoders[i].is_frozen:
                 fresh = build_encoder(method.hub, spec).state_dict()
                 state = encoders[i].state_dict()
                 assert all(torch.equal(state[key], fresh[key]) for key in fresh)
