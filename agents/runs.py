@@ -17,7 +17,7 @@ from stable_baselines3.common.logger import (
 from torch.utils.tensorboard import SummaryWriter
 
 from agents.config import LATER_KEYS, RunConfig, dump_config, parse_config
-from hubrl.run_folder import CONFIG_FILE, CsvTable, create_folder
+from hubrl.run_folder import CsvTable, config_file, create_folder
 from hubrl.sections import read_mapping, with_later_keys
 from hubrl.specs import load_hub
 from hubrl.state_folder import has_state
@@ -57,9 +57,7 @@ def open_run(folder: Path) -> RunConfig:
 
     :raises ValueError: if the folder is not that of a run
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
-    return parse_config(with_later_keys(read_mapping(folder / CONFIG_FILE), LATER_KEYS))
+    return parse_config(with_later_keys(read_mapping(config_file(folder)), LATER_KEYS))
 
 
 def checkpoint_dir(folder: Path, name: str) -> Path:

@@ -136,14 +136,16 @@ class Standardised(nn.Module):
     one from another. A step of Adam has one size for all weights, so a linear layer over small
     features learns slowly, and one over a large constant part learns that first.
 
-    From an encoder's features their running mean is subtracted, but for a part that is as long as
-    ``SHARED`` deviations: from what all observations share a policy is learned that hardly depends
-    on them, such as always going one way, where a bias alone would take long. The rest is divided
+    Each encoder's running mean is subtracted, except a part as long as ``SHARED`` deviations. That
+    part, the same for all observations, stays because a policy that hardly depends on them, such
+    as always going one way, is learned from it faster than from a bias alone. The rest is divided
     by one running deviation for the whole vector, the root of a running median of mean squares, and
-    multiplied by ``SCALE``. Mean and deviation run over rows that were trained on, and come into
-    use when training mode is left: an update goes on with the policy of its rollout. Rows that are
-    further than ``LIMIT`` deviations away, as the first of a game, whose frames before are black,
-    are brought back to that distance and count in neither, unless most of a batch are.
+    multiplied by ``SCALE``.
+
+    Mean and deviation run over rows that were trained on, and come into use when training mode is
+    left: an update goes on with the policy of its rollout. Rows that are further than ``LIMIT``
+    deviations away, as the first of a game, whose frames before are black, are brought back to that
+    distance and count in neither, unless most of a batch are.
 
     :param aggregator: as ``Concat`` and ``Sum``
     :param features_dims: the encoders' features_dim

@@ -62,11 +62,21 @@ def failures(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Inside, no other process is inside with this run; that one is, is the user's mistake."""
+    """Hold the run's lock for the block; that another process has it is the user's mistake."""
     with contextlib.ExitStack() as stack:
         with user_errors():
             stack.enter_context(held(folder))
         yield
+
+
+def refuse_beside_resume(given: Iterable[str]) -> None:
+    """
+    :param given: names of the other options that the user gave
+    :raises ValueError: if there are any
+    """
+    for name in given:
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} and --resume: a resumed run keeps its {CONFIG_FILE}")
 
 
 def check_output(option: str, file: Path | None) -> None:

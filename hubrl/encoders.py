@@ -185,14 +185,14 @@ class Casts:
         return Casts()
 
     def weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight of a layer."""
+        """A layer's weight in ``dtype``, cast once, and anew after a change in place; no gradient."""
         key = (id(weight), dtype, weight._version)
         if key not in self._weights:
             self._weights[key] = weight.detach().to(dtype)
         return self._weights[key]
 
     def encoder(self, i: int, encoder: Encoder, dtype: torch.dtype) -> Encoder:
-        """Encoder i."""
+        """A frozen copy of encoder i in ``dtype``, made anew after a change in place."""
         key = (i, dtype, *(weight._version for weight in encoder.weights))
         if key not in self._encoders:
             self._encoders[key] = encoder.cast(dtype)
@@ -366,7 +366,7 @@ def at_image_size(hub: HubSpec, px: int) -> HubSpec:
 
 def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
     """
-    Whether the encoder can take images of this shape, (C, H, W).
+    Refuse images (C, H, W) that the encoder can't take.
 
     :raises ValueError: if the shape has not three dimensions or its channels come last, the image
         is less than half as high or wide as the encoder wants, or the channels cannot be adapted
@@ -438,7 +438,7 @@ def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
 
 
 def _check_numbers(spec: EncoderSpec) -> None:
-    """Whether it fits in memory, before it takes any."""
+    """Refuse one that is too large for the memory, before it takes any."""
     try:
         with torch.device("meta"):
             trunk = find_architecture(spec).build(spec)

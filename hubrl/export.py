@@ -16,6 +16,7 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from hubrl import cli
+from hubrl.files import is_taken
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CsvTable, note_command
 from hubrl.specs import load_hub
@@ -188,7 +189,7 @@ def _export_distilled(
     with cli.user_errors():
         _check_teacher(config)
         import_matplotlib()
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_taken(folder):
             raise ValueError(f"--out {folder} exists; give another, or remove it")
         teacher = _agent(config, saved)
         check_policy(teacher.policy)

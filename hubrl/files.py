@@ -29,6 +29,11 @@ def reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether there is something that a new folder of this name would mix with."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def file_sha256(path: Path) -> str:
     """The file's sha256, 64 hex digits."""
     with path.open("rb") as file:
@@ -52,7 +57,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def checked(data: Any, cls: type[Data], file: Path) -> Data:
     """
-    What a file must hold, without all else in it.
+    The data's keys that ``cls`` has, their types checked; others are left out.
 
     :param data: of a JSON file that may be a stranger's
     :param cls: a TypedDict, of ``typing_extensions`` where Python is older than 3.12
@@ -103,7 +108,7 @@ def write_tensors(
 @contextlib.contextmanager
 def locked(file: Path) -> Iterator[None]:
     """
-    Inside, no other process or thread is inside with the same file; the others wait.
+    Hold the file's lock for the block; other processes and threads wait for it.
 
     :param file: made if it isn't there; it stays, for a removed one would lock nobody out
     """

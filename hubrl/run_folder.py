@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hubrl.files import DamagedFileError
+from hubrl.files import DamagedFileError, is_taken
 
 CONFIG_FILE = "config.yaml"
 COMMAND_FILE = "command.txt"
@@ -27,8 +27,19 @@ def check_new_run(folder: Path) -> None:
     """
     :raises ValueError: if the folder has files already
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ValueError(f"run-dir {folder} exists; give another, or continue it by --resume")
+
+
+def config_file(folder: Path) -> Path:
+    """
+    The ``config.yaml`` of a run.
+
+    :raises ValueError: if the folder is not that of a run
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
+    return folder / CONFIG_FILE
 
 
 def create_folder(folder: Path, config: str) -> None:
@@ -49,9 +60,9 @@ def create_folder(folder: Path, config: str) -> None:
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """
-    Inside, no other process is inside with this run.
+    Hold the run's lock for the block.
 
-    :raises ValueError: if one is
+    :raises ValueError: if another process has it
     """
     with (folder / LOCK_FILE).open("a") as lock:
         try:
@@ -64,7 +75,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a process is inside ``held``; a folder without a lock is left as it is."""
+    """Whether a process holds the run's lock; a folder without one is left as it is."""
     if not (folder / LOCK_FILE).exists():
         return False
     try:

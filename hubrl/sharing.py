@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from hubrl.encoders import read_weights
-from hubrl.files import reason
+from hubrl.files import is_taken, reason
 from hubrl.hub_folder import check_writable
 from hubrl.sources import INSTALL_SHARE, download
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, closest, list_hubs, load_hub, save_hub
@@ -108,7 +108,7 @@ def _check_weights_name(spec: EncoderSpec) -> None:
 
 
 def _check_new(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise ValueError(f"{folder} exists and is not empty; give a new folder")
 
 

@@ -254,7 +254,7 @@ def lasting_name(hub: str) -> str:
     What finds the same hub from any folder: its name, or its absolute path.
 
     :param hub: as of ``load_hub``
-    :raises ValueError: if there is no such hub
+    :raises ValueError: if it is a path without a hub; names are not looked up further
     """
     if hub.startswith(TIMM_PREFIX) or hub.partition(":")[0] in list_hubs():
         return hub
@@ -270,7 +270,8 @@ def load_hub(hub: str | Path | HubSpec, *, weights: bool = True) -> HubSpec:
     :param hub: a name of ``list_hubs()``, ``NAME:ENCODER`` for one encoder of it, a folder with a
         ``hub.yaml``, a YAML file, or ``timm:NAME,NAME`` for models of timm; a ``HubSpec`` is
         returned as it is
-    :param weights: False: of a hub that must be fetched and isn't, the cards without weights
+    :param weights: False: of a hub that must be fetched and isn't, the cards without weights;
+        models of timm must be fetched in any case
     :raises ValueError: if there is no such hub or encoder, a card is wrong, or the hub must be
         fetched first
     """

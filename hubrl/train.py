@@ -92,15 +92,7 @@ KEYS = {
     "save_freq": "train.save_freq",
     "device": "train.device",
 }
-HUB_OPTIONS = (
-    "top_k",
-    "always_active",
-    "exploration_coef",
-    "aggregation",
-    "freeze",
-    "freeze_layers",
-    "random_init",
-)
+HUB_OPTIONS = [name for name, key in KEYS.items() if key.startswith("hub.") and name != "hub"]
 #: The place of a fault's record in a run folder.
 FAULT_FILE = "environment-fault.json"
 #: Of glibc's ``mallopt``: how many heaps there may be.
@@ -179,9 +171,7 @@ def _start(config: RunConfig, run_dir: Path | None) -> int:
 
 def _resume(folder: Path, given: dict[str, Any]) -> int:
     with cli.user_errors():
-        if given:
-            option = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
+        cli.refuse_beside_resume(given)
     return _continue(folder)
 
 

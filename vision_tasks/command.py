@@ -128,9 +128,7 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
     """The configuration and the folder of a run that begins or goes on."""
     resume = given.pop("resume", None)
     if resume not in (None, cli.AUTO):
-        if given:
-            option = next(iter(given)).replace("_", "-")
-            raise ValueError(f"--{option} and --resume: a resumed run keeps its config.yaml")
+        cli.refuse_beside_resume(given)
         config = open_run(resume)
         _check_task(config, task, resume)
         return config, resume

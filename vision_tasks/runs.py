@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from hubrl.files import read_json
-from hubrl.run_folder import CONFIG_FILE
+from hubrl.run_folder import config_file
 from hubrl.specs import HubSpec
 from hubrl.state_folder import load_parts
 from vision_tasks import distributed
@@ -39,9 +39,7 @@ def open_run(folder: Path) -> VisionConfig:
 
     :raises ValueError: if the folder is not that of a run
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise ValueError(f"{folder} is not the folder of a run: it has no {CONFIG_FILE}")
-    return load_run_config(folder / CONFIG_FILE)
+    return load_run_config(config_file(folder))
 
 
 def load_run(folder: Path) -> LoadedRun:
