@@ -185,7 +185,7 @@ class Casts:
         return Casts()
 
     def weight(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """A layer's weight in ``dtype``, cast once, and anew after a change in place; no gradient."""
+        """A layer's weight in ``dtype``, without a gradient; cast anew after a change in place."""
         key = (id(weight), dtype, weight._version)
         if key not in self._weights:
             self._weights[key] = weight.detach().to(dtype)
