@@ -171,6 +171,9 @@ def _place(cls: type[Section], loc: Sequence[str]) -> tuple[list[str], type[Sect
     i = 0
     while i + 1 < len(loc):
         field = owner.model_fields.get(loc[i])
+        if field and get_origin(field.annotation) is dict:  # of sections, by name
+            i += 1
+            path.append(loc[i])
         choices = [c for c in _classes(field.annotation if field else None)]
         if len(choices) > 1:
             i += 1

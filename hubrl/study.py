@@ -25,7 +25,7 @@ from agents.algorithms import build_model, resolve  # noqa: E402
 from agents.checkpoints import Progress  # noqa: E402
 from agents.config import LATER_KEYS, RunConfig, dump_config  # noqa: E402
 from agents.runs import checkpoint_dir  # noqa: E402
-from agents.study_config import Run, StudyConfig, load_study  # noqa: E402
+from hubrl.studies.config import Run, StudyConfig, load_study  # noqa: E402
 from hubrl.studies.engines import (  # noqa: E402
     Job,
     can_resume,

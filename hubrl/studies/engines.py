@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from agents.config import HubSection, load_config
 from agents.runs import checkpoint_dir
-from agents.study_config import Run
 from hubrl.files import reason
 from hubrl.origin import REPOSITORY, commit
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import has_state
+from hubrl.studies.config import Run
 
 NICENESS = 10
 POLL_SECONDS = 0.2

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agents.study_config import StudyConfig
 from hubrl.plots import COLOURS, DPI, draw_legend
 from hubrl.studies import statistics
+from hubrl.studies.config import StudyConfig
 from hubrl.studies.results import ALL, Axis, Row, Table, in_units
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from agents.study_config import StudyConfig
 from hubrl.files import read_json
 from hubrl.origin import command_line, commit
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.sections import read_mapping
+from hubrl.studies.config import StudyConfig
 from hubrl.studies.engines import Job
 from hubrl.studies.figures import FIGURES
 from hubrl.studies.results import ALL, AXES, CURVES_FILE, SUMMARY_FILE, Results, Row, Table

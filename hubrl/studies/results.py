@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from agents.runs import EPISODES_FILE, PROGRESS_FILE, SECONDS
-from agents.study_config import Run, StudyConfig
 from hubrl.run_folder import cell_number, read_rows
 from hubrl.studies import statistics
+from hubrl.studies.config import Run, StudyConfig
 from hubrl.studies.statistics import Estimate, Floats, Strata
 
 Axis = Literal["steps", "seconds"]

@@ -28,8 +28,8 @@ from small_runs import small_config, small_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import agents.config
-import agents.study_config
 import agents.zips
+import hubrl.studies.config
 import vision_tasks.config
 from agents.checkpoints import Checkpoint
 from agents.runs import default_run_dir
@@ -85,7 +85,7 @@ def check_study(data: bytes) -> bool:
     """A study, and the configurations of its first runs."""
 
     def read(file: Path) -> None:
-        study = agents.study_config.load_study(file)
+        study = hubrl.studies.config.load_study(file)
         for run in study.runs()[:3]:
             study.run_config(run)
 

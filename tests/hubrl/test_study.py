@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from small_runs import small_config, small_study, write_small_config
 
-from agents.study_config import Run
 from hubrl import cli, study
 from hubrl.studies import engines
+from hubrl.studies.config import Run
 
 GAME = "hubrl/TinyImage-v0"
 FAKE_TRAINING = """#!{python} -S

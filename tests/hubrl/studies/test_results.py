@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from small_runs import small_study, write_complete_run
 
-from agents.study_config import Run, StudyConfig, load_study
 from hubrl.studies import figures, results
+from hubrl.studies.config import Run, StudyConfig, load_study
 from hubrl.studies.engines import Job
 from hubrl.studies.report import read_source, write_report
 from hubrl.studies.results import ALL, Games, Table, measure

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from small_runs import small_study
 
-from agents.study_config import Run, load_study
 from hubrl.specs import load_hub
+from hubrl.studies.config import Run, load_study
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "studies").glob("*.yaml"))
+SHIPPED = sorted((Path(__file__).parents[3] / "configs" / "studies").glob("*.yaml"))
 
 
 def test_the_table_of_runs(tmp_path: Path) -> None:
@@ -75,11 +75,14 @@ METRIC = {"n_points": 4, "window": 0.5, "jump_start": 0.5, "thresholds": [1.0], 
         ({"gamse": []}, r"unknown key gamse \(closest: 'games'\), keys: config, n_timesteps"),
         (of_none(sedes=[1]), r"unknown key variants.none.sedes \(closest: 'seeds'\), keys: over"),
         ({"metric": METRIC | {"windo": 1}}, r"unknown key metric.windo \(closest: 'window'\)"),
-        ({"metric": {}}, "key metric.n_points is missing: a study is complete"),
-        ({"metric": METRIC | {"window": 1.5}}, "metric.window is 1.5, allowed: less than or eq"),
-        ({"n_timesteps": 0}, "n_timesteps is 0, allowed: greater than or equal to 1"),
+        ({"metric": {}}, "key metric.n_points is missing: a configuration is complete"),
+        (
+            {"metric": METRIC | {"window": 1.5}},
+            "metric.window is 1.5, allowed: a number above 0 and at most 1",
+        ),
+        ({"n_timesteps": 0}, "n_timesteps is 0, allowed: a whole number at least 1"),
         ({"games": []}, r"games is \[\], allowed: .* at least 1 item"),
-        ({"seeds": [-1]}, "seeds.0 is -1, allowed: greater than or equal to 0"),
+        ({"seeds": [-1]}, "seeds is -1, allowed: greater than or equal to 0"),
         ({"seeds": [1, 2, 1]}, "seeds names 1 twice"),
         ({"games": ["a", "a"]}, "games names a twice"),
         (of_none(seeds=[4, 4]), "variants.none.seeds names 4 twice"),
@@ -98,7 +101,10 @@ METRIC = {"n_points": 4, "window": 0.5, "jump_start": 0.5, "thresholds": [1.0], 
         ({"metric": METRIC | {"thresholds": [0.5, 0.5]}}, r"metric.thresholds is .*ascend"),
         ({"control": "nonee"}, r"control names 'nonee' \(closest: 'none'\), allowed: none, fast"),
         ({"metric": METRIC | {"floors": {"Pong": 1}}}, "metric.floors names 'Pong'"),
-        ({"variants": {"a/b": {}}}, "variant 'a/b': a name has letters, digits and any of"),
+        (
+            {"variants": {"none": {}, "a/b": {}}},
+            "variant 'a/b': a name has letters, digits and any of",
+        ),
         (
             of_none(overrides={"train.seed": 3}),
             "variants.none.overrides sets train.seed, but seeds of the study does that",

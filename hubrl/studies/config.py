@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
@@ -10,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from agents.config import RunConfig, load_config
-from hubrl.sections import Count, Integer, Section, read_mapping
+from hubrl.sections import Count, Integer, Section, parse, read_mapping
 from hubrl.specs import closest, list_hubs
 
 #: What a study sets itself: key of a run -> key of the study.
@@ -94,10 +95,7 @@ class StudyConfig(Section):
     seeds: Seeds
     control: str
     overrides: dict[str, Any]
-    variants: Annotated[
-        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.+=-]*$")], VariantSection],
-        Field(min_length=1),
-    ]
+    variants: Annotated[dict[str, VariantSection], Field(min_length=1)]
     metric: MetricSection
 
     @pydantic.model_validator(mode="after")
@@ -121,6 +119,7 @@ class StudyConfig(Section):
                 raise ValueError(f"{other} and {run} would share a folder: rename one of them")
         _check_overrides("overrides", self.overrides)
         for name, variant in self.variants.items():
+            _check_name(name)
             _check_overrides(f"variants.{name}.overrides", variant.overrides)
         return self
 
@@ -165,9 +164,9 @@ def load_study(file: Path) -> StudyConfig:
     """
     data = read_mapping(file)
     try:
-        study = StudyConfig.model_validate(data)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{file}: {_explain(error)}") from None
+        study = parse(StudyConfig, data)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     config = file.parent / study.config
     if not config.is_file():
         raise ValueError(f"{file}: config is {str(study.config)!r}, but there is no file {config}")
@@ -193,8 +192,14 @@ def _unknown(where: str, name: str, allowed: Sequence[str]) -> str:
     return f"{where} names {name!r}{closest(name, allowed)}, allowed: {', '.join(allowed)}"
 
 
+def _check_name(variant: str) -> None:
+    """It names a folder and a line of the figures."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+=-]*", variant):
+        raise ValueError(f"variant {variant!r}: a name has letters, digits and any of _ . + = -")
+
+
 def _check_overrides(where: str, overrides: Mapping[str, Any]) -> None:
-    """Whether each is SECTION.KEY of a run; of the algorithm's keys only the run's own know."""
+    """Each must be SECTION.KEY of a run; of the algorithm's keys only the run's own know."""
     sections = RunConfig.model_fields
     for path in overrides:
         section, dot, key = path.partition(".")
@@ -208,28 +213,3 @@ def _check_overrides(where: str, overrides: Mapping[str, Any]) -> None:
             )
         if "." in key:
             raise ValueError(f"{where} has the key {path!r}, allowed: SECTION.KEY with one dot")
-
-
-def _explain(error: pydantic.ValidationError) -> str:
-    """The first error in one line; unknown keys first, for they explain missing ones."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    loc = [str(part) for part in first["loc"]]
-    path = ".".join(loc)
-    if not loc:
-        return first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        keys = list(_owner(loc).model_fields)
-        return f"unknown key {path}{closest(loc[-1], keys)}, keys: {', '.join(keys)}"
-    if first["type"] == "missing":
-        return f"key {path} is missing: a study is complete"
-    if loc[-1] == "[key]":
-        return f"variant {loc[-2]!r}: a name has letters, digits and any of _ . + = -"
-    allowed = first["msg"].removeprefix("Input should be ").removeprefix("a valid ")
-    return f"{path} is {first['input']!r}, allowed: {allowed}"
-
-
-def _owner(loc: Sequence[str]) -> type[Section]:
-    """The section that the last key of a path belongs to."""
-    if len(loc) == 1:
-        return StudyConfig
-    return MetricSection if loc[0] == "metric" else VariantSection
