@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -23,6 +24,12 @@ def command_line(*words: str) -> str:
     if context is not None and context.parent is not None:
         arguments = arguments[1:]  # the subcommand's name
     return shlex.join([*words, *arguments])
+
+
+def same_code() -> dict[str, str]:
+    """Environment in which a process imports the code that this one runs, from any folder."""
+    path = [str(REPOSITORY), os.environ.get("PYTHONPATH")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def commit() -> str:

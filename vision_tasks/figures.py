@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hubrl.plots import COLOURS, DPI, draw_legend
+from hubrl.plots import COLOURS, draw_legend, new_figure, save_figure
 from vision_tasks.metrics import Interval, mean_over_seeds
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def draw_scores(rows: Sequence[Row], file: Path) -> None:
         panel.grid(axis="x", alpha=0.3)
     note = "in brackets: seeds; bars: 95 % intervals over them"
     figure.supxlabel(note, x=0.01, ha="left", fontsize=7)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_curves(
@@ -70,7 +70,7 @@ def draw_curves(
         panel.set(xlabel="steps", ylabel="validation score", title=data)
         panel.grid(alpha=0.3)
     draw_legend(figure, panels, handlelength=4, fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_exploration(scores: Mapping[str, Mapping[float, Sequence[float]]], file: Path) -> None:
@@ -88,7 +88,7 @@ def draw_exploration(scores: Mapping[str, Mapping[float, Sequence[float]]], file
         panel.errorbar(coefs, means, yerr=bars, fmt="o-", color=COLOURS[0], capsize=3)
         panel.set(xlabel="exploration coefficient", ylabel="test score", title=data)
         panel.grid(alpha=0.3)
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_routing(
@@ -107,7 +107,7 @@ def draw_routing(
     :param examples: an image (H, W, 3) of each class
     """
     n = min(len(classes), MAX_CLASSES)
-    figure = _figure(3.0 + 0.9 * len(encoders), 1.5 + 0.32 * n)
+    figure = new_figure(3.0 + 0.9 * len(encoders), 1.5 + 0.32 * n, layout=None)
     panel = figure.add_axes((0.42, 0.12, 0.5, 0.83))
     image = panel.imshow(usage_CE[:n], aspect="auto", cmap="viridis", vmin=0, vmax=1)
     panel.set_xticks(range(len(encoders)), encoders, rotation=30, ha="right", fontsize=8)
@@ -119,7 +119,7 @@ def draw_routing(
         small = panel.inset_axes((-0.075, 1 - (i + 0.95) / n, 0.06, 0.9 / n))
         small.imshow(examples[i])
         small.axis("off")
-    figure.savefig(file, dpi=DPI, metadata={"Software": None}, bbox_inches="tight")
+    save_figure(figure, file, bbox_inches="tight")
 
 
 def _bars(intervals: Sequence[Interval]) -> NDArray[np.float64]:
@@ -134,19 +134,5 @@ def _counts(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
 
 
 def _panels(n: int, height: float, margin: float = 0.0) -> tuple[Figure, list[Any]]:
-    figure = _figure(6.4 * n + margin, height, layout="constrained")
+    figure = new_figure(6.4 * n + margin, height)
     return figure, list(np.atleast_1d(np.array(figure.subplots(1, n))))
-
-
-def _figure(width: float, height: float, layout: Literal["constrained"] | None = None) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as MatplotlibFigure
-
-    figure = MatplotlibFigure(figsize=(width, height), layout=layout)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, file: Path) -> None:
-    # No software version inside: the same numbers give the same file.
-    figure.savefig(file, dpi=DPI, metadata={"Software": None})

@@ -7,15 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 from agents.config import built_in_config, load_config
 from hubrl.benches import child
 from hubrl.benches.measuring import Result, compare, interleave, timed
+from hubrl.origin import same_code
 
-ROOT = Path(__file__).resolve().parents[2]
-COMMAND = ("--env", "ALE/Breakout-v5", "--hub", "atari5")
 N_STEPS = 2048  # two iterations: the first holds all that the run will hold
+COMMAND = ("--env", "ALE/Breakout-v5", "--hub", "atari5")
 MB = 1e6
 
 
@@ -58,12 +57,11 @@ def _run(probe: str, side: str, *arguments: str) -> str:
 
     :raises RuntimeError: if it ended otherwise than its probe does
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
             [sys.executable, "-P", child.__file__, probe, side, *arguments],
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path},
+            env={**os.environ, **same_code()},
             capture_output=True,
             text=True,
         )

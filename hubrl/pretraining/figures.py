@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hubrl.plots import COLOURS, DPI
+from hubrl.plots import COLOURS, new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +49,7 @@ def draw_losses(table: Path, file: Path, title: str) -> None:
         _lines(panels[1], steps, shares, COLOURS[len(losses) :])
         panels[1].set(ylabel=" and ".join(shares), ylim=(0.0, 1.0))
     panels[-1].set_xlabel("agent steps of play, over all games")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_returns(table: Path, file: Path, title: str) -> None:
@@ -70,7 +69,7 @@ def draw_returns(table: Path, file: Path, title: str) -> None:
     steps = columns["time/total_timesteps"]
     _lines(panel, steps[played], {"return": returns[played]}, COLOURS)
     panel.set(xlabel="agent steps", ylabel="mean return of the last 100 games")
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 def _read(table: Path) -> dict[str, Floats]:
@@ -84,21 +83,16 @@ def _read(table: Path) -> dict[str, Floats]:
 
 
 def _panels(heights: list[float], title: str) -> tuple[Figure, list[Axes]]:
-    """Panels below each other, over the same steps; no pyplot, which wants a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Panels below each other, over the same steps."""
     from matplotlib.ticker import EngFormatter
 
-    figure = Figure(figsize=(7.2, sum(heights) + 1.0), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(7.2, sum(heights) + 1.0)
     grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)
     panels: list[Axes] = list(grid[:, 0])
     panels[0].set_title("\n".join(textwrap.wrap(title, 64)))
     panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
     for panel in panels:
-        panel.grid(color="#dddddd", lw=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     return figure, panels
 
 
@@ -137,10 +131,3 @@ def _scale(panel: Axes, losses: Mapping[str, Floats]) -> None:
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _save(figure: Figure, file: Path) -> None:
-    temporary = file.with_name(f".{file.name}.new")
-    # No software version inside: the same numbers give the same file.
-    figure.savefig(temporary, format="png", dpi=DPI, metadata={"Software": None})
-    os.replace(temporary, file)

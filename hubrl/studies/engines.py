@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from agents.config import HubSection, load_config
 from agents.runs import checkpoint_dir
 from hubrl.files import reason
-from hubrl.origin import REPOSITORY, commit
+from hubrl.origin import commit, same_code
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
@@ -137,7 +137,7 @@ def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
     ray = import_ray()
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(log_to_driver=False, runtime_env={"env_vars": _same_code()})
+        ray.init(log_to_driver=False, runtime_env={"env_vars": same_code()})
     task = ray.remote(num_cpus=1, max_retries=2)(run_job)
     # Ray sets handlers of its own as it starts.
     with stop.caught():
@@ -195,7 +195,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(n_threads)} | _same_code(),
+            env=os.environ | {"OMP_NUM_THREADS": str(n_threads)} | same_code(),
             start_new_session=True,
             pass_fds=pass_fds,
         )
@@ -232,13 +232,6 @@ def _not_started(job: Job, error: Exception) -> int:
     with contextlib.suppress(OSError), job.log.open("a") as log:
         log.write(f"it could not be started: {reason(error)}\n")
     return 1
-
-
-def _same_code() -> dict[str, str]:
-    """Environment in which a process imports the code that this one runs, from any folder."""
-    return {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    }
 
 
 def _terminate(running: dict[Job, subprocess.Popen[bytes]]) -> None:

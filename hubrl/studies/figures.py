@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hubrl.plots import COLOURS, DPI, draw_legend
+from hubrl.plots import COLOURS, draw_legend, new_figure, save_figure, tidy
 from hubrl.studies import statistics
 from hubrl.studies.config import StudyConfig
 from hubrl.studies.results import ALL, Axis, Row, Table, in_units
@@ -33,9 +33,7 @@ def draw(study: StudyConfig, tables: Mapping[Axis, Table], folder: Path) -> None
     """
     for axis, table in tables.items():
         for name, (_, make) in FIGURES.items():
-            figure = make(study, table)
-            # No software version inside: the same numbers give the same file.
-            figure.savefig(folder / f"{name}_{axis}.png", dpi=DPI, metadata={"Software": None})
+            save_figure(make(study, table), folder / f"{name}_{axis}.png")
 
 
 def draw_curves(study: StudyConfig, table: Table) -> Figure:
@@ -132,24 +130,18 @@ def _curve(
 
 
 def _panels(study: StudyConfig) -> tuple[Figure, dict[str, Axes]]:
-    """A panel for each game, and of several games one for all; no pyplot, which wants a screen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """A panel for each game, and of several games one for all."""
     titles = {game: game for game in study.games}
     if len(titles) > 1:
         titles = {ALL: f"all {len(titles)} games", **titles}
     n_columns = min(len(titles), N_COLUMNS)
     n_rows = -(-len(titles) // n_columns)
     height = max(3.6, 0.32 * len(study.variants) + 1.2)
-    figure = Figure(figsize=(4.6 * n_columns + 2.4, height * n_rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * n_columns + 2.4, height * n_rows)
     panels = {game: figure.add_subplot(n_rows, n_columns, i + 1) for i, game in enumerate(titles)}
     for game, panel in panels.items():
         panel.set_title(titles[game])
-        panel.grid(color="#dddddd", lw=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        tidy(panel)
     return figure, panels
 
 
