@@ -342,7 +342,7 @@ def test_curves_of_seeds_that_stopped_early_meet_at_the_steps_of_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
     # The second seed's first phase ended earlier.
     seeds = {1: [(3, 0.1), (6, 0.2), (9, 0.5)], 2: [(3, 0.3), (9, 0.7), (12, 0.8)]}
     figures.draw_curves({"a": {"distill": seeds}}, tmp_path / "curves.png")
@@ -354,7 +354,7 @@ def test_a_method_looks_the_same_in_all_panels_and_is_named_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, file: drawn.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: drawn.append(figure))
     curve = {1: [(3, 0.4), (6, 0.5)]}
     methods = [f"method{i}" for i in range(9)]  # more than colours
     panels = {"a": dict.fromkeys(methods, curve), "b": dict.fromkeys(methods[:3:-1], curve)}

@@ -23,7 +23,7 @@ PROGRESS = """time/total_timesteps,train/loss,rollout/ep_rew_mean
 def drawn(monkeypatch) -> list[Figure]:
     """What is drawn, as figures of matplotlib instead of files."""
     seen: list[Figure] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, file: seen.append(figure))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, file: seen.append(figure))
     return seen
 
 
