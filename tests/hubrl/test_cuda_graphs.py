@@ -3,8 +3,9 @@
 import copy
 import gc
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from sb3_agents import (
 from torch import Tensor, nn
 
 import hubrl
+from hubrl import cuda_graphs
 from hubrl.cuda_graphs import Recorded
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,52 +35,50 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     """On a CPU a stand-in has what is peculiar to a recording."""
     if request.param == "cpu":
         monkeypatch.setattr(hubrl.HubFeaturesExtractor, "_fits_a_graph", lambda self, images: True)
-        monkeypatch.setattr(Recorded, "_record", lambda self, module, inputs: self._function)
-        monkeypatch.setattr(torch.cuda, "make_graphed_callables", stand_in)
+        monkeypatch.setattr(cuda_graphs, "_Graph", StandIn)
+        monkeypatch.setattr(cuda_graphs, "_warmed_up", lambda work: [work() for _ in range(3)])
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     return str(request.param)
 
 
-def stand_in(module: nn.Module, inputs: tuple[Tensor, ...], allow_unused_input: bool) -> None:
+class StandIn:
     """
-    As torch.cuda's: the module runs three times first, and there is one place for what it gives,
-    for what backward needs, and for gradients.
+    For a graph: what is recorded runs anew, but its outputs have one place, of which a replay
+    destroys what was there.
+
+    As on a GPU, no older pass's gradient accumulators may be part of it, and no garbage may be
+    collected meanwhile.
     """
-    function = module.forward
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    fixed_gradients = [torch.zeros_like(weight) for weight in weights]
-    addresses = [weight.data_ptr() for weight in weights]
-    place: dict[str, tuple[Tensor, ...]] = {}
 
-    class Replayed(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *arguments: Tensor) -> tuple[Tensor, ...]:
-            assert addresses == [weight.data_ptr() for weight in weights], "a GPU reads there"
-            with torch.enable_grad():
-                place["outputs"] = module._function(owner(), *arguments[: len(inputs)])
-            fixed = place.setdefault("fixed", tuple(o.detach().clone() for o in place["outputs"]))
-            for output, new in zip(fixed, place["outputs"], strict=True):
-                output.copy_(new.detach())
-            return tuple(output.detach() for output in fixed)
+    older: ClassVar[set[object]] = set()
+    """Gradient accumulators of passes that are still referred to."""
+    made: ClassVar[weakref.WeakSet["StandIn"]] = weakref.WeakSet()
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-            pairs = [p for p in zip(place["outputs"], gradients, strict=True) if p[0].requires_grad]
-            outputs, gradients = zip(*pairs, strict=True)
-            found = torch.autograd.grad(
-                outputs, weights, gradients, allow_unused=allow_unused_input, retain_graph=True
-            )
-            for fixed, new in zip(fixed_gradients, found, strict=True):
-                fixed.copy_(torch.zeros_like(fixed) if new is None else new)
-            pairs = zip(fixed_gradients, found, strict=True)
-            ours = [None if new is None else fixed.detach() for fixed, new in pairs]
-            return *[None] * len(inputs), *ours
+    def __init__(self, work: cuda_graphs.Work, stream: object) -> None:
+        assert not gc.isenabled()
+        outputs = work()
+        assert not accumulators(outputs) & self.older
+        self.outputs = tuple(output.detach().clone() for output in outputs)
+        self.work = work
+        self.made.add(self)
 
-    for _ in range(3):
-        function(*inputs)
-    owner = weakref.ref(module.module)
-    module.forward = lambda *arguments: Replayed.apply(*arguments, *weights)
+    def replay(self) -> None:
+        with torch.enable_grad():
+            found = self.work()
+        for place, new in zip(self.outputs, found, strict=True):
+            place.copy_(new.detach())
+
+
+def accumulators(outputs: Iterable[Tensor]) -> set[object]:
+    """The nodes by which a backward pass from here would reach weights."""
+    nodes, found = [output.grad_fn for output in outputs], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return {node for node in found if node.name() == "torch::autograd::AccumulateGrad"}
 
 
 def extractor_pair(
@@ -172,6 +172,85 @@ def test_two_passes_before_a_backward_pass_keep_their_own_numbers(hub5: Path, de
 
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
+@pytest.mark.parametrize("sizes", [(8, 8), (8, 5)])
+def test_what_is_recorded_beside_an_unfinished_pass_leaves_it_as_it_is(
+    sizes: tuple[int, int], hub5: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, gradients = extractor_pair(hub5, device), []
+    for each in both:
+        for size in sizes[1:]:
+            each._learn_unpadded(images_of(size, device))
+        losses = [each._learn_unpadded(images_of(size, device, 1))[0].sum() for size in sizes]
+        monkeypatch.setattr(StandIn, "older", accumulators(losses))
+        losses += [each._learn_unpadded(images_of(size, device, 2))[0].sum() for size in sizes]
+        weights = [weight for weight in each.parameters() if weight.requires_grad]
+        gradients.append(torch.autograd.grad(sum(losses), weights, materialize_grads=True))
+    for found, expected in zip(*gradients, strict=True):
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_an_older_loss_that_is_kept_does_not_spoil_a_recording(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SB3's loops keep their last one."""
+    layer, rows = nn.Linear(2, 2).to(device), torch.ones(3, 2, device=device)
+    recorded = Recorded(layer, lambda layer, rows: (layer(rows),))
+    loss = recorded(layer, rows)[0].sum()
+    loss.backward()
+    monkeypatch.setattr(StandIn, "older", accumulators([loss]))
+    assert len(StandIn.older) == 2
+    (output,) = recorded(layer, rows)
+    assert is_replayed(output)
+    output.sum().backward()
+    assert_close(layer.weight.grad, torch.full((2, 2), 6.0, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_what_cannot_be_recorded_runs_as_it_is(device: str) -> None:
+    layer, rows, runs = nn.Linear(2, 2).to(device), torch.ones(3, 2, device=device), []
+
+    def function(layer: nn.Linear, rows: Tensor) -> tuple[Tensor, ...]:
+        runs.append(rows)
+        if len(runs) == 3:
+            raise RuntimeError("no memory left")
+        return (layer(rows),)
+
+    recorded = Recorded(layer, function)
+    recorded(layer, rows)
+    with pytest.warns(UserWarning, match=r"no CUDA graph for inputs of \(3, 2\).*no memory left"):
+        assert not is_replayed(recorded(layer, rows)[0])
+    assert gc.isenabled()
+    before = len(runs)
+    assert not is_replayed(recorded(layer, rows)[0])
+    assert len(runs) == before + 1, "it isn't tried again"
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_gradients_of_inputs_and_autocast_are_those_of_the_function(device: str) -> None:
+    layer, recorded, rows = recorded_layer(device)
+    wanted = rows.clone().requires_grad_()
+    (output,) = recorded(layer, wanted)
+    (found,) = torch.autograd.grad(output.sum(), wanted)
+    assert_close(found, layer.weight.detach().sum(dim=0).expand(3, 2))
+    with torch.autocast(torch.device(device).type, torch.bfloat16):
+        assert recorded(layer, rows)[0].dtype == torch.bfloat16
+    assert is_replayed(recorded(layer, rows)[0])
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_gradients_stay_as_they_are_when_more_is_replayed(device: str) -> None:
+    layer, recorded, rows = recorded_layer(device)
+    recorded(layer, rows)[0].sum().backward()
+    gradient = layer.weight.grad
+    assert gradient is not None
+    (other,) = torch.autograd.grad(recorded(layer, 5 * rows)[0].sum(), layer.weight)
+    recorded(layer, 7 * rows)[0].sum().backward(inputs=[layer.bias])
+    assert_close(gradient, torch.full((2, 2), 3.0, device=device))
+    assert_close(other, torch.full((2, 2), 15.0, device=device))
+
+
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_a_recording_is_lent_until_its_backward_pass(device: str) -> None:
     layer, recorded, rows = recorded_layer(device)
     (first,), (second,) = recorded(layer, rows), recorded(layer, rows)
@@ -241,17 +320,19 @@ def test_tracers_see_the_function(device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES, indirect=True)
 def test_an_extractor_that_is_dropped_is_gone(hub5: Path, device: str) -> None:
-    def used() -> weakref.ref[hubrl.HubFeaturesExtractor]:
+    def used() -> list[weakref.ref[nn.Module] | weakref.ref[Tensor]]:
         extractor = copy.deepcopy(extractor_pair(hub5, device)[0])  # out of its model
         for _ in range(3):
             lesson(extractor, images_of(8, device))
             with torch.no_grad():
                 extractor(images_of(8, device))
         gc.disable()
-        return weakref.ref(extractor)
+        for graph in StandIn.made:  # a graph knows no module
+            del graph.work
+        return [weakref.ref(extractor), *map(weakref.ref, extractor.parameters())]
 
     try:
-        assert used()() is None
+        assert not any(reference() for reference in used())
     finally:
         gc.enable()
 
@@ -266,7 +347,7 @@ def recorded_layer(device: str) -> tuple[nn.Linear, Recorded, Tensor]:
 
 
 def is_replayed(output: Tensor) -> bool:
-    return "EndLease" in type(output.grad_fn).__name__
+    return "_Pass" in type(output.grad_fn).__name__
 
 
 @pytest.mark.parametrize(
@@ -309,13 +390,18 @@ def test_recordings_are_kept_for_a_few_shapes_and_for_no_copy(hub5: Path) -> Non
     assert len(extractor._recorded_look._recordings) == 1
 
 
-@NEEDS_GPU
-def test_an_encoder_that_thaws_learns(hub5: Path) -> None:
-    extractor, _ = extractor_pair(hub5, "cuda")
+@pytest.mark.parametrize("device", DEVICES, indirect=True)
+def test_an_encoder_that_thaws_learns(hub5: Path, device: str) -> None:
+    extractor, _ = extractor_pair(hub5, device)
     encoder = extractor.pathway.encoders[0].requires_grad_(False)
     extractor.train()
-    extractor(images_of(16, "cuda")).sum().backward()
-    assert encoder.weights[0].grad is None
-    encoder.requires_grad_(True)
-    extractor(images_of(16, "cuda")).sum().backward()
-    assert float(encoder.weights[0].grad.abs().sum()) > 0
+    for does_learn in (False, True, False):
+        encoder.requires_grad_(does_learn)
+        for _ in range(3):
+            extractor.zero_grad()
+            extractor(images_of(16, device)).sum().backward()
+        gradients = [weight.grad for weight in encoder.weights]
+        assert [gradient is not None for gradient in gradients] == [does_learn] * len(gradients)
+        if does_learn:
+            assert all(float(gradient.abs().sum()) > 0 for gradient in gradients)
+    assert len(extractor._recorded_lesson._recordings) == 2
