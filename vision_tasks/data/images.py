@@ -148,7 +148,7 @@ class ImageFiles:
         """
         if self._boxes is None:
             return to_tensor(read_image(self._files[index], upright=True))
-        return to_tensor(crop(read_image(self._files[index]), self._boxes[index]))
+        return to_tensor(read_image(self._files[index]).crop(self._boxes[index]))
 
     def name(self, index: int) -> str:
         """The file's, and its folder's: that of its class."""
@@ -195,11 +195,6 @@ def _turned(picture: Image.Image, image: Image.Image) -> Image.Image:
     with contextlib.suppress(Exception):  # Pillow doesn't say what reading EXIF may raise
         turn = TURNS.get(image.getexif()[ExifTags.Base.Orientation])
     return picture if turn is None else picture.transpose(turn)
-
-
-def crop(image: Image.Image, box: Box) -> Image.Image:
-    """A part of an image; black beyond its borders."""
-    return image.crop(box)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

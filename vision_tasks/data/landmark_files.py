@@ -25,7 +25,6 @@ from vision_tasks.data.images import (
     Images,
     Part,
     UnreadableImageError,
-    crop,
     to_tensor,
 )
 from vision_tasks.data.sources import PointSource, existing_file, needed_file, needed_root
@@ -37,6 +36,8 @@ Eyes = tuple[tuple[int, ...], tuple[int, ...]]
 
 #: Of the longer side of a face's box, at each side.
 MARGIN = 0.125
+#: Pixels of a face's square, and of its distance from the image: Pillow cuts out no larger ones.
+MAX_SIDE, MAX_DISTANCE = 9_000, 1_000_000
 IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg")
 LAYOUT_300W = (
     "afw/, helen/trainset/, helen/testset/, lfpw/trainset/, lfpw/testset/ and ibug/, each with "
@@ -207,7 +208,7 @@ class MatImages:
                 f"{self._file}: image {index + 1} of {self._key} can't be read ({error}): replace "
                 "the file"
             ) from error
-        return to_tensor(crop(picture, self._boxes[index]))
+        return to_tensor(picture.crop(self._boxes[index]))
 
 
 def _part(faces: Sequence[Face], images: Callable[[list[Box]], Images], place: str) -> Part:
@@ -321,3 +322,18 @@ def _check_points(face: Face, n_points: int, eyes: Eyes, where: str) -> None:
     left_2, right_2 = (face.points_P2[list(eye)].mean(axis=0) for eye in eyes)
     if np.array_equal(left_2, right_2):
         raise ValueError(f"{where} has both eyes at one place: correct it")
+    _check_square(face, where)
+
+
+def _check_square(face: Face, where: str) -> None:
+    corners_N2 = np.vstack([face.points_P2, np.reshape(face.box or (), (-1, 2))])
+    if not np.isfinite(corners_N2).all():
+        raise ValueError(f"{where} has a box that is no number: correct it")
+    if np.abs(corners_N2).max() > MAX_DISTANCE:
+        raise ValueError(f"{where} has a point or a box far from any image: correct it")
+    left, _, right, _ = square(face)
+    if right - left > MAX_SIDE:
+        raise ValueError(
+            f"{where} has a face of {right - left:,} px, allowed: {MAX_SIDE:,} px: correct its "
+            "points or its box"
+        )

@@ -96,6 +96,36 @@ def test_300w_refuses_what_is_wrong(folder_300w: Path) -> None:
         load_landmarks("300w", None, SIZE, None, 0)
 
 
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        # From 25 to 20,000, a quarter for margins and a pixel: 19,975 x 1.25 + 1.
+        (20_000.0, r"ibug/1.pts has a face of 24,970 px, allowed: 9,000 px: correct its points or"),
+        (1e12, r"ibug/1.pts has a point or a box far from any image: correct it"),
+    ],
+)
+def test_a_point_that_is_far_away(x: float, message: str, folder_300w: Path) -> None:
+    file = folder_300w / "ibug" / "1.pts"
+    points = read_pts(file)
+    points[:, 0] = 25.0
+    points[7, 0] = x
+    points[45, 0] = 30.0
+    write_pts(file, points)
+    with pytest.raises(ValueError, match=message):
+        load_landmarks("300w", folder_300w, SIZE, None, 0)
+
+
+def test_a_face_of_the_largest_size(folder_300w: Path) -> None:
+    """7,198 px, a quarter for margins and a pixel: 8,998.5, rounded up."""
+    file = folder_300w / "ibug" / "1.pts"
+    points = read_pts(file)
+    points[:, 0] = 0
+    points[45, 0] = 7_198
+    write_pts(file, points)
+    image, _ = load_landmarks("300w", folder_300w, SIZE, None, 0).test[5]
+    assert image.shape == (3, SIZE, SIZE)
+
+
 def test_pts_files_count_from_one(tmp_path: Path) -> None:
     (tmp_path / "a.pts").write_text("version: 1\nn_points: 2\n{\n1 1\n10.5 20\n}\n")
     assert read_pts(tmp_path / "a.pts").tolist() == [[0, 0], [9.5, 19]]
@@ -140,6 +170,13 @@ def test_wflw(tmp_path: Path) -> None:
         load_landmarks("wflw", tmp_path, SIZE, None, 0)
     test_file.write_text(wflw_line("a.png", points).replace("0--", "").replace(" ", " x", 1))
     with pytest.raises(ValueError, match=r"test.txt: line 1: could not convert string to float"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
+    words = wflw_line("a.png", points).split()
+    test_file.write_text(" ".join([*words[:198], "nan", *words[199:]]))
+    with pytest.raises(ValueError, match=r"test.txt: line 1 has a box that is no number: correct"):
+        load_landmarks("wflw", tmp_path, SIZE, None, 0)
+    test_file.write_text(" ".join([*words[:198], "20000", *words[199:]]))
+    with pytest.raises(ValueError, match=r"test.txt: line 1 has a face of .* px, allowed: 9,000"):
         load_landmarks("wflw", tmp_path, SIZE, None, 0)
     test_file.write_text("\n\n")
     with pytest.raises(ValueError, match=r"test.txt lists no face: replace it"):
