@@ -245,6 +245,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0.0) + value
             self._losses["n_steps"] += 1
             self._position = self._position._replace(step=step + 1)
+            start = self._count_seconds(start)
             save_freq = self._config.train.save_freq
             if save_freq and (step + 1) % save_freq == 0:
                 self._save(self._last, optimizer)
@@ -252,7 +253,13 @@ class Trainer:
             self._stopped_by = distributed.largest(stop.number or 0) or None
             if self._stopped_by is not None:
                 break
-        self._scores["seconds"] += time.perf_counter() - start
+        self._count_seconds(start)
+
+    def _count_seconds(self, start: float) -> float:
+        """Until now, from where the next ones count."""
+        now = time.perf_counter()
+        self._scores["seconds"] += now - start
+        return now
 
     def _step(
         self, phase: str, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,6 +69,37 @@ def test_a_resumed_run_gives_the_same_bytes(
     assert without_seconds[0] == without_seconds[1], "losses of all steps of an epoch"
     events = EventAccumulator(str(tmp_path / "cut")).Reload()
     assert [event.step for event in events.Scalars("train/task")] == [3, 6]
+
+
+def test_seconds_of_a_checkpoint_are_those_of_its_steps(
+    hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten for each step; of two epochs of three steps, cut at the fifth and begun again there."""
+    now = 0.0
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: now))
+    step, save = Trainer._step, Trainer._save
+    saved = []
+
+    def ten_seconds(*args: Any) -> dict[str, float]:
+        nonlocal now
+        now += 10
+        return step(*args)
+
+    def killed(run: Trainer, folder: Path, optimizer: torch.optim.Optimizer) -> None:
+        save(run, folder, optimizer)
+        saved.append(json.loads((folder / "state.json").read_text())["scores"]["seconds"])
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", ten_seconds)
+    monkeypatch.setattr(Trainer, "_save", killed)
+    config = small_vision_config(hub, "single:a", train__save_freq=2)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(config, tmp_path).run(StopSignal())
+    trainer(config, tmp_path).run(StopSignal())
+    assert saved == [20, 30, 50, 60]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["train_seconds"] == 60
 
 
 def test_seeds_differ(hub: Path, tmp_path: Path) -> None:
