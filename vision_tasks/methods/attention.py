@@ -13,7 +13,6 @@ from hubrl.pathway import EncoderList
 from hubrl.precision import resolve_precision
 from hubrl.specs import HubSpec
 from vision_tasks.methods.method import (
-    Losses,
     Method,
     Settings,
     build_aggregator,
@@ -51,11 +50,6 @@ class Attention(Method):
             nn.init.zeros_(key)
         self.heads = nn.ModuleList(build_head(spec, task, settings.seed) for spec in hub.encoders)
         self.aggregator = build_aggregator(hub, task)
-
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
-        """The task's loss."""
-        loss = self.task.losses(self(images_BCHW), targets_B).mean()
-        return Losses(loss, {"task": loss})
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Outputs (B, O)."""

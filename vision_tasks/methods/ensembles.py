@@ -58,11 +58,6 @@ class EnsembleI(Ensemble):
 class EnsembleJ(Ensemble):
     """All encoders are fine-tuned together, by the loss of their mean output."""
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
-        """The task's loss of the mean output."""
-        loss = self.task.losses(self(images_BCHW), targets_B).mean()
-        return Losses(loss, {"task": loss})
-
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Mean of the models' outputs, (B, O)."""
         return torch.stack(list(self.outputs(images_BCHW).values())).mean(dim=0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vision_tasks.distributed import agreed
 from vision_tasks.logme import logme, regression_targets
 from vision_tasks.methods.ensembles import Ensemble
-from vision_tasks.methods.method import Batches, Losses, Predictor
+from vision_tasks.methods.method import Batches, Predictor
 from vision_tasks.tasks import Task
 
 # Shape letters: B batch, N images, D features, O outputs, C H W image.
@@ -35,11 +35,6 @@ class LogMe(Ensemble):
         """Name and model of the encoder that is fine-tuned."""
         ((name, model),) = self.predictors().items()
         return name, model
-
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
-        """The task's loss."""
-        loss = self.task.losses(self(images_BCHW), targets_B).mean()
-        return Losses(loss, {"task": loss})
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Outputs (B, O)."""

@@ -108,9 +108,13 @@ class Method(nn.Module):
         :param batches: validation images
         """
 
-    @abstractmethod
     def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
-        """Losses of a batch of uint8 images."""
+        """
+        Losses of a batch of uint8 images; unless a method says otherwise the task's loss of its
+        outputs.
+        """
+        loss = self.task.losses(self(images_BCHW), targets_B).mean()
+        return Losses(loss, {"task": loss})
 
     @abstractmethod
     def forward(self, images_BCHW: Tensor) -> Tensor:

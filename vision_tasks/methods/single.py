@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hubrl.specs import HubSpec
-from vision_tasks.methods.method import Losses, Method, Predictor, Settings
+from vision_tasks.methods.method import Method, Predictor, Settings
 from vision_tasks.tasks import Task
 
 
@@ -20,11 +20,6 @@ class Single(Method):
         super().__init__(hub, task, settings)
         (spec,) = hub.encoders
         self.model = Predictor(hub, spec, task, settings)
-
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
-        """The task's loss."""
-        loss = self.task.losses(self.model(images_BCHW), targets_B).mean()
-        return Losses(loss, {"task": loss})
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """Outputs (B, O)."""
