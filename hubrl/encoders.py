@@ -343,7 +343,11 @@ def with_features_dim(spec: EncoderSpec) -> EncoderSpec:
 
     :raises ValueError: if the architecture is unknown, or the image too small for it
     """
-    _, shape = _build_trunk(spec)
+    try:
+        _, shape = _build_trunk(spec)
+    except NotImplementedError:  # on the meta device, which torchvision's RegNets don't know
+        with torch.device("cpu"):
+            _, shape = _build_trunk(spec)
     return dataclasses.replace(spec, features_dim=math.prod(shape) * spec.n_frames)
 
 
@@ -430,6 +434,8 @@ def _build_trunk(spec: EncoderSpec) -> tuple[nn.Module, tuple[int, ...]]:
         features = trunk(torch.zeros(1, spec.channels, *spec.image_size))
     # A convolution without a pixel left, or a transformer that was made for another size.
     except (RuntimeError, AssertionError) as error:
+        if isinstance(error, NotImplementedError) and torch.get_default_device().type == "meta":
+            raise
         raise ValueError(
             f"encoder {spec.name!r}: image_size {list(spec.image_size)} in its card does not fit "
             f"architecture {spec.architecture!r} ({reason(error)}); correct the card"

@@ -87,7 +87,14 @@ def build_model(hub: HubSpec, setup: Setup, name: str, device: str | None = None
     )
     # What the weights are changes no cost, and orthogonal ones would take most of the time.
     with torch.device(device or setup.device), mock.patch("hubrl.encoders.orthogonal_init"):
-        return build_method(name, hub, Classification(setup.n_outputs), settings)
+        try:
+            return build_method(name, hub, Classification(setup.n_outputs), settings)
+        except NotImplementedError:
+            raise ValueError(
+                f"hub {hub.name!r} ({', '.join(spec.architecture for spec in hub.encoders)}) has "
+                "a model that knows no meta device, on which models are counted, such as a RegNet "
+                "of torchvision: take another"
+            ) from None
 
 
 def doubled(hub: HubSpec) -> HubSpec:

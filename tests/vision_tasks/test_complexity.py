@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_hubs import library_spec
 from small_images import SIZE, write_rgb_hub
 from torch import nn
 
 from hubrl import cli
+from hubrl.encoders import with_features_dim
 from hubrl.specs import HubSpec, load_hub, save_hub
 from vision_tasks import complexity
 from vision_tasks.costed import Setup, costed_hub
@@ -81,6 +83,19 @@ def test_a_setup_that_the_doubled_hub_does_not_fit(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
+
+
+def test_a_model_that_cant_be_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = with_features_dim(library_spec("torchvision:regnet_y_400mf", 3, 64))
+    save_hub(HubSpec(name="regnet", encoders=(spec,)), tmp_path)
+    assert run("--hub", tmp_path, "--image-size", 64, "--top-k", 1) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    message = (
+        "(torchvision:regnet_y_400mf) has a model that knows no meta device, on which models are "
+        "counted, such as a RegNet of torchvision: take another"
+    )
+    assert message in error
 
 
 def test_costs_of_a_hub_with_an_encoder_that_is_always_active(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_hubs import nature_spec
+from small_hubs import library_spec, nature_spec
 
 from hubrl.architectures import NatureConv
+from hubrl.encoders import build_encoder, with_features_dim
 from hubrl.fetching.recipes import PROVIDERS
 from hubrl.specs import HubSpec, save_hub
 from vision_tasks.hubs import load_vision_hub
@@ -23,6 +24,17 @@ def test_cards_are_enough_without_weights() -> None:
     assert [spec.image_size[0] for spec in hub.encoders] == [96, 96, 96, 98, 96]
     with pytest.raises(ValueError, match="hub 'packaged5': image size is 28 px, allowed: 32 px"):
         load_vision_hub("packaged5", 28, pretrained=False)
+
+
+def test_a_model_that_knows_no_meta_device(tmp_path: Path) -> None:
+    """Its features at another size are counted on the CPU, whatever device is the default."""
+    spec = with_features_dim(library_spec("torchvision:regnet_y_400mf", 3, 96))
+    save_hub(HubSpec(name="regnet", encoders=(spec,)), tmp_path)
+    with torch.device("meta"):
+        hub = load_vision_hub(str(tmp_path), 64, pretrained=False)
+    assert (hub.encoders[0].image_size, hub.encoders[0].features_dim) == ((64, 64), 440)
+    encoder = build_encoder(hub, hub.encoders[0], pretrained=False).eval()
+    assert encoder(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 440)
 
 
 def test_a_games_encoders_take_no_images() -> None:
