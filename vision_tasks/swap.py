@@ -78,11 +78,6 @@ class SwappedEncoders(EncoderList):
         name = self._names[index]
         return self._swapped[name] if name in self._swapped else super().__getitem__(index)
 
-    @property
-    def resident(self) -> list[str]:
-        """Names of the encoders in memory, the least recently used one first."""
-        return [encoder.spec.name for encoder in self._resident]
-
     def learn(self, build_optimizer: BuildOptimizer, schedule: SetRates) -> None:
         """
         Let the encoders learn from now on, each with a fresh optimizer.
