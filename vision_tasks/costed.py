@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -85,8 +84,7 @@ def build_model(hub: HubSpec, setup: Setup, name: str, device: str | None = None
         generator=setup.generator,
         pretrained=False,
     )
-    # What the weights are changes no cost, and orthogonal ones would take most of the time.
-    with torch.device(device or setup.device), mock.patch("hubrl.encoders.orthogonal_init"):
+    with torch.device(device or setup.device):
         try:
             return build_method(name, hub, Classification(setup.n_outputs), settings)
         except NotImplementedError:
