@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import torch
@@ -102,13 +103,13 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
                 if _is_complete(folder):
                     print(f"{folder} is complete")
                     return 0
-                method, data = _build(config, folder)
-                check_data(folder, data)
+                built = [_build(config, folder)]
+                check_data(folder, built[0].data)
                 if is_new and is_leader:
                     create_folder(folder, dump_config(config))
-                    note_data(folder, data)
+                    note_data(folder, built[0].data)
                     stack.enter_context(held(folder))
-            return _train(method, data, config, folder)
+            return _train(built, config, folder)
 
     return command
 
@@ -171,14 +172,19 @@ def _is_complete(folder: Path) -> bool:
     return (folder / RESULTS_FILE).exists()
 
 
-def _build(config: VisionConfig, folder: Path) -> tuple[Method, Data]:
+class _Built(NamedTuple):
+    method: Method
+    data: Data
+
+
+def _build(config: VisionConfig, folder: Path) -> _Built:
     data, what = load_data(config)
     _check_shares(config, data)
     hub = load_vision_hub(
         config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
     )
     device = check_device("train.device", config.train.device)
-    return build(config, hub, what, folder / SWAP_FOLDER).to(device), data
+    return _Built(build(config, hub, what, folder / SWAP_FOLDER).to(device), data)
 
 
 def _check_shares(config: VisionConfig, data: Data) -> None:
@@ -193,14 +199,19 @@ def _check_shares(config: VisionConfig, data: Data) -> None:
         )
 
 
-def _train(method: Method, data: Data, config: VisionConfig, folder: Path) -> int:
+def _train(built: list[_Built], config: VisionConfig, folder: Path) -> int:
+    """
+    Train to the end or to a signal; returns the exit code.
+
+    :param built: one, which is taken out of the list: without another reference a rollback frees it
+    """
     if distributed.rank() == 0:
         note_command(folder)
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
         with stop.caught(), cli.failures(DamagedFileError, UnreadableImageError, OSError):
-            number = _learn(Trainer(method, data, config, folder), config, folder, stop)
+            number = _learn(built, config, folder, stop)
     finally:
         shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)
     if number is not None:
@@ -221,19 +232,24 @@ def _gpu_memory() -> Iterator[None]:
         ) from error
 
 
-def _learn(trainer: Trainer, config: VisionConfig, folder: Path, stop: StopSignal) -> int | None:
+def _learn(built: list[_Built], config: VisionConfig, folder: Path, stop: StopSignal) -> int | None:
     """Train to the end or to a signal, whose number is returned."""
+    trainer = Trainer(*built.pop(), config, folder)
     while True:
         try:
             return trainer.run(stop)
         except NotFiniteError as error:
-            n_rollbacks = trainer.n_rollbacks + 1
+            what, n_rollbacks = str(error), trainer.n_rollbacks + 1
             if n_rollbacks > config.train.n_rollbacks:
-                raise click.ClickException(f"{error}; {advice('train.learning_rate')}") from error
-            with cli.user_errors():
-                trainer = Trainer(*_build(config, folder), config, folder, n_rollbacks)
-            if distributed.rank() == 0:
-                print(f"{error}: back to step {trainer.steps_done:,} at half the learning rate")
+                raise click.ClickException(f"{what}; {advice('train.learning_rate')}") from error
+        # The error is gone by now, and with it frames that hold the model and the failed step's
+        # graph: another model may have no room beside them.
+        del trainer
+        gc.collect()
+        with cli.user_errors():
+            trainer = Trainer(*_build(config, folder), config, folder, n_rollbacks)
+        if distributed.rank() == 0:
+            print(f"{what}: back to step {trainer.steps_done:,} at half the learning rate")
 
 
 def _default_run_dir(config: VisionConfig) -> Path:

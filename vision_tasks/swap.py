@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import weakref
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -297,11 +298,12 @@ class _Recomputed(torch.autograd.Function):
         ctx: Any, images_BCHW: Tensor, anchor: Tensor, encoder: SwappedEncoder, dtype: torch.dtype
     ) -> Tensor:
         ctx.save_for_backward(images_BCHW)
-        ctx.encoder, ctx.dtype = encoder, dtype
+        # Where backward fails, torch keeps what it didn't come to until the next one.
+        ctx.encoder, ctx.dtype = weakref.ref(encoder), dtype
         return encoder.run(images_BCHW, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None, None]:
         (images_BCHW,) = ctx.saved_tensors
-        ctx.encoder.step(images_BCHW, ctx.dtype, grad_outputs[0])
+        ctx.encoder().step(images_BCHW, ctx.dtype, grad_outputs[0])
         return None, None, None, None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -27,6 +29,7 @@ from hubrl.run_folder import held, read_rows
 from vision_tasks import classification, command, landmarks, runs
 from vision_tasks.config import BUILT_IN_CONFIGS, dump_config, load_config
 from vision_tasks.tasks import Classification
+from vision_tasks.training import Trainer
 
 NAME = "python -m vision_tasks.classification"
 
@@ -313,3 +316,36 @@ def test_a_loss_that_is_no_number_ends_in_one_line_or_rolls_back(
     state = json.loads(Path("back/checkpoints/last/state.json").read_text())
     assert state["n_rollbacks"] == 1
     assert [row["step"] for row in read_rows(Path("back/epochs.csv"))] == ["3", "6"]
+
+
+@pytest.mark.parametrize(("method", "swap"), [("single:b", None), ("hub-pathway", 2)])
+def test_a_rollback_frees_the_model_before_another_is_built(
+    method: str, swap: int | None, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what the failed step had computed; with --swap it fails inside of backward."""
+    former: list[weakref.ref[Any]] = []
+    left: list[list[Any]] = []
+    build, init = command._build, Trainer.__init__
+
+    def watched_build(*args: Any) -> Any:
+        left.append([type(ref()) for ref in former if ref() is not None])
+        built = build(*args)
+        former.append(weakref.ref(built.method))
+        return built
+
+    def watched_init(self: Trainer, *args: Any) -> None:
+        init(self, *args)
+        former.append(weakref.ref(self))
+
+    monkeypatch.setattr(command, "_build", watched_build)
+    monkeypatch.setattr(Trainer, "__init__", watched_init)
+    place = "swap" if swap else "training"
+    answers = itertools.chain([True, False], itertools.repeat(True))
+    monkeypatch.setattr(f"vision_tasks.{place}.are_finite", lambda _: next(answers))
+    config = small_vision_config(
+        hub, method, data__name="fashion-mnist", train__n_rollbacks=1, hub__swap=swap
+    )
+    (tmp_path / "c.yaml").write_text(dump_config(config))
+    assert run("--config", tmp_path / "c.yaml", "--run-dir", "back") == 0
+    assert left == [[], []]
+    assert len(former) == 4
