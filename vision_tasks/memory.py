@@ -26,12 +26,12 @@ from vision_tasks.costed import (
 )
 from vision_tasks.methods import Method
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
+from vision_tasks.process_memory import MB, read_memory
 
 # Shape letters: B batch, M encoders to choose from, C H W image.
 
 ROOT = Path(__file__).resolve().parents[1]
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-MB = 1e6
+CLEAR = Path("/proc/self/clear_refs")
 ROUNDS = 3
 # The C library gives back each block of this size as soon as it is free: what is resident is what
 # tensors occupy, not what it keeps for later ones.
@@ -157,18 +157,13 @@ def _restart_peak(device: str) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     CLEAR.write_text("5")  # proc(5): resets the peak
-    return _status_bytes("VmRSS")
+    return read_memory()["VmRSS"]
 
 
 def _peak_bytes(device: str) -> int:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(key: str) -> int:
-    (line,) = (line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
-    return 1024 * int(line.split()[1])
+    return read_memory()["VmHWM"]
 
 
 if __name__ == "__main__":

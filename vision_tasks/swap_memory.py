@@ -29,6 +29,7 @@ from hubrl.specs import EncoderSpec, HubSpec
 from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, load_config
 from vision_tasks.data import ImageData
 from vision_tasks.methods import Losses, Method, Settings, build_method
+from vision_tasks.process_memory import MB, read_memory
 from vision_tasks.swap import SWAP_FOLDER, Swap
 from vision_tasks.tasks import Classification
 from vision_tasks.training import Trainer
@@ -39,7 +40,6 @@ from vision_tasks.training import Trainer
 GOAL = 1.3
 N_CLASSES = 100
 SAMPLE_SECONDS = 0.005
-MB = 1024  # kB, in which Linux counts
 
 
 class Side(NamedTuple):
@@ -57,8 +57,8 @@ class Sizes(NamedTuple):
     n_steps: int
 
 
-class Memory(NamedTuple):
-    """Of one process, in MB; the time in seconds."""
+class ProcessMemory(NamedTuple):
+    """In MB (10^6 bytes); the time in seconds."""
 
     imported: float
     """Resident when everything is imported."""
@@ -100,7 +100,7 @@ def command(
     """
     sizes = Sizes(image_size, batch_size, steps)
     sides = [Side(2, None), Side(2, swap), Side(n_encoders, swap), Side(n_encoders, None)]
-    measured: dict[Side, list[Memory]] = {side: [] for side in sides}
+    measured: dict[Side, list[ProcessMemory]] = {side: [] for side in sides}
     with cli.user_errors():
         cli.check_output("--json", file)
     with cli.user_errors(), tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -126,7 +126,7 @@ def save_random_weights(folder: Path) -> Path:
     return folder / "resnet50.safetensors"
 
 
-def measure(side: Side, sizes: Sizes, weights: Path) -> Memory:
+def measure(side: Side, sizes: Sizes, weights: Path) -> ProcessMemory:
     """
     Train in a fresh process, and look at its memory.
 
@@ -137,11 +137,11 @@ def measure(side: Side, sizes: Sizes, weights: Path) -> Memory:
     process = context.Process(target=train, args=(side, sizes, weights, theirs))
     process.start()
     theirs.close()
-    anonymous, mapped = 0.0, 0.0
+    anonymous, mapped = 0, 0
     while not ours.poll(SAMPLE_SECONDS):
         kinds = read_memory(process.pid)
-        anonymous = max(anonymous, kinds.get("RssAnon", 0.0))
-        mapped = max(mapped, kinds.get("RssFile", 0.0) + kinds.get("RssShmem", 0.0))
+        anonymous = max(anonymous, kinds.get("RssAnon", 0))
+        mapped = max(mapped, kinds.get("RssFile", 0) + kinds.get("RssShmem", 0))
     try:
         told = ours.recv()
     except EOFError:
@@ -151,31 +151,24 @@ def measure(side: Side, sizes: Sizes, weights: Path) -> Memory:
             "memory was full; give a smaller --batch-size, --image-size or --n-encoders"
         ) from None
     process.join()
-    return Memory(anonymous=anonymous, mapped=mapped, **told)
-
-
-def read_memory(pid: int | None = None) -> dict[str, float]:
-    """The lines of a process' ``status`` that are memory, in MB; of this one without ``pid``."""
-    lines = Path("/proc", str(pid or "self"), "status").read_text().splitlines()
-    pairs = (line.split() for line in lines if line.endswith(" kB"))
-    return {name.rstrip(":"): int(value) / MB for name, value, _ in pairs}
+    return ProcessMemory(anonymous=anonymous / MB, mapped=mapped / MB, **told)
 
 
 def train(side: Side, sizes: Sizes, weights: Path, tell: Connection) -> None:
     """What the process does: all of a run, its checkpoint and its results included."""
-    imported = read_memory()["VmRSS"]
+    imported = read_memory()["VmRSS"] / MB
     with tempfile.TemporaryDirectory(dir=weights.parent) as folder:
         swap = Swap(side.swap, Path(folder, SWAP_FOLDER)) if side.swap else None
         settings = Settings(0, sizes.image_size, swap=swap)
         hub = random_hub(side.n_encoders, sizes.image_size, weights)
         method = build_method("hub-pathway", hub, Classification(N_CLASSES), settings)
-        built = read_memory()["VmHWM"]
+        built = read_memory()["VmHWM"] / MB
         starts = _watch(method)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = Trainer(method, random_images(sizes), _config(sizes), Path(folder))
             trainer.run(StopSignal())
         steps = [end - start for start, end in itertools.pairwise(starts)]
-        told = {"imported": imported, "built": built, "peak": read_memory()["VmHWM"]}
+        told = {"imported": imported, "built": built, "peak": read_memory()["VmHWM"] / MB}
         tell.send(told | {"step": statistics.median(steps[1:] or steps)})
 
 
@@ -236,16 +229,18 @@ def _watch(method: Method) -> list[float]:
     return starts
 
 
-def _median(values: list[Memory]) -> Memory:
-    return Memory(*map(statistics.median, zip(*values, strict=True)))
+def _median(values: list[ProcessMemory]) -> ProcessMemory:
+    return ProcessMemory(*map(statistics.median, zip(*values, strict=True)))
 
 
 def _name(side: Side) -> str:
     return f"{side.n_encoders} encoders" + (f", --swap {side.swap}" if side.swap else "")
 
 
-def _print(medians: dict[Side, Memory]) -> None:
-    table = Table("hub", *Memory._fields, "peak / first", "anonymous / first", "above import")
+def _print(medians: dict[Side, ProcessMemory]) -> None:
+    table = Table(
+        "hub", *ProcessMemory._fields, "peak / first", "anonymous / first", "above import"
+    )
     first = next(iter(medians.values()))
     for side, memory in medians.items():
         ratios = (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from vision_tasks.process_memory import MB, read_memory
 from vision_tasks.swap_memory import (
     GOAL,
     Side,
@@ -18,22 +19,28 @@ from vision_tasks.swap_memory import (
     command,
     measure,
     random_hub,
-    read_memory,
     save_random_weights,
 )
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells alone")
 
 
-def test_memory_is_read_in_megabytes() -> None:
+def test_memory_is_read_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux says kB, and means 1,024 bytes."""
+    status = "Name:\tpython\nVmRSS:\t    1000 kB\nThreads:\t1\n"
+    monkeypatch.setattr(Path, "read_text", lambda _: status)
+    assert read_memory() == {"VmRSS": 1_024_000}
+
+
+def test_memory_is_that_of_the_process() -> None:
     gc.collect()  # or garbage of other tests goes in the meantime
     before = read_memory(os.getpid())
     # Fresh pages: a tensor could lie in memory that other tests have freed.
-    held = mmap.mmap(-1, 100 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held = mmap.mmap(-1, 100_000_000, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for _ in range(100):  # one large object of bytes could leave pages behind
-        held.write(bytes([1]) * 2**20)
+        held.write(bytes([1]) * 1_000_000)
     after = read_memory()
-    assert after["RssAnon"] - before["RssAnon"] == pytest.approx(100, abs=10)
+    assert (after["RssAnon"] - before["RssAnon"]) / MB == pytest.approx(100, abs=10)
     assert after["VmHWM"] >= after["VmRSS"] >= after["RssAnon"]
     held.close()
 
