@@ -45,7 +45,7 @@ def landmark_data(n: int = 24) -> LandmarkData:
         middles_B2 = torch.stack([classes_B % 2, classes_B // 2], dim=1) / 2 + 0.25
         offsets_P2 = torch.tensor([[0.0, 0.0], [-0.2, 0.0], [0.2, 0.0]])
         sets.append(TensorDataset(images_BCHW, middles_B2[:, None] + offsets_P2))
-    return LandmarkData(*sets, n_outputs=6, names=("3 points",), eyes=((1,), (2,)))
+    return LandmarkData(*sets, n_outputs=6, eyes=((1,), (2,)))
 
 
 def write_rgb_hub(folder: Path, n: int = 3) -> Path:

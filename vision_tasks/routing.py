@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
+from vision_tasks.data import ImageData
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
 from vision_tasks.runs import load_run
 from vision_tasks.training import EVALUATION_BATCH
@@ -37,7 +38,7 @@ def routing(folder: Path) -> Routing:
     :raises ValueError: if it is another run, or its data or its hub are missing
     """
     run = load_run(folder)
-    if not isinstance(run.method, HubPathwayMethod) or run.config.task != "classification":
+    if not (isinstance(run.method, HubPathwayMethod) and isinstance(run.data, ImageData)):
         raise ValueError(f"{folder} is no run of hub-pathway on labelled images")
     pathway, names = run.method.model.pathway.eval(), run.data.names
     usage_CE = torch.zeros(len(names), len(pathway.encoders), dtype=torch.float64)

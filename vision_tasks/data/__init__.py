@@ -84,7 +84,6 @@ class LandmarkData(NamedTuple):
     :param validation: what a model is chosen by
     :param test: the publisher's test images
     :param n_outputs: two for each point
-    :param names: the points' scheme, in words
     :param eyes: two lists of points, whose means are the ends of the inter-ocular distance
     """
 
@@ -92,7 +91,6 @@ class LandmarkData(NamedTuple):
     validation: Dataset[Any]
     test: Dataset[Any]
     n_outputs: int
-    names: tuple[str, ...]
     eyes: tuple[tuple[int, ...], tuple[int, ...]]
 
 
@@ -165,7 +163,6 @@ def load_landmarks(
         ImageDataset(validation, validation_rows, image_size),
         ImageDataset(source.test, _all_rows(source.test), image_size),
         2 * train.targets.shape[1],
-        (source.scheme,),
         source.eyes,
     )
 

@@ -83,7 +83,7 @@ def load_300w(root: Path | None) -> PointSource:
         _read_pts([needed_file(folder, part, "300w", LAYOUT_300W) for part in parts])
         for parts in (TRAIN_300W, TEST_300W)
     )
-    return PointSource("68 points of 300-W", EYES_300W, train, test)
+    return PointSource(EYES_300W, train, test)
 
 
 def load_wflw(root: Path | None) -> PointSource:
@@ -100,7 +100,7 @@ def load_wflw(root: Path | None) -> PointSource:
         _read_wflw(needed_file(folder, f"{lists}_{part}.txt", "wflw", LAYOUT_WFLW), images)
         for part in ("train", "test")
     )
-    return PointSource("98 points of WFLW", EYES_WFLW, train, test)
+    return PointSource(EYES_WFLW, train, test)
 
 
 def load_cofw(root: Path | None) -> PointSource:
@@ -116,7 +116,7 @@ def load_cofw(root: Path | None) -> PointSource:
         _read_cofw(needed_file(folder, f"COFW_{part}_color.mat", "cofw", LAYOUT_COFW), suffix)
         for part, suffix in (("train", "Tr"), ("test", "T"))
     )
-    return PointSource("29 points of COFW", EYES_COFW, train, test)
+    return PointSource(EYES_COFW, train, test)
 
 
 def load_aflw(root: Path | None) -> PointSource:
@@ -136,7 +136,7 @@ def load_aflw(root: Path | None) -> PointSource:
         )
         for part in ("train", "test")
     )
-    return PointSource("19 points of AFLW", EYES_AFLW, train, test)
+    return PointSource(EYES_AFLW, train, test)
 
 
 def read_pts(file: Path) -> Floats:

@@ -28,14 +28,12 @@ class PointSource(NamedTuple):
     """
     Faces with landmarks as their publisher splits them.
 
-    :param scheme: the points, in words
     :param eyes: two lists of points, whose means are the ends of the inter-ocular distance
     :param train: targets float32 (N, P, 2) in 0..1 of the image, x first
     :param test: the same
     :param validation: None where a part of the training images is held out
     """
 
-    scheme: str
     eyes: tuple[tuple[int, ...], tuple[int, ...]]
     train: Part
     test: Part

@@ -38,9 +38,7 @@ def load(root: Path | None) -> PointSource:
     tensors = cached(f"synthetic-faces-{_key()}", lambda: render_faces(sum(counts)))
     images, points = (torch.split(tensors[name], counts) for name in ("images", "points"))
     train, validation, test = (Part(ImageArray(i), p) for i, p in zip(images, points, strict=True))
-    return PointSource(
-        "68 points of the iBUG scheme on a mesh", ((36,), (45,)), train, test, validation
-    )
+    return PointSource(((36,), (45,)), train, test, validation)
 
 
 def render_faces(n: int) -> dict[str, Tensor]:

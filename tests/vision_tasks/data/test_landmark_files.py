@@ -65,7 +65,7 @@ def folder_300w(tmp_path: Path) -> Path:
 def test_300w(folder_300w: Path) -> None:
     data = load_landmarks("300w", folder_300w, 256, None, 0)
     assert (len(data.train), len(data.validation), len(data.test)) == (5, 1, 6)
-    assert (data.n_outputs, data.eyes, data.names) == (136, ((36,), (45,)), ("68 points of 300-W",))
+    assert (data.n_outputs, data.eyes) == (136, ((36,), (45,)))
     image, points = data.test[0]
     assert (image.shape, points.dtype, points.shape) == ((3, 256, 256), torch.float32, (68, 2))
     assert all(points_are_bright(part) for part in data[:3])
