@@ -29,7 +29,7 @@ from agents.runs import (
     derive_seed,
 )
 from hubrl.callback import places
-from hubrl.pathway import EncoderChange, encoder_changes
+from hubrl.encoder_list import EncoderChange
 from hubrl.run_folder import CsvTable, cell_number, read_rows
 from hubrl.signals import StopSignal
 from hubrl.state_folder import has_state, read_state, repair_state
@@ -230,7 +230,7 @@ class EncodersCallback(BaseCallback):
         rows = [
             (f"{place}/{row.name}" if len(extractors) > 1 else row.name, row)
             for place, extractor in extractors.items()
-            for row in encoder_changes(extractor.pathway)
+            for row in extractor.pathway.encoders.changes()
         ]
         width = max(len(name) for name, _ in rows)
         for name, row in rows:

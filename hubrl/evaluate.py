@@ -21,7 +21,7 @@ from agents.evaluation import Episodes, evaluate, returns_report, returns_text  
 from agents.runs import best_checkpoint, checkpoint_dir, derive_seed, open_run  # noqa: E402
 from agents.zips import hub_of, rebuild  # noqa: E402
 from envs import EnvironmentFaultError, make_vec_env, with_action_masks  # noqa: E402
-from hubrl.train import image_format, make_env  # noqa: E402
+from hubrl.games import image_format, make_env  # noqa: E402
 
 N_ENVS = 8
 

@@ -47,8 +47,8 @@ from hubrl.exporting.graph import (  # noqa: E402
 )
 from hubrl.exporting.outputs import check_policy  # noqa: E402
 from hubrl.exporting.play import Games, Images, half_random  # noqa: E402
+from hubrl.games import image_format, make_env  # noqa: E402
 from hubrl.pretraining.figures import draw_losses  # noqa: E402
-from hubrl.train import image_format, make_env  # noqa: E402
 
 N_ENVS = 8
 N_OBSERVATIONS = 1000

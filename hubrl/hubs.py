@@ -160,8 +160,8 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
     """
     # What plays needs SB3, which takes a second that the other subcommands save.
     from envs import EnvironmentFaultError, make_vec_env
+    from hubrl.games import image_format
     from hubrl.ranking import play, rank
-    from hubrl.train import image_format
 
     with cli.user_errors(), cli.failures(EnvironmentFaultError):
         spec = load_hub(hub)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
-from weakref import WeakValueDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hubrl.aggregation import Contribution, Standardised, build_aggregator
-from hubrl.encoders import Casts, Encoder, build_encoder
+from hubrl.encoder_list import BuildEncoders, EncoderList
+from hubrl.encoders import Casts
 from hubrl.generators import GENERATORS, GeneratorClass
 from hubrl.losses import pathway_exploration_loss
 from hubrl.precision import check_precision, resolve_precision
-from hubrl.specs import EncoderSpec, HubSpec, closest, load_hub
+from hubrl.specs import HubSpec, closest, load_hub
 
 # Shape letters: B batch, E encoders, M of them to choose from, K top k, D features of one encoder,
 # O features out, C H W image, R rows of the batch that activate one encoder.
@@ -50,93 +50,6 @@ class PathwayOutput(NamedTuple):
     """Softmax of the scores over the encoders to choose from, (B, E): 0 for always active ones."""
     exploration_loss: Tensor
     """Unweighted pathway exploration loss of the batch, scalar; see ``hubrl.losses``."""
-
-
-class EncoderList(nn.Module):
-    """
-    The encoders of a hub: trained ones are submodules, frozen ones are held once per process.
-
-    A frozen encoder that came from a weight file is no submodule: it stays out of
-    ``parameters()``, ``state_dict()``, optimizers, polyak updates and copies, and all networks of
-    the process that use it share its tensors. Its card's sha256 says what it is.
-
-    :param hub: the cards
-    :param frozen: names of encoders whose weights don't learn
-    :param pretrained: load the hub's weights; otherwise random ones
-    """
-
-    def __init__(self, hub: HubSpec, frozen: Collection[str], pretrained: bool) -> None:
-        super().__init__()
-        self.owned = nn.ModuleDict()
-        self._shared: dict[str, SharedEncoder] = {}
-        self._names = hub.encoder_names
-        for spec in hub.encoders:
-            if spec.name in frozen and pretrained and spec.weights is not None:
-                self._shared[spec.name] = SharedEncoder.of(hub, spec, torch.device("cpu"))
-            else:
-                encoder = build_encoder(hub, spec, pretrained=pretrained)
-                self._hold(encoder.requires_grad_(spec.name not in frozen))
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> Encoder:
-        name = self._names[index]
-        if name in self._shared:
-            return self._shared[name].encoder
-        encoder = self.owned[name]
-        assert isinstance(encoder, Encoder)
-        return encoder
-
-    def __iter__(self) -> Iterator[Encoder]:
-        return (self[i] for i in range(len(self)))
-
-    def shared_sha256(self) -> dict[str, str | None]:
-        """For each encoder the sha256 of its weight file if it is shared, else None."""
-        return {
-            name: self._shared[name].encoder.spec.sha256 if name in self._shared else None
-            for name in self._names
-        }
-
-    def _hold(self, encoder: Encoder) -> None:
-        """Keep one that isn't shared."""
-        self.owned[encoder.spec.name] = encoder
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = fn(torch.zeros(0)).device
-        self._shared = {name: shared.to(device) for name, shared in self._shared.items()}
-        return self
-
-
-#: Builds them from hub, names of frozen ones and ``pretrained``, as ``EncoderList`` does.
-BuildEncoders = Callable[[HubSpec, Collection[str], bool], EncoderList]
-
-
-class SharedEncoder:
-    """A frozen encoder that copies of a network share; no module, so that nothing registers it."""
-
-    _held: ClassVar[WeakValueDictionary[tuple[str, str], SharedEncoder]] = WeakValueDictionary()
-
-    def __init__(self, hub: HubSpec, encoder: Encoder, device: torch.device) -> None:
-        self._hub = hub
-        self.encoder = encoder.requires_grad_(False).to(device)
-
-    @classmethod
-    def of(cls, hub: HubSpec, spec: EncoderSpec, device: torch.device) -> SharedEncoder:
-        """The one instance for this card and device."""
-        key = (f"{hub.folder} {spec}", str(device))
-        shared = cls._held.get(key)
-        if shared is None:
-            shared = cls._held[key] = cls(hub, build_encoder(hub, spec), device)
-        return shared
-
-    def to(self, device: torch.device) -> SharedEncoder:
-        """The instance on another device."""
-        return SharedEncoder.of(self._hub, self.encoder.spec, device)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> SharedEncoder:
-        return self
 
 
 class HubPathway(nn.Module):
@@ -383,39 +296,6 @@ class HubPathway(nn.Module):
         if self.always_active:
             kept_BK = torch.where(self._is_always_E[activated_BK], 1.0, CHOSEN_SCALE * kept_BK)
         return torch.zeros_like(probabilities_BE).scatter(1, activated_BK, kept_BK)
-
-
-class EncoderChange(NamedTuple):
-    """How an encoder differs from its weight file."""
-
-    name: str
-    is_frozen: bool
-    is_same: bool
-    """Bit by bit, statistics of normalisation included."""
-    distance: float | None
-    """Length of the difference over that of the file's weights; None: it began at random."""
-
-
-@torch.no_grad()
-def encoder_changes(pathway: HubPathway) -> list[EncoderChange]:
-    """
-    Compare each encoder with its file.
-
-    :raises ValueError: if a weight file is missing or another one by now
-    """
-    changes = []
-    for encoder in pathway.encoders:
-        if not pathway.pretrained or encoder.spec.weights is None:
-            changes.append(EncoderChange(encoder.spec.name, encoder.is_frozen, False, None))
-            continue
-        old = build_encoder(pathway.hub, encoder.spec).trunk.state_dict()
-        pairs = [(new.cpu(), old[key]) for key, new in encoder.trunk.state_dict().items()]
-        is_same = all(torch.equal(new, before) for new, before in pairs)
-        moved = sum(float((new.double() - before.double()).square().sum()) for new, before in pairs)
-        length = sum(float(before.double().square().sum()) for _, before in pairs)
-        distance = (moved / length) ** 0.5
-        changes.append(EncoderChange(encoder.spec.name, encoder.is_frozen, is_same, distance))
-    return changes
 
 
 def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:

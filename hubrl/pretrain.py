@@ -45,6 +45,7 @@ from agents.runs import (  # noqa: E402
 )
 from envs.atari import AtariVecEnv, rom_name  # noqa: E402
 from hubrl import train  # noqa: E402
+from hubrl.games import make_env  # noqa: E402
 from hubrl.pretraining.figures import COUNTS, draw_losses, draw_returns  # noqa: E402
 
 OBJECTIVES = (*PRETEXTS, "ppo")
@@ -378,7 +379,7 @@ def _check_taken(settings: Settings, config: RunConfig) -> None:
 
 
 def _load_player(settings: Settings, config: RunConfig) -> BaseAlgorithm:
-    model = build_model(config, train.make_env(config, config.env.n_envs))
+    model = build_model(config, make_env(config, config.env.n_envs))
     load_checkpoint(model, checkpoint_dir(Path(settings.play), "last"))
     return model
 
@@ -402,7 +403,7 @@ def _add_agent(
 ) -> int:
     """Take the agent's encoder; the card compares the agent's play with random play."""
     _draw_returns(member, settings, run)
-    env = train.make_env(config, N_ENVS)
+    env = make_env(config, N_ENVS)
     seed = derive_seed(config.train.seed, "evaluate")
     deterministic = config.train.deterministic_eval
     games = evaluate(model, env, N_EPISODES, deterministic=deterministic, seed=seed)

@@ -25,6 +25,7 @@ from agents.algorithms import build_model, resolve  # noqa: E402
 from agents.checkpoints import Progress  # noqa: E402
 from agents.config import LATER_KEYS, RunConfig, dump_config  # noqa: E402
 from agents.runs import checkpoint_dir  # noqa: E402
+from hubrl.games import make_env  # noqa: E402
 from hubrl.studies.config import Run, StudyConfig, load_study  # noqa: E402
 from hubrl.studies.engines import (  # noqa: E402
     Job,
@@ -36,7 +37,7 @@ from hubrl.studies.engines import (  # noqa: E402
 from hubrl.studies.figures import draw  # noqa: E402
 from hubrl.studies.report import Source, read_source, write_report  # noqa: E402
 from hubrl.studies.results import collect  # noqa: E402
-from hubrl.train import is_complete, make_env  # noqa: E402
+from hubrl.train import is_complete  # noqa: E402
 
 FOLDER = click.Path(path_type=Path, file_okay=False)
 

@@ -15,7 +15,6 @@ import click
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
 from hubrl.callback import PathwayCallback
@@ -43,7 +42,6 @@ from agents.callbacks import (  # noqa: E402
 )
 from agents.checkpoints import Progress, continue_run  # noqa: E402
 from agents.config import (  # noqa: E402
-    MaskablePPOSection,
     RunConfig,
     algorithm_names,
     built_in_config,
@@ -66,12 +64,10 @@ from agents.runs import (  # noqa: E402
 )
 from envs import (  # noqa: E402
     EnvironmentFaultError,
-    ImageFormat,
     env_state,
-    make_vec_env,
     restore_env,
-    with_action_masks,
 )
+from hubrl.games import make_env  # noqa: E402
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -251,41 +247,6 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     if given.get("algo", config.algorithm.name) != config.algorithm.name:
         raise ValueError(f"--algo {given['algo']}, but {file} is for {config.algorithm.name}")
     return config
-
-
-def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEnv:
-    """
-    The environments of a run, giving the images that its hub asks for.
-
-    :param training: clipped rewards and a lost life as an end, in Atari
-    """
-    vec_env = make_vec_env(
-        config.env.id,
-        n_envs,
-        seed=config.train.seed,
-        sticky=config.env.sticky,
-        training=training,
-        image=image_format(config.hub.name),
-        timeout=config.env.timeout,
-    )
-    return (
-        with_action_masks(vec_env) if isinstance(config.algorithm, MaskablePPOSection) else vec_env
-    )
-
-
-def image_format(hub: str) -> ImageFormat:
-    """Colour where all encoders want it, else a stack of grey images; as large as the largest."""
-    if hub == "none":
-        return ImageFormat()
-    encoders = load_hub(hub, weights=False).encoders
-    size = max(max(spec.image_size) for spec in encoders)
-    min_size = -(-size // 2)  # as check_image_shape
-    n_frames = max(spec.n_frames for spec in encoders)
-    stacks = [spec.channels for spec in encoders if spec.channels != 3]
-    if stacks:
-        stack = max(n_frames, *stacks)
-        return ImageFormat(size=size, grey=True, stack=stack, min_size=min_size)
-    return ImageFormat(size=size, grey=False, stack=n_frames, min_size=min_size)
 
 
 def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: int = 0) -> int:

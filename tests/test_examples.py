@@ -16,7 +16,6 @@ import hubrl
 from hubrl.encoders import build_encoder
 from hubrl.fetching.recipes import fetch_hub
 from hubrl.hubs import check_encoder
-from hubrl.pathway import encoder_changes
 from hubrl.specs import load_hub
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
@@ -45,7 +44,7 @@ def test_a_packaged_encoder_beside_an_atari_one(tmp_path: Path) -> None:
     model = PPO("CnnPolicy", env, n_steps=16, batch_size=8, policy_kwargs=policy_kwargs, seed=0)
     model.learn(16)
     (extractor,) = learning_extractors(model)
-    same = {change.name: change.is_same for change in encoder_changes(extractor.pathway)}
+    same = {change.name: change.is_same for change in extractor.pathway.encoders.changes()}
     assert same == {"contrast": False, "efficientnet_lite0": True}
     observation = model.observation_space.sample()
     assert np.isfinite(model.predict(observation)[0]).all()
@@ -67,7 +66,7 @@ def test_five_packaged_encoders_drive_one_agent() -> None:
     (extractor,) = learning_extractors(model)
     assert len({spec.image_size for spec in hub.encoders}) > 1
     assert len({spec.mean for spec in hub.encoders}) > 2
-    assert all(change.is_same for change in encoder_changes(extractor.pathway))
+    assert all(change.is_same for change in extractor.pathway.encoders.changes())
     usage = extractor.statistics()
     assert sum(usage[f"usage_{name}"] for name in hub.encoder_names) == pytest.approx(1.0)
     assert np.isfinite(model.predict(model.observation_space.sample())[0]).all()

@@ -25,8 +25,10 @@ CORE = {
     "signals": set(),
     "state_folder": {"hubrl.files"},
     "aggregation": {"hubrl.encoders", "hubrl.specs"},
+    "encoder_list": {"hubrl.encoders", "hubrl.specs"},
     "pathway": {
         "hubrl.aggregation",
+        "hubrl.encoder_list",
         "hubrl.encoders",
         "hubrl.generators",
         "hubrl.losses",
@@ -69,9 +71,9 @@ def test_envs_import_nothing_of_ours() -> None:
 
 
 def test_agents_import_the_extractor_but_no_command() -> None:
-    core = {"aggregation", "cuda_graphs", "encoders", "optimizer", "pathway", "precision", "specs"}
-    files = {"files", "finite", "run_folder", "sections", "signals", "state_folder"}
-    allowed = core | files | {"callback", "extractor", "saved_agents"}
+    core = {"aggregation", "cuda_graphs", "encoder_list", "encoders", "optimizer", "pathway"}
+    files = {"files", "finite", "run_folder", "sections", "signals", "specs", "state_folder"}
+    allowed = core | files | {"callback", "extractor", "precision", "saved_agents"}
     for file in (ROOT / "agents").glob("*.py"):
         for name in imported(file):
             package, _, module = name.partition(".")

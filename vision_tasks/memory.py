@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hubrl.origin import same_code
 from vision_tasks.costed import (
     MODELS,
     PATHWAY,
@@ -30,7 +31,6 @@ from vision_tasks.process_memory import MB, read_memory
 
 # Shape letters: B batch, M encoders to choose from, C H W image.
 
-ROOT = Path(__file__).resolve().parents[1]
 CLEAR = Path("/proc/self/clear_refs")
 ROUNDS = 3
 # The C library gives back each block of this size as soon as it is free: what is resident is what
@@ -100,11 +100,10 @@ def _run_child(setup: Setup, mode: str, name: str, step: str) -> Peak:
 
     :raises RuntimeError: if it fails, as for lack of memory
     """
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     given = {"setup": setup._asdict(), "mode": mode, "name": name, "step": step}
     done = subprocess.run(
         [sys.executable, "-P", __file__, json.dumps(given)],
-        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": path},
+        env={**os.environ, **ENVIRONMENT, **same_code()},
         capture_output=True,
         text=True,
     )

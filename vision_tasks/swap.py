@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hubrl.encoder_list import EncoderList
 from hubrl.encoders import Encoder
 from hubrl.files import DamagedFileError, save_tensors
 from hubrl.finite import NotFiniteError, are_finite, first_not_finite
-from hubrl.pathway import EncoderList
 from hubrl.specs import HubSpec
 from hubrl.state_folder import link_file, optimizer_state
 

@@ -23,7 +23,7 @@ from agents.config import PPOSection, RunConfig, built_in_config, load_config
 from envs import AtariVecEnv
 from hubrl.benches.measuring import Measure, Result, compare, interleave, timed
 from hubrl.benches.networks import save_random_hub
-from hubrl.train import make_env
+from hubrl.games import make_env
 
 gymnasium.register_envs(ale_py)
 

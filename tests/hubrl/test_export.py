@@ -16,8 +16,8 @@ from agents.runs import checkpoint_dir, open_run
 from hubrl import cli, evaluate, export, train
 from hubrl.exporting import distillation
 from hubrl.exporting.graph import Acts, acts_of_graph, acts_of_policy
+from hubrl.games import make_env
 from hubrl.run_folder import read_rows
-from hubrl.train import make_env
 
 
 def trained(folder: Path, hub: object, algorithm: str = "ppo", **overrides: Any) -> Path:

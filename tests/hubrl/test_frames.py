@@ -19,9 +19,9 @@ from torch import nn
 
 import hubrl
 from hubrl.encoders import Encoder, build_encoder, check_image_shape
+from hubrl.games import image_format
 from hubrl.hubs import check_encoder
 from hubrl.specs import load_hub
-from hubrl.train import image_format
 
 LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 

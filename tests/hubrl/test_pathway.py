@@ -15,7 +15,7 @@ from small_hubs import nature_spec, write_hub
 from hubrl.aggregation import AGGREGATIONS, Sum
 from hubrl.encoders import Encoder
 from hubrl.generators import PathwayGenerator
-from hubrl.pathway import HubPathway, encoder_changes, rows_of_encoders
+from hubrl.pathway import HubPathway, rows_of_encoders
 from hubrl.specs import load_hub
 
 IMAGES = (4, 36, 36)
@@ -396,7 +396,7 @@ def test_encoder_changes_by_hand(hub5: Path) -> None:
         for weight in pathway.encoders[0].parameters():
             weight.mul_(1.25)
         pathway.encoders[2].trunk.cnn[0].bias[0].add_(1e-7)
-    a, b, c, *rest = encoder_changes(pathway)
+    a, b, c, *rest = pathway.encoders.changes()
     assert a[:3] == ("a", False, False)
     assert a.distance == pytest.approx(0.25, rel=1e-5)
     assert b == ("b", True, True, 0.0)
@@ -404,4 +404,4 @@ def test_encoder_changes_by_hand(hub5: Path) -> None:
     assert 0 < c.distance < 1e-6
     assert all(change.is_same for change in rest)
     random = HubPathway(load_hub(hub5), pretrained=False)
-    assert all(change.distance is None for change in encoder_changes(random))
+    assert all(change.distance is None for change in random.encoders.changes())

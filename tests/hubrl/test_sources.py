@@ -27,7 +27,6 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor
 
-import hubrl
 from hubrl.encoders import build_encoder
 from hubrl.hub_folder import add_encoder
 from hubrl.hubs import check_encoder
@@ -331,8 +330,7 @@ def test_atari_timm_and_torchvision_drive_one_agent(
     model = make_agent("ppo", hub, freeze=["tv_net"], top_k=3)
     model.learn(32)
     changes = {
-        c.name: c.is_same
-        for c in hubrl.pathway.encoder_changes(model.policy.features_extractor.pathway)
+        c.name: c.is_same for c in model.policy.features_extractor.pathway.encoders.changes()
     }
     assert changes == {"pong": False, "timm_net": False, "tv_net": True}
 

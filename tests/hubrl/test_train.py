@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from agents.config import load_config
 from hubrl import cli, train
 from hubrl.files import read_json
+from hubrl.games import image_format
 from hubrl.run_folder import held
 from hubrl.specs import load_hub, save_hub
 
@@ -400,5 +401,5 @@ def test_images_too_small_for_the_hub(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_a_hubs_format_asks_for_half_of_its_size() -> None:
-    assert train.image_format("atari5").min_size == 42
-    assert train.image_format("none").min_size == 1
+    assert image_format("atari5").min_size == 42
+    assert image_format("none").min_size == 1

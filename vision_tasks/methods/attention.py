@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hubrl.aggregation import Contribution
-from hubrl.pathway import EncoderList
+from hubrl.encoder_list import EncoderList
 from hubrl.precision import resolve_precision
 from hubrl.specs import HubSpec
 from vision_tasks.methods.method import (

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hubrl.encoder_list import EncoderList
 from hubrl.encoders import Encoder
-from hubrl.pathway import EncoderList
 from hubrl.precision import resolve_precision
 from hubrl.specs import HubSpec
 from vision_tasks.methods.logme import LogMe

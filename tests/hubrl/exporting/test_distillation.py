@@ -18,7 +18,7 @@ from hubrl.exporting import distillation
 from hubrl.exporting.distillation import Distillation, Memory, accuracy, loss_scales, losses
 from hubrl.exporting.outputs import Outputs
 from hubrl.exporting.play import Games
-from hubrl.train import make_env
+from hubrl.games import make_env
 
 
 def policy(space: spaces.Space[Any]) -> Any:

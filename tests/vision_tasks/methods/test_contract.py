@@ -18,8 +18,8 @@ from small_images import (
     write_rgb_hub,
 )
 
+from hubrl.encoder_list import EncoderList
 from hubrl.encoders import build_encoder, is_encoder_weight
-from hubrl.pathway import EncoderList
 from hubrl.signals import StopSignal
 from hubrl.specs import HubSpec, load_hub
 from vision_tasks.methods import METHODS, Method, Settings, build_method

@@ -1,0 +1,44 @@
+"""The environments of a run, giving the images that its hub asks for."""
+
+from __future__ import annotations
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from agents.config import MaskablePPOSection, RunConfig
+from envs import ImageFormat, make_vec_env, with_action_masks
+from hubrl.specs import load_hub
+
+
+def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEnv:
+    """
+    The environments of a run, giving the images that its hub asks for.
+
+    :param training: clipped rewards and a lost life as an end, in Atari
+    """
+    vec_env = make_vec_env(
+        config.env.id,
+        n_envs,
+        seed=config.train.seed,
+        sticky=config.env.sticky,
+        training=training,
+        image=image_format(config.hub.name),
+        timeout=config.env.timeout,
+    )
+    return (
+        with_action_masks(vec_env) if isinstance(config.algorithm, MaskablePPOSection) else vec_env
+    )
+
+
+def image_format(hub: str) -> ImageFormat:
+    """Colour where all encoders want it, else a stack of grey images; as large as the largest."""
+    if hub == "none":
+        return ImageFormat()
+    encoders = load_hub(hub, weights=False).encoders
+    size = max(max(spec.image_size) for spec in encoders)
+    min_size = -(-size // 2)  # as check_image_shape
+    n_frames = max(spec.n_frames for spec in encoders)
+    stacks = [spec.channels for spec in encoders if spec.channels != 3]
+    if stacks:
+        stack = max(n_frames, *stacks)
+        return ImageFormat(size=size, grey=True, stack=stack, min_size=min_size)
+    return ImageFormat(size=size, grey=False, stack=n_frames, min_size=min_size)
