@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -29,7 +30,7 @@ from hubrl.sources import (
     from_torchvision,
     require_license,
 )
-from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub
+from hubrl.specs import BUILT_IN_HUBS, EncoderSpec, HubSpec, list_hubs, load_hub, single_name
 
 N_PROBES = 32
 GOLDEN_TOLERANCE = 1e-3  # of the largest golden number: processors add in another order
@@ -157,11 +158,12 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
 
     Plays at random and fits a linear readout of each encoder's features to the discounted rewards
     that follow. R2 is the share of their variance that it explains in games it was not fitted to.
+    The last line says what to train first.
     """
     # What plays needs SB3, which takes a second that the other subcommands save.
     from envs import EnvironmentFaultError, make_vec_env
     from hubrl.games import image_format
-    from hubrl.ranking import play, rank
+    from hubrl.ranking import advice, play, rank
 
     with cli.user_errors(), cli.failures(EnvironmentFaultError):
         spec = load_hub(hub)
@@ -179,6 +181,9 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
     for found in ranks:
         interval = f"({found.low:.3f} to {found.high:.3f})"
         click.echo(f"{found.encoder:<{width}}  {found.r2:.3f} {interval}")
+    best, how_sure = advice(ranks, spec)
+    alone = shlex.quote(single_name(hub, best))
+    click.echo(f"first compare --hub {alone} with --hub none: {how_sure}")
 
 
 @command.command("add")

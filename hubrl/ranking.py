@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,22 @@ def rank(hub: HubSpec, played: Play) -> list[Rank]:
             )
         ranks.append(Rank(name, *explained(features_ND, played)))
     return sorted(ranks, key=lambda found: -found.r2)
+
+
+def advice(ranks: Sequence[Rank], hub: HubSpec) -> tuple[str, str]:
+    """
+    The encoder to try first, and how sure that is, in words.
+
+    :param ranks: what ``rank`` found of the hub
+    """
+    r2 = {found.encoder: found.r2 for found in ranks}
+    architectures = {spec.name: spec.architecture for spec in hub.encoders}
+    best = next(found for found in ranks if found.encoder in architectures)
+    if best.low > r2[_random(architectures[best.encoder])]:
+        return best.encoder, "it tells more of the returns than random weights do"
+    return best.encoder, (
+        "it doesn't clearly tell more of the returns than random weights, and may help all the same"
+    )
 
 
 def play(env: VecEnv, n_observations: int, seed: int) -> Play:
@@ -187,4 +203,8 @@ def _candidates(hub: HubSpec) -> Iterator[tuple[str, Encoder]]:
         spec = next(spec for spec in hub.encoders if spec.architecture == architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            yield f"random {architecture}", build_encoder(hub, spec, pretrained=False)
+            yield _random(architecture), build_encoder(hub, spec, pretrained=False)
+
+
+def _random(architecture: str) -> str:
+    return f"random {architecture}"

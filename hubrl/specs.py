@@ -263,6 +263,21 @@ def lasting_name(hub: str) -> str:
     return f"{Path(path).resolve()}{colon}{encoder}"
 
 
+def single_name(hub: str, encoder: str) -> str:
+    """
+    What ``load_hub`` takes for one encoder of a hub.
+
+    :param hub: as of ``load_hub``
+    :param encoder: the name of one of its encoders
+    """
+    names = load_hub(hub, weights=False).encoder_names
+    if len(names) == 1:
+        return hub
+    if hub.startswith(TIMM_PREFIX):
+        return TIMM_PREFIX + timm_models(hub)[names.index(encoder)]
+    return f"{hub}:{encoder}"
+
+
 def load_hub(hub: str | Path | HubSpec, *, weights: bool = True) -> HubSpec:
     """
     Read a hub's cards; the weights are read when an encoder is built.

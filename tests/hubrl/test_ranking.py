@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 from hubrl import cli, hubs, ranking
 from hubrl.files import file_sha256
-from hubrl.ranking import Play, discounted, explained, held_out, play, rank
+from hubrl.ranking import Play, Rank, advice, discounted, explained, held_out, play, rank
 from hubrl.specs import load_hub, save_hub
 
 
@@ -144,7 +144,29 @@ def test_the_command(hub5: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("hubrl/TinyImage-v0: 128 observations of random play, ")
     assert lines[1] == "encoder             R2 of returns (95 % interval)"
-    assert {line[:18].strip() for line in lines[2:]} == {*"abcde", "random nature_conv"}
+    assert {line[:18].strip() for line in lines[2:-1]} == {*"abcde", "random nature_conv"}
+    best = next(line[0] for line in lines[2:] if not line.startswith("random"))
+    assert lines[-1].startswith(f"first compare --hub {hub5}:{best} with --hub none: it ")
+    assert run("rank", f"{hub5}:c", "--env", "hubrl/TinyImage-v0", "-n", 128) == 0
+    assert f"\nfirst compare --hub {hub5}:c with --hub none: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("low", "words"),
+    [(0.26, "it tells more of the returns than"), (0.24, "it doesn't clearly tell more of")],
+)
+def test_advice_follows_from_random_weights_of_the_same_architecture(
+    low: float, words: str, hub5: Path
+) -> None:
+    ranks = [
+        Rank("random other", 0.9, 0.8, 1.0),
+        Rank("b", 0.3, low, 0.4),
+        Rank("random nature_conv", 0.25, 0.1, 0.4),
+        Rank("a", 0.1, 0.0, 0.2),
+    ]
+    encoder, how_sure = advice(ranks, load_hub(hub5))
+    assert encoder == "b"
+    assert how_sure.startswith(words)
 
 
 @pytest.mark.parametrize(

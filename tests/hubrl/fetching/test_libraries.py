@@ -18,7 +18,7 @@ from small_hubs import nature_spec
 from hubrl.fetching import libraries
 from hubrl.fetching.recipes import fetch_hub, load_cards
 from hubrl.files import file_sha256
-from hubrl.specs import EncoderSpec, load_hub, load_recipe
+from hubrl.specs import EncoderSpec, load_hub, load_recipe, single_name
 
 DEEPLAB = "DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1"
 MODEL = "test_resnet"
@@ -99,6 +99,9 @@ def test_models_of_timm_are_a_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) 
     assert load_hub(hub) == found
     assert found.encoder_names == models
     assert load_hub("timm:test_vit").encoders == found.encoders[1:]
+    singles = [single_name(hub, spec.name) for spec in found.encoders]
+    assert [load_hub(name).encoders for name in singles] == [(spec,) for spec in found.encoders]
+    assert single_name("timm:test_vit", found.encoders[1].name) == "timm:test_vit"
     assert load_cards(hub) == found
     for spec in found.encoders:
         assert file_sha256(found.weights_path(spec)) == spec.sha256  # type: ignore[arg-type]
