@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.encoders import Casts, orthogonal_init
+from hubrl.encoders import Casts, is_frozen, orthogonal_init
 from hubrl.specs import closest
 
 # Shape letters: B batch, E encoders, D features of one encoder, O features out,
@@ -178,8 +178,8 @@ class Standardised(nn.Module):
     def forward(
         self, contributions: Iterable[Contribution], weights_BE: Tensor, casts: Casts | None = None
     ) -> Tensor:
-        """As in ``Concat``; in training mode, with gradients, the running numbers follow."""
-        is_learning = self.training and torch.is_grad_enabled()
+        """As in ``Concat``; in training mode, where it learns, the running numbers follow."""
+        is_learning = self.training and torch.is_grad_enabled() and not is_frozen(self)
         used = "start" if self.training else "running"
         variance_E = self.get_buffer(f"{used}_variance_E")
         is_known_E = self.get_buffer(f"{used}_rows_E") >= self.FIRST

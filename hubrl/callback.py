@@ -69,6 +69,8 @@ class PathwayCallback(BaseCallback):
 
     def _on_training_end(self) -> None:
         self._on_rollout_start()
+        for extractor in self._extractors:
+            extractor.progress_remaining = None  # another run needs its own callback
 
     def _notice_collapse(
         self, place: str, extractor: HubFeaturesExtractor, statistics: dict[str, float]
@@ -92,8 +94,10 @@ class PathwayCallback(BaseCallback):
         )
 
     def _tell_progress(self) -> None:
+        # SB3 moves its own on after a rollout has ended, and not where a run begins.
+        remaining = 1.0 - self.num_timesteps / max(self.model._total_timesteps, 1)
         for extractor in self._extractors:
-            extractor.progress_remaining = self.model._current_progress_remaining
+            extractor.progress_remaining = remaining
 
 
 def places(policy: nn.Module) -> dict[str, HubFeaturesExtractor]:

@@ -168,6 +168,12 @@ def is_encoder_weight(weight: Tensor) -> bool:
     return getattr(weight, "is_encoder", False)
 
 
+def is_frozen(module: nn.Module) -> bool:
+    """Whether it has weights of which none learns at present."""
+    learning = [weight.requires_grad for weight in module.parameters()]
+    return bool(learning) and not any(learning)
+
+
 class Casts:
     """
     Weights in the format of computation, kept for a phase in which none changes.
@@ -420,8 +426,8 @@ def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: Encoder
         trunk.load_state_dict(used)
     except RuntimeError as error:
         raise ValueError(
-            f"encoder {spec.name!r}: {spec.weights or 'its weights'} does not fit architecture "
-            f"{spec.architecture!r}: {reason(error)}"
+            f"encoder {spec.name!r}: {spec.weights or 'a set of weights'} does not fit "
+            f"architecture {spec.architecture!r}: {reason(error)}"
         ) from None
 
 

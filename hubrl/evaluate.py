@@ -28,7 +28,7 @@ N_ENVS = 8
 
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--episodes", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("-n", "--episodes", type=click.IntRange(min=1), default=20, show_default=True)
 @click.option(
     "--checkpoint",
     type=click.Choice(["best", "last"]),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from hubrl.generators import BATCH_GENERATORS, GENERATORS
 from hubrl.losses import attach_loss
 from hubrl.pathway import HubPathway, PathwayOutput
 from hubrl.replay import FeatureCache, RoutingReplay
-from hubrl.specs import HubSpec, load_hub
+from hubrl.specs import HubSpec, closest, load_hub
 
 # Shape letters: B batch, E encoders, C H W image, O features out,
 # R rows of the batch that activate one encoder, D its features.
@@ -343,24 +344,32 @@ def _refuse_unfit_algorithm() -> None:
 
 
 def _refuse_batch_generator(name: str) -> None:
+    allowed = [key for key in GENERATORS if key not in BATCH_GENERATORS]
+    if name not in GENERATORS:
+        raise ValueError(
+            f"generator is {name!r}{closest(name, allowed)}, allowed: {', '.join(allowed)}"
+        )
     if name in BATCH_GENERATORS:
         raise ValueError(
             f"generator is {name!r}, which is for image tasks: by its BatchNorm an observation's "
             "routing depends on its batch, and an update would not find the rollout's again; "
-            f"allowed: {', '.join(key for key in GENERATORS if key not in BATCH_GENERATORS)}"
+            f"allowed: {', '.join(allowed)}"
         )
 
 
 def _schedule(coef: float | Mapping[str, float]) -> tuple[float, float]:
     """The coefficient's first and last value."""
-    if not isinstance(coef, Mapping):
-        coef = {"start": coef, "end": coef}
-    if set(coef) != {"start", "end"} or min(coef.values()) < 0:
+    ends = coef if isinstance(coef, Mapping) else {"start": coef, "end": coef}
+    if set(ends) != {"start", "end"} or not all(map(_is_coef, ends.values())):
         raise ValueError(
             f"exploration_coef is {coef!r}, allowed: a number of at least 0, or "
-            "{'start': a, 'end': b} with two of them"
+            "{'start': a, 'end': b} with two of them, linear over the run"
         )
-    return float(coef["start"]), float(coef["end"])
+    return float(ends["start"]), float(ends["end"])
+
+
+def _is_coef(value: object) -> bool:
+    return isinstance(value, SupportsFloat) and 0 <= float(value) < math.inf
 
 
 def _check_space(space: spaces.Space[Any], hub: HubSpec) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hubrl.encoders import orthogonal_init
+from hubrl.encoders import is_frozen, orthogonal_init
 from hubrl.precision import fast_layout
 
 # Shape letters: B batch, M encoders to choose from, D features, N whatever a row has, C H W image,
@@ -91,7 +91,8 @@ class PathwayGenerator(nn.Module):
         """Projected patches of images less the mean image; linear, so each is projected alone."""
         # Dividing the weights instead of the pixels saves a pass over the batch.
         scale = 255.0 if images_BCHW.dtype == torch.uint8 else 1.0
-        self.image_mean.observe(images_BCHW, scale)
+        if not is_frozen(self):
+            self.image_mean.observe(images_BCHW, scale)
         layer = self.patches
         project = functools.partial(F.conv2d, stride=layer.stride, padding=layer.padding)
         patches_BCHW = project(images_BCHW.float(), layer.weight / scale, layer.bias)
@@ -99,7 +100,7 @@ class PathwayGenerator(nn.Module):
 
     def _standardise(self, features_BD: Tensor) -> Tensor:
         # Features of whole images would tell of something else.
-        if self.training:
+        if self.training and not is_frozen(self):
             is_mean_known = self.image_mean.n_rows > 0
             self.feature_mean.observe(features_BD, counts=is_mean_known)
             self.feature_square.observe(features_BD.square(), counts=is_mean_known)

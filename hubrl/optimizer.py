@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +36,7 @@ class EncoderScaledAdam(Adam):
         encoder_lr_scale: float,
         **kwargs: Any,
     ) -> None:
-        if encoder_lr_scale <= 0:
+        if not 0 < encoder_lr_scale < math.inf:
             raise ValueError(
                 f"encoder_lr_scale is {encoder_lr_scale}, allowed: a number above 0; "
                 "to keep encoders as they are, give the extractor freeze='all'"

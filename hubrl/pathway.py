@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,18 @@ from hubrl.specs import HubSpec, closest, load_hub
 CHOSEN_SCALE = 0.1
 #: Share of the pathway probability above which one encoder leaves the hub unused.
 COLLAPSE = 0.95
+
+#: Of an encoder's card: what decides its features, besides the weights.
+FACTS = (
+    "architecture",
+    "features_dim",
+    "image_size",
+    "channels",
+    "mean",
+    "std",
+    "frames",
+    "n_frames",
+)
 
 #: Features (R, D) of encoder i for rows (R,) of the batch.
 Encode = Callable[[int, Tensor], Tensor]
@@ -258,20 +271,36 @@ class HubPathway(nn.Module):
         return top if shares[top] > COLLAPSE and n_choices > 1 else None
 
     def get_extra_state(self) -> Tensor:
-        """For ``state_dict``: which encoders are always active."""
-        return self._is_always_E
+        """For ``state_dict``: what the weights mean nothing without, as JSON in bytes, uint8."""
+        text = json.dumps([list(self.always_active), self._encoder_facts()])
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
-    def set_extra_state(self, is_always_E: Tensor) -> None:
+    def set_extra_state(self, state: Tensor) -> None:
         """
-        :raises ValueError: if other encoders were always active when the state was saved
+        :raises ValueError: if the state was saved with other encoders, in another order or with
+            others always active
         """
-        if is_always_E.tolist() != self._is_always_E.tolist():
-            names = zip(self.hub.encoder_names, is_always_E.tolist(), strict=False)
+        if state.dtype == torch.bool:  # of an older version
+            always = [n for n, it in zip(self.hub.encoder_names, state.tolist(), strict=True) if it]
+        else:
+            always, saved = json.loads(bytes(state.tolist()))
+            _check_facts(saved, self._encoder_facts())
+        if always != list(self.always_active):
             raise ValueError(
-                f"these weights were trained with always_active "
-                f"{[name for name, is_always in names if is_always]}, but this pathway has "
+                f"these weights were trained with always_active {always}, but this pathway has "
                 f"{list(self.always_active)}: build it with theirs"
             )
+
+    def _encoder_facts(self) -> dict[str, dict[str, Any]]:
+        """By name, in order, what decides the features; of frozen ones the weights, too."""
+        sha256 = self.encoders.shared_sha256()
+        facts = {
+            spec.name: {field: getattr(spec, field) for field in FACTS}
+            | {"sha256": sha256[spec.name]}
+            for spec in self.hub.encoders
+        }
+        found: dict[str, dict[str, Any]] = json.loads(json.dumps(facts))  # lists for tuples
+        return found
 
     def _probabilities(self, images_BCHW: Tensor, noise_BE: Tensor | None) -> Tensor:
         shape = (images_BCHW.shape[0], len(self.encoders))  # not len, as in aggregate
@@ -325,10 +354,25 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
     return tuple(name for name in hub.encoder_names if name in found)
 
 
-def _check_top_k(top_k: int, hub: HubSpec) -> int:
-    if not 1 <= top_k <= len(hub.encoders):
+def _check_facts(saved: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> None:
+    if list(saved) != list(found):
         raise ValueError(
-            f"top_k is {top_k}, allowed: 1..{len(hub.encoders)}, "
+            f"these weights were trained with the encoders {', '.join(saved)} in this order, but "
+            f"the hub has {', '.join(found)}: give the hub that they were trained with"
+        )
+    for name, facts in saved.items():
+        for field, value in facts.items():
+            if found[name][field] != value:
+                raise ValueError(
+                    f"these weights were trained with {field} {value} of encoder {name!r}, but it "
+                    f"has {found[name][field]} now: put its card and its file back, or train anew"
+                )
+
+
+def _check_top_k(top_k: int, hub: HubSpec) -> int:
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(hub.encoders):
+        raise ValueError(
+            f"top_k is {top_k!r}, allowed: 1..{len(hub.encoders)}, "
             f"the number of encoders of hub {hub.name!r}"
         )
     return top_k
@@ -356,6 +400,10 @@ def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]
 
 def _names(argument: str, names: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
     names = [names] if isinstance(names, str) else names
+    if not isinstance(names, Collection):
+        raise ValueError(
+            f"{argument} is {names!r}, allowed: a list of encoders' names, [] for none"
+        )
     try:
         return frozenset(hub.only(name).encoders[0].name for name in names)
     except ValueError as error:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 import pydantic
 from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from hubrl.specs import closest, read_yaml
 
@@ -149,16 +150,23 @@ def _explain(cls: type[Section], error: pydantic.ValidationError) -> str:
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     if not first["loc"]:
         return first["msg"].removeprefix("Value error, ")
-    loc, owner = _place(cls, [part for part in first["loc"] if isinstance(part, str)])
+    loc, owner = _place(cls, _keys_of(first))
     path = ".".join(loc)
     if first["type"] == "extra_forbidden":
         keys = list(owner.model_fields)
         return f"unknown key {path}{closest(loc[-1], keys)}, keys: {', '.join(keys)}"
     if first["type"] == "missing":
-        return f"key {path} is missing: a configuration is complete"
+        missing = [_place(cls, _keys_of(e))[0] for e in error.errors() if e["type"] == "missing"]
+        names = ", ".join(".".join(keys) for keys in missing)
+        what = f"key {names} is" if len(missing) == 1 else f"keys {names} are"
+        return f"{what} missing: a configuration is complete"
     allowed = _range(owner.model_fields.get(loc[-1]))
     allowed = allowed or first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     return f"{path} is {first['input']!r}, allowed: {allowed}"
+
+
+def _keys_of(error: ErrorDetails) -> list[str]:
+    return [part for part in error["loc"] if isinstance(part, str)]
 
 
 def _place(cls: type[Section], loc: Sequence[str]) -> tuple[list[str], type[Section]]:

@@ -469,7 +469,8 @@ def _find_hub(hub: str) -> tuple[Path, str]:
     if file is None:
         raise ValueError(
             f"hub {hub!r} is unknown{closest(hub, list_hubs())}; hubs: {', '.join(list_hubs())}; "
-            f"or give a folder with a {HUB_FILE}, a YAML file, or timm:NAME,NAME"
+            f"or give a folder with a {HUB_FILE}, a YAML file, or timm:NAME,NAME (paths begin at "
+            f"{Path.cwd()})"
         )
     return file, encoder
 

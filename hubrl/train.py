@@ -266,7 +266,10 @@ def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: i
                     model, _ = _restored(config, folder, n_rollbacks)
                 print(f"{error}: back to step {model.num_timesteps:,} at half the learning rate")
             else:
-                return 0 if stop.number is None else 128 + stop.number
+                if stop.number is None:
+                    return 0
+                print(f"stopped at {model.num_timesteps:,} steps; --resume {folder} goes on")
+                return 128 + stop.number
 
 
 def _let_go(model: BaseAlgorithm, error: NotFiniteError) -> None:

@@ -66,8 +66,6 @@ def try_it(algorithm: str, observations: str, actions: str, hub: Path) -> str:
         "features_extractor_class": extractor,
         "features_extractor_kwargs": kwargs,
         "net_arch": [],
-        # SB3 divides bytes alone by 255.
-        **({"normalize_images": False} if observations == "float images" else {}),
         **agent.policy_kwargs,
     }
     policy = agent.policy.replace("Cnn", "MultiInput") if is_dict else agent.policy
@@ -99,7 +97,8 @@ def page(hub: Path) -> str:
         "from, predicts, and comes back from its file with. `make docs` makes this page by",
         "trying each combination; the tests try them again. An empty cell is a combination that",
         "the algorithm or its policy doesn't take. Vectors beside images need",
-        "`HubCombinedExtractor`; float images lie in 0..1 and need `normalize_images=False`.",
+        "`HubCombinedExtractor`; float images lie in 0..1. CrossQ has no `CnnPolicy`: give it the",
+        "extractor with `MlpPolicy`.",
         "",
     ]
     for observations in OBSERVATIONS:

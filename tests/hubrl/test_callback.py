@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sb3_agents import learning_extractors, make_agent
 from small_runs import small_env
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -56,6 +57,26 @@ def test_statistics_and_schedule_are_logged(hub5: Path) -> None:
         assert 0 <= row["pathway/entropy"] <= 1.6095
         assert -1.6095 <= row["pathway/exploration_loss"] <= 0
         assert row["pathway/exploration_coef"] == pytest.approx(coefficient)
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn"])
+def test_each_update_has_the_coefficient_of_sb3s_progress(name: str, hub5: Path) -> None:
+    model = make_agent(name, hub5, exploration_coef={"start": 0.1, "end": 0.0})
+    (extractor,) = learning_extractors(model)
+    train, seen = model.train, []
+
+    def record(*arguments: Any, **named: Any) -> None:
+        seen.append((extractor.exploration_coef, 0.1 * model._current_progress_remaining))
+        train(*arguments, **named)
+
+    model.train = record
+    for _ in range(2):
+        model.learn(96, callback=PathwayCallback())
+    assert len(seen) >= 6
+    for found, expected in seen:
+        assert found == pytest.approx(expected)
+    with pytest.raises(ValueError, match="exploration_coef is a schedule, but nothing tells"):
+        model.learn(96)
 
 
 def test_off_policy_agents_log_what_their_online_network_learns(hub5: Path) -> None:

@@ -1,6 +1,7 @@
 """The extractor inside untouched SB3 agents: weights, gradients, noise, ratio, save and load."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,21 @@ def test_statistics_name_every_encoder(hub5: Path) -> None:
     assert extractor.statistics() == {}
 
 
+def test_a_frozen_extractor_stays_as_it_is(hub5: Path) -> None:
+    model = make_agent("ppo", hub5)
+    model.learn(32)
+    (extractor,) = extractors_of(model)
+    extractor.requires_grad_(False)
+    images = torch.randint(0, 256, (4, 4, 36, 36), dtype=torch.uint8)
+    features = extractor.eval()(images)
+    extractor.train()
+    before = [buffer.clone() for buffer in extractor.pathway.buffers()]
+    model.learn(64)
+    extractor.eval().train()  # what an update begins with is what the last one ended with
+    assert all(map(torch.equal, extractor.pathway.buffers(), before))
+    assert torch.equal(extractor.eval()(images), features)
+
+
 def test_schedule_by_hand(hub5: Path) -> None:
     space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
     extractor = hubrl.HubFeaturesExtractor(
@@ -292,6 +308,14 @@ def test_schedule_by_hand(hub5: Path) -> None:
         ({"always_active": ["a", "c"]}, "always_active is a, c, but top_k is 2: at least"),
         ({"exploration_coef": -1.0}, "exploration_coef is .*allowed: a number of at least 0"),
         ({"exploration_coef": {"begin": 1}}, "exploration_coef is .*allowed: a number"),
+        (
+            {"exploration_coef": math.nan},
+            "exploration_coef is nan, allowed: a number of at",
+        ),
+        ({"exploration_coef": lambda left: left}, r"coef is <function .*\{'start': a, 'end': b\}"),
+        ({"exploration_coef": None}, "exploration_coef is None, allowed: a number"),
+        ({"exploration_coef": {"start": "a", "end": 0}}, "exploration_coef is .*allowed: a number"),
+        ({"generator": "smal"}, r"'smal' \(closest: 'small'\), allowed: small, even, uniform$"),
         (
             {"generator": "resnet10"},
             "is for image tasks: .* its batch.*; allowed: small, even, uniform",

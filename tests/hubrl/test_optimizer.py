@@ -64,7 +64,7 @@ def test_a_copy_has_the_scale() -> None:
     assert moved == pytest.approx([0.5, 0.05], rel=1e-4)
 
 
-@pytest.mark.parametrize("scale", [0, -1.0])
+@pytest.mark.parametrize("scale", [0, -1.0, float("nan")])
 def test_a_scale_that_is_none(scale: float) -> None:
     with pytest.raises(ValueError, match=r"encoder_lr_scale is .*above 0; .*freeze='all'"):
         hubrl.EncoderScaledAdam(list(two_weights()), encoder_lr_scale=scale)

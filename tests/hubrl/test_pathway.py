@@ -16,7 +16,7 @@ from hubrl.aggregation import AGGREGATIONS, Sum
 from hubrl.encoders import Encoder
 from hubrl.generators import PathwayGenerator
 from hubrl.pathway import HubPathway, rows_of_encoders
-from hubrl.specs import load_hub
+from hubrl.specs import HubSpec, load_hub
 
 IMAGES = (4, 36, 36)
 
@@ -405,3 +405,59 @@ def test_encoder_changes_by_hand(hub5: Path) -> None:
     assert all(change.is_same for change in rest)
     random = HubPathway(load_hub(hub5), pretrained=False)
     assert all(change.distance is None for change in random.encoders.changes())
+
+
+def test_weights_are_refused_by_other_encoders_than_they_were_trained_with(hub5: Path) -> None:
+    hub = load_hub(hub5)
+    frozen = HubPathway(hub, freeze=["a"])
+    state = frozen.state_dict()
+    HubPathway(hub, freeze=["a"]).load_state_dict(state)
+
+    def refuses(other: HubSpec, message: str, **arguments: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            HubPathway(other, **{"freeze": ["a"], **arguments}).load_state_dict(state)
+
+    backwards = dataclasses.replace(hub, encoders=hub.encoders[::-1])
+    refuses(
+        backwards, "trained with the encoders a, b, c, d, e in this order, .* has e, d, c, b, a"
+    )
+    refuses(dataclasses.replace(hub, encoders=hub.encoders[:4]), "but the hub has a, b, c, d: give")
+    first, *others = hub.encoders
+    changed = dataclasses.replace(first, mean=(0.25,))
+    refuses(
+        dataclasses.replace(hub, encoders=(changed, *others)),
+        r"trained with mean \[0.0\] of encoder 'a', but it has \[0.25\] now: put its card and",
+    )
+    another = dataclasses.replace(first, weights=others[0].weights, sha256=others[0].sha256)
+    refuses(
+        dataclasses.replace(hub, encoders=(another, *others)),
+        f"trained with sha256 {first.sha256} of encoder 'a', but it has {others[0].sha256} now",
+    )
+    refuses(
+        hub, r"trained with always_active \[\], but this pathway has \['b'\]", always_active="b"
+    )
+
+
+def test_weights_of_older_versions_say_which_encoders_were_always_active(hub5: Path) -> None:
+    pathway = HubPathway(load_hub(hub5), always_active="b")
+    state = pathway.state_dict()
+    state["_extra_state"] = torch.tensor([False, True, False, False, False])
+    pathway.load_state_dict(state)
+    state["_extra_state"] = torch.tensor([True, False, False, False, False])
+    with pytest.raises(ValueError, match=r"trained with always_active \['a'\], .* has \['b'\]"):
+        pathway.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"top_k": 2.0}, r"top_k is 2.0, allowed: 1..5"),
+        ({"top_k": True}, r"top_k is True, allowed: 1..5"),
+        ({"top_k": "2"}, r"top_k is '2', allowed: 1..5"),
+        ({"freeze": True}, r"freeze is True, allowed: a list of encoders' names, \[\] for"),
+        ({"always_active": None}, r"always_active is None, allowed: a list of encoders' names"),
+    ],
+)
+def test_values_of_another_type(arguments: dict[str, Any], message: str, hub5: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        HubPathway(hub5, **arguments)

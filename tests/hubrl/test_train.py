@@ -135,7 +135,11 @@ def test_the_default_run_dir_tells_what_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_then_resume(
-    number: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int,
+    code: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     class Stopper(train.ProgressCallback):
         def _on_step(self) -> bool:
@@ -147,6 +151,7 @@ def test_a_signal_then_resume(
     with monkeypatch.context() as patch:
         patch.setattr(train, "ProgressCallback", Stopper)
         assert run("--config", config, "--run-dir", "r") == code
+    assert capsys.readouterr().out.endswith("\nstopped at 82 steps; --resume r goes on\n")
     assert read_json(Path("r/checkpoints/last/state.json"))["num_timesteps"] == 64
     before, text = last(Path("r")), Path("r/config.yaml").read_text()
 

@@ -75,7 +75,10 @@ METRIC = {"n_points": 4, "window": 0.5, "jump_start": 0.5, "thresholds": [1.0], 
         ({"gamse": []}, r"unknown key gamse \(closest: 'games'\), keys: config, n_timesteps"),
         (of_none(sedes=[1]), r"unknown key variants.none.sedes \(closest: 'seeds'\), keys: over"),
         ({"metric": METRIC | {"windo": 1}}, r"unknown key metric.windo \(closest: 'window'\)"),
-        ({"metric": {}}, "key metric.n_points is missing: a configuration is complete"),
+        (
+            {"metric": {}},
+            r"keys metric.n_points, metric.window, .*metric.floors are missing: a configuration is",
+        ),
         (
             {"metric": METRIC | {"window": 1.5}},
             "metric.window is 1.5, allowed: a number above 0 and at most 1",
