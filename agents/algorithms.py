@@ -32,7 +32,7 @@ from agents.policies import (
 )
 from agents.rollout_buffer import DeviceRolloutBuffer
 from hubrl.aggregation import aggregation_name
-from hubrl.extractor import HubFeaturesExtractor
+from hubrl.extractor import HubFeaturesExtractor, steady_encoders
 from hubrl.optimizer import EncoderScaledAdam
 from hubrl.pathway import always_active_names
 from hubrl.precision import check_device, resolve_precision
@@ -193,7 +193,8 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
     if hub.name == "none":
         return ()
     names = "auto" if hub.always_active == ("auto",) else hub.always_active
-    return always_active_names(names, hub.top_k, _cards(hub))
+    cards = _cards(hub)
+    return always_active_names(steady_encoders(names, hub.top_k, cards), hub.top_k, cards)
 
 
 def _aggregation(hub: HubSection) -> str:

@@ -81,7 +81,7 @@ class HubSection(Section):
     :param name: ``none`` (SB3's NatureCNN), a hub, ``HUB:ENCODER``, a folder or a YAML file
     :param top_k: encoders that run for an observation; nothing to choose for ``none``
     :param always_active: encoders that are among them for each observation; ``auto``: as the
-        hub's card says
+        hub's card says, or the first
     :param generator: where pathway weights come from; ``uniform``: all encoders weigh the same
     :param exploration_coef: weight of the pathway exploration loss
     :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they

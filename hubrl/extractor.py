@@ -64,7 +64,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     :param hub: a name, ``NAME:ENCODER``, a folder, a YAML file or a ``HubSpec``
     :param top_k: encoders activated for each observation, 1..E
     :param always_active: names of encoders that are among them for each observation, fewer than
-        ``top_k``; ``"auto"``: those of the hub's card, if they are fewer
+        ``top_k``; ``"auto"``: those of the hub's card, if they are fewer, else the first encoder,
+        unless ``top_k`` is 1 or all; ``hubrl hubs rank`` tells which may suit your environment
     :param exploration_coef: weight of the pathway exploration loss; a number or
         ``{"start": a, "end": b}``, linear over the run (needs ``hubrl.PathwayCallback``)
     :param features_dim: length of the features
@@ -109,7 +110,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self.pathway = HubPathway(
             hub,
             top_k,
-            always_active=always_active,
+            always_active=steady_encoders(always_active, top_k, hub),
             generator=generator,
             image_shape=(channels, height, width),
             features_dim=features_dim,
@@ -280,6 +281,23 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         output = self.pathway.route(observations_BCHW, noise_BE, activated_BK, encode=encode)
         self._statistics.append(_statistics(output))
         return output
+
+
+def steady_encoders(
+    names: Collection[str] | str, top_k: int, hub: HubSpec
+) -> Collection[str] | str:
+    """
+    The encoders that an agent has always active, by default one at least.
+
+    Ours. An agent of which all encoders are chosen for each observation learned Breakout no faster
+    than one from scratch, and half as fast as with one of them always active: what it reads
+    changes with each choice.
+
+    :param names: as of ``HubFeaturesExtractor``
+    """
+    if names == "auto" and not hub.always_active and top_k in range(2, len(hub.encoders)):
+        return hub.encoder_names[:1]
+    return names
 
 
 def _statistics(output: PathwayOutput) -> Tensor:

@@ -93,7 +93,11 @@ def test_off_policy_agents_log_what_their_online_network_learns(hub5: Path) -> N
 
 def test_a_collapse_is_warned_of_once(hub5: Path) -> None:
     model = PPO(
-        "CnnPolicy", small_env(), n_steps=16, batch_size=16, policy_kwargs=policy_kwargs(hub5)
+        "CnnPolicy",
+        small_env(),
+        n_steps=16,
+        batch_size=16,
+        policy_kwargs=policy_kwargs(hub5, always_active=()),
     )
     scores = model.policy.features_extractor.pathway.generator.scores
     with torch.no_grad():

@@ -71,7 +71,10 @@ def test_options(finished_run: Path, tmp_path: Path) -> None:
     ("args", "message"),
     [
         (["nowhere"], "nowhere is not the folder of a run: it has no config.yaml"),
-        (["RUN", "--episodes", "0"], "Invalid value for '--episodes': 0 is not in the range"),
+        (
+            ["RUN", "--episodes", "0"],
+            "Invalid value for '-n' / '--episodes': 0 is not in the range",
+        ),
         (["RUN", "--checkpoint", "first"], "'first' is not one of 'best', 'last'"),
         (["RUN", "--json", "no/e.json"], "--json no/e.json: there is no folder no"),
         (["RUN", "--json", "."], "--json . is a folder: give a file"),

@@ -1,6 +1,7 @@
 """The extractor inside untouched SB3 agents: weights, gradients, noise, ratio, save and load."""
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_only_collecting_and_learning_are_noisy(hub5: Path, monkeypatch) -> None
 
 def test_without_replay_the_ratio_is_far_from_one(hub5: Path, monkeypatch) -> None:
     """The check above can fail: with fresh noise in each forward it does."""
-    model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 16})
+    model = make_agent("ppo", hub5, {"n_steps": 32, "batch_size": 16}, always_active=())
     spread_scores(model)
     with torch.no_grad():
         model.policy.action_net.weight.mul_(30)
@@ -267,6 +268,28 @@ def test_statistics_name_every_encoder(hub5: Path) -> None:
     assert 0 < statistics["entropy"] <= np.log(5) + 1e-6
     assert -np.log(5) - 1e-6 <= statistics["exploration_loss"] < 0
     assert extractor.statistics() == {}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"top_k": 2}, ("a",)),
+        ({"top_k": 1}, ()),
+        ({"top_k": 5}, ()),
+        ({"top_k": 2, "always_active": []}, ()),
+        ({"top_k": 2, "always_active": "c"}, ("c",)),
+        ({"top_k": 5, "generator": "uniform"}, ()),
+    ],
+)
+def test_an_agent_has_one_encoder_always_active(
+    arguments: dict[str, Any], expected: tuple[str, ...], hub5: Path
+) -> None:
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    extractor = hubrl.HubFeaturesExtractor(space, hub=hub5, **arguments)
+    assert extractor.pathway.always_active == expected
+    card = dataclasses.replace(load_hub(hub5), always_active=("d",))
+    extractor = hubrl.HubFeaturesExtractor(space, hub=card, top_k=2)
+    assert extractor.pathway.always_active == ("d",)
 
 
 def test_a_frozen_extractor_stays_as_it_is(hub5: Path) -> None:
