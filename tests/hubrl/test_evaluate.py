@@ -73,7 +73,7 @@ def test_options(finished_run: Path, tmp_path: Path) -> None:
         (["nowhere"], "nowhere is not the folder of a run: it has no config.yaml"),
         (
             ["RUN", "--episodes", "0"],
-            "Invalid value for '-n' / '--episodes': 0 is not in the range",
+            "for '-n' / '--episodes': 0 is not in the range",
         ),
         (["RUN", "--checkpoint", "first"], "'first' is not one of 'best', 'last'"),
         (["RUN", "--json", "no/e.json"], "--json no/e.json: there is no folder no"),
