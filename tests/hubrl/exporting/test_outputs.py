@@ -60,7 +60,7 @@ def agent(name: str, hub: Path, **extractor: Any) -> BaseAlgorithm:
     """An untrained agent of SB3's own policies."""
     algorithm, space = AGENTS.get(name) or (RecurrentPPO, DISCRETE)
     small = {"buffer_size": 10} if issubclass(algorithm, OffPolicyAlgorithm) else {}
-    kwargs = {"hub": hub, "precision": "float32", "top_k": 2, **extractor}
+    kwargs = {"hub": hub, "precision": "float32", "top_k": 2, "always_active": (), **extractor}
     model: BaseAlgorithm = algorithm(
         POLICIES.get(algorithm, "CnnPolicy"),
         Images(space),
