@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import threading
@@ -22,6 +23,7 @@ from small_images import (
     write_rgb_hub,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from hubrl.encoders import is_encoder_weight
 from hubrl.finite import NotFiniteError
@@ -53,8 +55,12 @@ def last_weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("save_freq", [0, 2])
 @pytest.mark.parametrize("steps", [1, 4, 6])
 def test_a_resumed_run_gives_the_same_bytes(
-    hub: Path, tmp_path: Path, steps: int, save_freq: int
+    hub: Path, tmp_path: Path, steps: int, save_freq: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # TensorBoard reads files by name, and of one second the tenth comes before the ninth.
+    seconds = itertools.count(1_000_000_000)
+    clock = SimpleNamespace(time=lambda: next(seconds))
+    monkeypatch.setattr(event_file_writer, "time", clock)
     config = small_vision_config(hub, train__save_freq=save_freq, data__shift=2)
     assert trainer(config, tmp_path / "whole").run(StopSignal()) is None
     assert trainer(config, tmp_path / "cut").run(StopsAfter(steps)) == 15
