@@ -1,8 +1,9 @@
 """
 ``make fuzz``: bad inputs of all kinds by the thousand, guided by the lines of code that they reach.
 
-``python -m fuzz.drive N [FOLDER]`` tries N inputs in all, each kind in a process of its own, writes
-``figures.csv`` to the folder, and exits with 1 if a promise was broken. The inputs lie there, too:
+``python -m fuzz.drive N [FOLDER]`` tries N inputs in all, each kind in a process of its own, as
+many at once as there are cores, writes ``figures.csv`` to the folder, and exits with 1 if a promise
+was broken. The inputs lie there, too:
 ``inputs.use_sandbox(NEW_FOLDER)`` and ``inputs.KINDS[KIND](DATA)`` try one again.
 """
 
@@ -38,6 +39,7 @@ MAX_LENGTH = 2**17
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 HANG_SECONDS = 120  # of the clock: code outside Python doesn't hear of the sandbox's limit
 MAX_FAILURES = 20
+TRAINING = ("agent_run", "image_run")  # kinds that take longest, and so begin first
 
 
 class Figures(NamedTuple):
@@ -148,25 +150,43 @@ def main(n_inputs: int, folder: Path, kinds: list[str]) -> int:
     warnings.simplefilter("ignore")
     # What libFuzzer keeps lies between tensors, whose memory would never be given back.
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**17)
-    rows, is_whole = [], True
-    for kind in kinds:
-        process = os.fork()
-        if process == 0:
-            Fuzzing(kind, -(-n_inputs // len(kinds)), folder.absolute()).run()
-        is_whole &= os.waitpid(process, 0)[1] == 0
-        file = folder / f".{kind}.csv"
-        if file.exists():
-            with file.open(newline="") as lines:
-                rows += [Figures(**row) for row in csv.DictReader(lines)]
-            file.unlink()
-            print(_line(rows[-1]), flush=True)
-        else:
-            print(f"{kind}: the process ended early; its input is in {folder}", flush=True)
+    n_each, rows, is_whole = -(-n_inputs // len(kinds)), [], True
+    waiting = sorted(kinds, key=lambda kind: kind not in TRAINING)
+    running: dict[int, str] = {}
+    while waiting or running:
+        while waiting and len(running) < len(os.sched_getaffinity(0)):
+            kind = waiting.pop(0)
+            running[_started(kind, n_each, folder)] = kind
+        process, status = os.wait()
+        is_whole &= status == 0
+        kind = running.pop(process)
+        figures = _taken(folder / f".{kind}.csv")
+        rows += figures
+        told = f"{kind}: the process ended early; its input is in {folder}"
+        print(_line(figures[0]) if figures else told, flush=True)
     _write(folder / FIGURES_FILE, rows)
     print(
         f"{sum(int(row.inputs) for row in rows):,} inputs; figures are in {folder / FIGURES_FILE}"
     )
     return 0 if is_whole else 1
+
+
+def _started(kind: str, n_inputs: int, folder: Path) -> int:
+    """The number of the process that tries them."""
+    process = os.fork()
+    if process == 0:
+        Fuzzing(kind, n_inputs, folder.absolute()).run()
+    return process
+
+
+def _taken(file: Path) -> list[Figures]:
+    """What a process left there; nothing if it ended early."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as lines:
+        rows = [Figures(**row) for row in csv.DictReader(lines)]
+    file.unlink()
+    return rows
 
 
 def _line(f: Figures) -> str:
