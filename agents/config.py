@@ -309,6 +309,21 @@ class RunConfig(Section):
             )
         return self
 
+    def why_nothing_is_learned(self) -> str | None:
+        """What is wrong with a run that ends before its first update; None if it doesn't."""
+        algorithm, n = self.algorithm, self.train.n_timesteps
+        if isinstance(algorithm, (PPOSection, A2CSection)):
+            n_rollout = algorithm.n_steps * self.env.n_envs
+            if n > n_rollout or algorithm.learning_rate.end > 0:
+                return None
+            what = f"one rollout ({n_rollout:,}), after which the learning rate is 0"
+        else:
+            n_each = algorithm.train_freq * self.env.n_envs
+            if -(-n // n_each) * n_each > algorithm.learning_starts:
+                return None
+            what = f"algorithm.learning_starts ({algorithm.learning_starts:,})"
+        return f"nothing is learned in {n:,} steps: they are no more than {what}; raise -n"
+
 
 def algorithm_names() -> list[str]:
     """The names that ``algorithm.name`` may have."""

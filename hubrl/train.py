@@ -162,6 +162,8 @@ def _start(config: RunConfig, run_dir: Path | None) -> int:
         check_new_run(folder)
         model = _build(config)
         create_run(folder, config)
+    if (reason := config.why_nothing_is_learned()) is not None:
+        print(reason, file=sys.stderr)
     with cli.holding(folder):
         return _train(model, config, folder)
 

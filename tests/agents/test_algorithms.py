@@ -60,6 +60,25 @@ def test_every_algorithm_learns_100_steps(algorithm: str, hub: str, hub5: Path) 
     assert all(not torch.equal(before[key], after[key]) for key in keys)
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "n_timesteps", "reason"),
+    [
+        ("ppo", 32, "in 32 steps: they are no more than one rollout (32), after which the learni"),
+        ("ppo", 33, None),
+        ("dqn", 16, "in 16 steps: they are no more than algorithm.learning_starts (20); raise -n"),
+        ("dqn", 17, None),  # 2 environments make 8 steps each time
+    ],
+)
+def test_a_run_too_short_to_learn(algorithm: str, n_timesteps: int, reason: str | None) -> None:
+    model = build(algorithm)
+    before = {key: value.clone() for key, value in model.policy.state_dict().items()}
+    model.learn(n_timesteps)
+    after = model.policy.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before) == (reason is not None)
+    config = small_config(algorithm, {"train.n_timesteps": n_timesteps})
+    assert (reason or "None") in str(config.why_nothing_is_learned())
+
+
 @pytest.mark.parametrize("algorithm", [name for name in ALGOS if name not in CONTINUOUS])
 @pytest.mark.parametrize("hub", ["none", "hub5"])
 def test_heads_are_single_linear_layers(algorithm: str, hub: str, hub5: Path) -> None:

@@ -104,6 +104,16 @@ def test_options_win_over_the_file(hub5: Path, tmp_path: Path) -> None:
     assert resolved.hub.exploration_coef(0.5) == 0.2
 
 
+def test_a_run_too_short_to_learn_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_small_config(tmp_path / "c.yaml")
+    assert run("--config", config, "-n", 32) == 0
+    assert capsys.readouterr().err.startswith("nothing is learned in 32 steps: ")
+    assert run("--config", config, "-n", 64, "--run-dir", "r") == 0
+    assert capsys.readouterr().err == ""
+
+
 def test_one_encoder_of_a_hub(hub5: Path, tmp_path: Path) -> None:
     config = write_small_config(tmp_path / "c.yaml")
     assert run("--config", config, "--run-dir", "r", "--hub", f"{hub5}:b") == 0
