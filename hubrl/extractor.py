@@ -62,7 +62,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     :param observation_space: images, channel first, uint8 or float in 0..1
     :param hub: a name, ``NAME:ENCODER``, a folder, a YAML file or a ``HubSpec``
-    :param top_k: encoders activated for each observation, 1..E
+    :param top_k: encoders activated for each observation, 1..E; so 1 for a hub of one
     :param always_active: names of encoders that are among them for each observation, fewer than
         ``top_k``; ``"auto"``: those of the hub's card, if they are fewer, or where it names none
         the first encoder, unless ``top_k`` is 1 or all; ``hubrl hubs rank`` tells which may suit

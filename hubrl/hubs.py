@@ -197,6 +197,12 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
 @click.option("--name", help="Of the encoder in the hub.  [default: from its source]")
 @click.option("--license", help="SPDX identifier of the weights.  [default: what the source says]")
 @click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.")
+@click.option(
+    "--n-frames",
+    type=click.IntRange(1, 16),
+    help="Frames of a stack that a model of timm or torchvision sees, each by itself; it costs as "
+    "many times as much.  [default: the newest one]",
+)
 def add_command(folder: Path, **options: Any) -> None:
     """
     Add an encoder to the hub in FOLDER, which is made if it isn't there.

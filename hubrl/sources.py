@@ -48,6 +48,8 @@ class Wishes(NamedTuple):
     architecture: str | None = None
     image_size: int | None = None
     """Height and width in pixels."""
+    n_frames: int | None = None
+    """Of a stack, the frames that a library's model sees one after the other; 1: the newest."""
 
 
 def require_license(card: EncoderSpec) -> None:
@@ -77,6 +79,7 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
             f"architecture is {wishes.architecture!r}, allowed of an agent of SB3: nature_cnn, "
             "nature_conv (its convolutions alone)"
         )
+    _refuse_n_frames(wishes)
     tensors = nature_tensors(policy_tensors(file), file)
     data = agent_data(file)
     check_normalised(data, file)
@@ -250,6 +253,7 @@ def _of_shared_hub(hub: HubSpec, repository: str, file: str, wishes: Wishes) -> 
             f"--from-hf {repository}: which encoder of this hub? Give {repository}/FILE with one "
             f"of its files: {files}"
         )
+    _refuse_n_frames(wishes)
     ((card, weights),) = found
     tensors = read_weights(download(repository, weights), card)
     card = dataclasses.replace(
@@ -298,9 +302,13 @@ def _foreign_card(
     assert wishes.architecture is not None
     fields: dict[str, Any] = {"architecture": wishes.architecture, "name": name, "source": source}
     if ":" in wishes.architecture:
-        fields |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "frames": "last", "channels": 3}
-        card = _card(wishes, image_size=_wished_size(wishes) or (224, 224), **fields)
+        n_frames = wishes.n_frames or 1
+        fields |= {"frames": "each" if n_frames > 1 else "last", "n_frames": n_frames}
+        fields |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channels": 3}
+        size = _wished_size(wishes) or (224, 224)
+        card = _card(wishes, image_size=size, features_dim=n_frames, **fields)
     else:
+        _refuse_n_frames(wishes)
         first, linear = (tensors.get(f"{layer}.weight") for layer in ("cnn.0", "linear.0"))
         pixels = square_pixels(linear.shape[-1]) if linear is not None and linear.ndim else None
         card = _card(
@@ -348,6 +356,14 @@ def _refuse_architecture(wishes: Wishes, library: str) -> None:
         raise ValueError(
             f"architecture is {wishes.architecture!r}, but a model of {library} is its own; leave "
             "--architecture out"
+        )
+
+
+def _refuse_n_frames(wishes: Wishes) -> None:
+    if wishes.n_frames is not None:
+        raise ValueError(
+            f"n_frames is {wishes.n_frames}, but only a model of timm or torchvision sees frames "
+            "one after the other; leave --n-frames out"
         )
 
 

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 def test_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     # The same lines, with a rollout and a run short enough for a test.
-    short = example.replace('"CnnPolicy", env, ', '"CnnPolicy", env, n_steps=8, batch_size=16, ')
+    short = example.replace("n_steps=128, batch_size=256", "n_steps=8, batch_size=16")
     short = short.replace("1_000_000", "64").replace("n_envs=8", "n_envs=2")
     assert short.count("n_steps=8") == short.count("64,") == short.count("n_envs=2") == 1
     names: dict[str, object] = {}

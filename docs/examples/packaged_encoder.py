@@ -3,7 +3,7 @@ An ImageNet encoder that a package carries, beside an Atari one, in one hub for 
 
     python docs/examples/packaged_encoder.py mixed
     python -m hubrl.hubs check mixed
-    python -m hubrl.train --env ALE/Breakout-v5 --hub mixed --freeze efficientnet_lite0
+    python -m hubrl.train --hub mixed --always-active contrast --freeze efficientnet_lite0
 
 The package's wheel is downloaded and its weight file read; the package is not installed, nor run.
 """

@@ -27,7 +27,9 @@ from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor
 
+from envs import ImageFormat
 from hubrl.encoders import build_encoder
+from hubrl.games import image_format
 from hubrl.hub_folder import add_encoder
 from hubrl.hubs import check_encoder
 from hubrl.saved_agents import agent_data, policy_tensors
@@ -312,6 +314,39 @@ def test_models_of_libraries_give_their_features(timm_file: Path, torchvision_fi
             torch.testing.assert_close(encoder(images), model(pixels), atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_of_a_library_that_sees_each_frame(timm_file: Path, tmp_path: Path) -> None:
+    """Whatever games it plays, they then give it a stack of four colour frames."""
+    hub = tmp_path / "hub"
+    options = ("--architecture", "timm:test_resnet", "--license", "MIT", "--image-size", 48)
+    add = ("add", hub, "--from-file", timm_file, *options, "--n-frames", 4)
+    outcome = call_hubs(*add)
+    assert outcome.code == 0, outcome.err
+    one, _ = from_file(timm_file, Wishes("x", "MIT", "timm:test_resnet", 48))
+    spec = load_hub(hub)
+    (card,) = spec.encoders
+    assert (card.frames, card.n_frames, card.channels) == ("each", 4, 3)
+    assert (one.frames, one.n_frames, card.features_dim) == ("last", 1, 4 * one.features_dim)
+    assert image_format(str(hub)) == ImageFormat(size=48, grey=False, stack=4, min_size=24)
+    images = torch.randint(0, 256, (2, 12, 48, 48), dtype=torch.uint8)
+    theirs = timm.create_model("test_resnet", pretrained=False, num_classes=0).eval()
+    theirs.load_state_dict(load_file(timm_file), strict=False)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (card.mean, card.std))
+    with torch.no_grad():
+        expected = [theirs((frame / 255.0 - mean) / std) for frame in images.split(3, dim=1)]
+        found = build_encoder(spec, card)(images)
+    torch.testing.assert_close(found, torch.cat(expected, dim=1), atol=1e-4, rtol=1e-4)
+
+
+def test_frames_are_for_models_of_libraries(tmp_path: Path) -> None:
+    saved_agent(PPO, tmp_path / "pong.zip")
+    save_file({"cnn.0.weight": torch.zeros(32, 4, 8, 8)}, tmp_path / "net.safetensors")
+    wishes = Wishes(license="MIT", n_frames=4)
+    with pytest.raises(ValueError, match="n_frames is 4, but only a model of timm or torchvision"):
+        from_sb3(tmp_path / "pong.zip", wishes)
+    with pytest.raises(ValueError, match="sees frames one after the other; leave --n-frames out"):
+        from_file(tmp_path / "net.safetensors", wishes._replace(architecture="nature_conv"))
+
+
 def test_atari_timm_and_torchvision_drive_one_agent(
     tmp_path: Path, timm_file: Path, torchvision_file: Path
 ) -> None:
@@ -462,6 +497,8 @@ def test_an_encoder_of_a_shared_hub(hugging_face: Service, tmp_path: Path) -> No
     add_encoder(tmp_path / "mine", card, tensors)
     (mine,), right = load_hub(tmp_path / "mine").encoders, load_hub(theirs).encoders[1]
     assert dataclasses.replace(mine, golden=None, sha256=right.sha256) == right
+    with pytest.raises(ValueError, match="n_frames is 4, but only a model of timm"):
+        from_hf("someone/pair/left.safetensors", Wishes(n_frames=4))
     card, _ = from_hf("someone/pair/left.safetensors", Wishes(name="Other", image_size=44))
     assert (card.name, card.license, card.features_dim) == ("other", "MIT", 256)
 
