@@ -275,6 +275,7 @@ class CheckpointCallback(BaseCallback):
         self._env_state = env_state
         self._extra = {"n_rollbacks": n_rollbacks}
         self._run: RunState | None = None
+        self._is_collecting = False
         self._replay: ReplayFiles | None = None
 
     def _on_training_start(self) -> None:
@@ -286,7 +287,7 @@ class CheckpointCallback(BaseCallback):
                 self._replay.restore(checkpoint_dir(self._folder, "last"), self._n_rows())
 
     def _on_rollout_start(self) -> None:
-        self._run = run_state(self.model, self._env_state)
+        self._run, self._is_collecting = run_state(self.model, self._env_state), True
         if self._replay is not None:
             self._replay.update(self._n_rows(), partly=False)
         if self._due.is_due(self.num_timesteps):
@@ -300,8 +301,13 @@ class CheckpointCallback(BaseCallback):
         is_first = self.locals.get("num_collected_steps", 1) == 1
         return isinstance(self.model, (DQN, QRDQN)) and self.model.tau < 1 and not is_first
 
+    def _on_rollout_end(self) -> None:  # of whole ones alone
+        self._is_collecting = False
+
     def _on_training_end(self) -> None:
-        if self._stop.number is None:
+        # As a resumed run is, which may come here once more, for the last evaluation alone.
+        self.model.policy.set_training_mode(False)
+        if not self._is_collecting:
             self._run = run_state(self.model, self._env_state)
         self.save()
         gc.collect()  # the models of runs before this one in the same process

@@ -12,8 +12,10 @@ from click.testing import CliRunner
 from killing import last_hashes, survive
 from small_runs import SMALL_OF, write_small_config
 
+import agents.callbacks
 from agents.config import built_in_config, dump_config, load_config
 from hubrl import train
+from hubrl.files import read_json
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {"train.n_timesteps": 20 * 1024, "train.save_freq": 1024, "algorithm.n_epochs": 1},
@@ -88,6 +90,38 @@ def test_a_target_network_that_moves_within_a_rollout(
     assert run("--config", config, "--run-dir", "cut") == 143
     assert run("--resume", "cut") == 0
     assert finals(Path("cut")) == finals(Path("whole"))
+
+
+@pytest.mark.parametrize("moment", ["update", "evaluation"])
+def test_a_signal_at_the_very_end(
+    moment: str, hub5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last update, or in the evaluation after it: all rollouts are done."""
+    monkeypatch.chdir(tmp_path)
+    config = write_small_config(
+        tmp_path / "c.yaml", hub__name=str(hub5), train__n_timesteps=64, train__eval_freq=64
+    )
+    assert run("--config", config, "--run-dir", "whole") == 0
+
+    class Stopper(train.ProgressCallback):
+        def _on_rollout_end(self) -> None:
+            if moment == "update" and self.num_timesteps >= 64:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def evaluate_and_stop(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        evaluate = agents.callbacks.evaluate
+        patch.setattr(train, "ProgressCallback", Stopper)
+        if moment == "evaluation":
+            patch.setattr("agents.callbacks.evaluate", evaluate_and_stop)
+        assert run("--config", config, "--run-dir", "cut") == 143
+    assert read_json(Path("cut/checkpoints/last/state.json"))["num_timesteps"] == 64
+    assert run("--resume", "cut") == 0
+    assert finals(Path("cut")) == finals(Path("whole"))
+    assert len(Path("cut/evaluations.csv").read_text().splitlines()) == 1 + 2
 
 
 def test_games_of_atari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
