@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -134,8 +134,12 @@ def _measurable(study: StudyConfig, out: Path) -> list[Run]:
         folder = out / "runs" / run.path
         if not can_resume(folder):
             continue
-        # Not resolved: a hub that is only where the runs were made need not be here.
-        _check_same(folder, study.run_config(run), {("train", "n_timesteps")})
+        config = study.run_config(run)
+        with contextlib.suppress(
+            ValueError
+        ):  # a hub, or a device, that is where the runs were made
+            config = resolve(config)
+        _check_same(folder, config, is_measured=True)
         try:
             n_timesteps = read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"]
         except DamagedFileError as error:
@@ -154,19 +158,21 @@ def _resolve(study: StudyConfig, run: Run) -> RunConfig:
         raise ValueError(f"variant {run.variant}: {error}") from None
 
 
-def _check_same(
-    folder: Path, config: RunConfig, others: Set[tuple[str, str]] = frozenset()
-) -> None:
+def _check_same(folder: Path, config: RunConfig, *, is_measured: bool = False) -> None:
     """
-    :param others: section and key of settings that may differ, beside the precision, which may have
-        been measured elsewhere
+    Whatever the precision, which may have been measured elsewhere.
+
+    :param is_measured: the run is not gone on with; so it may have more steps, and its hub's folder
+        may be one of another machine
     :raises ValueError: if the run in the folder was made by other settings
     """
-    others = {("hub", "precision"), *others}
+    others = {("hub", "precision"), *([("train", "n_timesteps")] if is_measured else [])}
     new = config.model_dump(mode="json")
     for section, values in with_later_keys(read_mapping(folder / CONFIG_FILE), LATER_KEYS).items():
         for key, value in values.items():
             now = new.get(section, {}).get(key)
+            if (section, key) == ("hub", "name") and is_measured and not Path(value).exists():
+                value, now = Path(value).name, Path(now).name
             if now not in (value, "auto", ["auto"]) and (section, key) not in others:
                 raise ValueError(
                     f"{folder} has {section}.{key} {value!r}, but the study says {now!r}: "

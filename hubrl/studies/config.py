@@ -185,7 +185,7 @@ def _found(overrides: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         return dict(overrides)
     hubs = {name, name.rpartition(":")[0] or name}  # HUB or HUB:ENCODER
     is_file = any((folder / hub).exists() for hub in hubs) and hubs.isdisjoint(list_hubs())
-    return {**overrides, "hub.name": str(folder / name)} if is_file else dict(overrides)
+    return {**overrides, "hub.name": str((folder / name).resolve())} if is_file else dict(overrides)
 
 
 def _unknown(where: str, name: str, allowed: Sequence[str]) -> str:

@@ -285,6 +285,34 @@ def test_results_are_those_of_the_settings_that_were_trained(
     assert "control 'none' has no complete run" in capsys.readouterr().err
 
 
+def test_results_with_a_hub_of_ones_own(
+    calls: Calls,
+    tmp_path: Path,
+    hub5: Path,
+    no_figures: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Beside a study that is named from the current folder; its runs have absolute paths."""
+    (tmp_path / "mine").mkdir()
+    hub5.rename(tmp_path / "mine" / "hub5")
+    overrides = {"hub.name": "hub5", "hub.top_k": 3, "hub.always_active": ["c", "a"]}
+    variants = {"none": {}, "hub": {"overrides": overrides}}
+    small_study(tmp_path / "mine", variants=variants)
+    study = "mine/small.yaml"
+    assert run(study) == 0
+    file = folder_of("hub") / "config.yaml"
+    config = file.read_text()
+    assert f"name: {tmp_path}/mine/hub5\n" in config
+    file.write_text(config.replace(f"{tmp_path}/mine", "/on/another/machine"))
+    assert run(study, "--only", "collect") == 0
+    file.write_text(config.replace(f"{tmp_path}/mine/hub5", "/on/another/machine/hub6"))
+    assert run(study, "--only", "collect") == 2
+    assert "has hub.name 'hub6', but the study says 'hub5'" in capsys.readouterr().err
+    file.write_text(config.replace("/mine/hub5", "/mine"))
+    assert run(study, "--only", "collect") == 2
+    assert f"/mine', but the study says '{tmp_path}/mine/hub5'" in capsys.readouterr().err
+
+
 def test_a_study_that_is_edited_meanwhile(
     calls: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
