@@ -166,7 +166,11 @@ def measure(study: StudyConfig, episodes: Mapping[Run, Games], axis: Axis) -> Ta
     """
     grids, cells = {}, {}
     for game in study.games:
-        runs = {run: games for run, games in episodes.items() if run.game == game}
+        runs = {
+            run: _within(games, study.n_timesteps)
+            for run, games in episodes.items()
+            if run.game == game
+        }
         end = float(study.n_timesteps)
         if axis == "seconds":
             end = min(games.n_seconds for games in runs.values())
@@ -178,6 +182,15 @@ def measure(study: StudyConfig, episodes: Mapping[Run, Games], axis: Axis) -> Ta
     table = Table(axis, grids, cells, [])
     table.rows.extend(_rows(study, table))
     return table
+
+
+def _within(games: Games, n_timesteps: int) -> Games:
+    """A run that was trained for longer, cut there: the same games along both axes."""
+    n = int(np.searchsorted(games.steps, n_timesteps, side="right"))
+    if n in (0, len(games.steps)):
+        return games
+    n_seconds = float(np.interp(n_timesteps, games.steps, games.seconds))
+    return Games(games.steps[:n], games.seconds[:n], games.returns[:n], n_seconds)
 
 
 class _Curves(NamedTuple):

@@ -88,23 +88,22 @@ def interquartile_mean(strata: Strata) -> Floats:
     """
     Mean of the middle half of all games' seeds (Agarwal et al. 2021, section 4.3).
 
-    As ``scipy.stats.trim_mean(..., 0.25)``: a quarter, rounded down, is cut from each side.
+    As ``scipy.stats.trim_mean(..., 0.25)``: a quarter, rounded down, is cut from each side. NaN if
+    a score is.
     """
     pooled = np.sort(np.concatenate(strata, axis=-1), axis=-1)
     n = pooled.shape[-1]
-    middle: Floats = pooled[..., n // 4 : n - n // 4].mean(axis=-1)
-    return middle
+    return _unless_unknown(pooled[..., n // 4 : n - n // 4].mean(axis=-1), pooled)
 
 
 def median(strata: Strata) -> Floats:
     """
     The upper median, so that infinity (a threshold that was never reached) has its place.
 
-    It is infinite where half of the runs never came.
+    It is infinite where half of the runs never came, and NaN if a score is.
     """
     pooled = np.sort(np.concatenate(strata, axis=-1), axis=-1)
-    middle: Floats = pooled[..., pooled.shape[-1] // 2]
-    return middle
+    return _unless_unknown(pooled[..., pooled.shape[-1] // 2], pooled)
 
 
 def mean_ratio(strata: Strata, control: Strata) -> Floats:
@@ -177,6 +176,11 @@ def band(statistic: Callable[..., Floats], *groups: Strata, n_resamples: int = N
     # Not interpolated, for between a number and infinity there is nothing.
     low, high = np.quantile(statistic(*resampled), QUANTILES, axis=-1, method="inverted_cdf")
     return Band(value, low, high)
+
+
+def _unless_unknown(middle: Floats, pooled: Floats) -> Floats:
+    """NaN, which sorting puts last, is no score above all others."""
+    return np.where(np.isnan(pooled[..., -1]), np.nan, middle)
 
 
 def _resample(scores: Floats, n_resamples: int, generator: np.random.Generator) -> Floats:

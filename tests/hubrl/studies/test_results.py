@@ -116,6 +116,22 @@ def test_equal_seconds_end_with_the_fastest_run(tmp_path: Path) -> None:
     assert table.grids[GAME].tolist() == [8, 16, 24, 32]
 
 
+def test_runs_that_are_longer_than_the_study(tmp_path: Path) -> None:
+    """What came after its 64 steps counts neither in steps nor in seconds."""
+    episodes = {
+        Run("none", GAME, 0): games(1, 2, 3, 4, 50, 60, 70, 80, speed=2),
+        Run("fast", GAME, 0): games(10, 20, 30, 40, 900, 900, 900, 900, speed=1),
+    }
+    study = study_of(tmp_path)
+    assert value(measure(study, episodes, "steps"), "none", "final") == 3.5
+    table = measure(study, episodes, "seconds")
+    assert table.grids[GAME].tolist() == [8, 16, 24, 32]
+    assert value(table, "none", "final") == 3.5
+    between = study_of(tmp_path, n_timesteps=56)  # a game ends at 48 steps, one at 64
+    table = measure(between, episodes, "seconds")
+    assert table.grids[GAME].tolist() == [7, 14, 21, 28]
+
+
 def test_negative_transfer(tmp_path: Path) -> None:
     episodes = {
         Run("none", GAME, 0): games(4, 4, 4, 4),

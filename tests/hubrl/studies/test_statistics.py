@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -82,6 +84,14 @@ def test_median_is_the_upper_one_and_knows_infinity() -> None:
     assert statistics.median([np.array([INF, 1])]) == INF
     assert statistics.median([np.array([3.0, 1, INF])]) == 3
     assert statistics.median([np.array([INF, 1, INF])]) == INF
+
+
+@pytest.mark.parametrize("statistic", [statistics.interquartile_mean, statistics.median])
+def test_an_unknown_score_is_not_the_best_one(statistic: Any) -> None:
+    strata = [np.array([10.0, 20, 30, np.nan]), np.array([10.0, 20, 30, 10])]
+    assert np.isnan(statistic(strata))
+    found = statistics.estimate(statistic, strata)
+    assert np.isnan([found.value, found.low, found.high]).all()
 
 
 @given(numbers, numbers)
