@@ -144,8 +144,12 @@ def model_parts(model: BaseAlgorithm) -> dict[str, Any]:
 
 def _load(model: BaseAlgorithm, parts: dict[str, Any], folder: Path, cls: type[State]) -> State:
     state = read_state(folder, cls)
-    _check_encoders(state["encoders"], _encoders(model), folder)
-    load_parts(parts, folder)
+    while True:
+        _check_encoders(state["encoders"], _encoders(model), folder)
+        load_parts(parts, folder)
+        before, state = state, read_state(folder, cls)
+        if state == before:  # else a training has replaced the checkpoint between the two
+            break
     set_model_numbers(model, state)
     return state
 

@@ -10,6 +10,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from agents.algorithms import ALGORITHMS
 from hubrl.extractor import HubFeaturesExtractor
@@ -18,14 +19,28 @@ from hubrl.saved_agents import agent_data, policy_tensors
 
 #: Names of SB3's policies for images, where it is not CnnPolicy.
 POLICIES = {"crossq": "MlpPolicy", "recurrent_ppo": "CnnLstmPolicy"}
-#: Arguments of a policy that decide its layers and are plain data, and their types.
+#: Arguments of a policy that decide what it does and are plain data, and their types.
 PLAIN: Mapping[str, Any] = {
     "net_arch": list | dict | None,
     "share_features_extractor": bool,
+    "normalize_images": bool,
     "n_quantiles": int,
     "n_critics": int,
     "lstm_hidden_size": int,
 }
+#: Other ones that are known: the rest would change what the agent does without a word.
+OTHER = {
+    ":type:", ":serialized:", "activation_fn", "features_extractor_class",
+    "features_extractor_kwargs", "optimizer_class", "optimizer_kwargs", "ortho_init",
+    "log_std_init", "use_sde",
+}  # fmt: skip
+#: By what SB3 writes of them.
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {
+    str(cls): cls
+    for cls in (nn.Tanh, nn.ReLU, nn.ELU, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Mish, nn.Sigmoid)
+}
+#: Arguments of SB3's NatureCNN.
+NATURE: Mapping[str, Any] = {"features_dim": int, "normalized_image": bool}
 #: Arguments of HubFeaturesExtractor.
 EXTRACTOR: Mapping[str, Any] = {
     "hub": str,
@@ -70,10 +85,12 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algo is {algorithm!r}, allowed: {', '.join(ALGORITHMS)}")
     given = _policy_kwargs(file)
-    kwargs = _plain({name: given[name] for name in PLAIN if name in given}, PLAIN, file)
+    kwargs = _plain({name: given[name] for name in given if name not in OTHER}, PLAIN, file)
+    if "activation_fn" in given:
+        kwargs["activation_fn"] = _activation(given["activation_fn"], file)
     if _has_hub(file):
         kwargs["features_extractor_class"] = HubFeaturesExtractor
-        kwargs["features_extractor_kwargs"] = _extractor_kwargs(file)
+    kwargs["features_extractor_kwargs"] = _extractor_kwargs(file)
     agent = ALGORITHMS[algorithm].model
     settings: dict[str, Any] = {"buffer_size": 1} if issubclass(agent, OffPolicyAlgorithm) else {}
     try:
@@ -100,7 +117,14 @@ def _extractor_kwargs(file: Path) -> dict[str, Any]:
     kwargs = _policy_kwargs(file).get("features_extractor_kwargs", {})
     if not isinstance(kwargs, dict):
         raise ValueError(f"{file}: features_extractor_kwargs must be plain data: names and numbers")
-    return _plain(kwargs, EXTRACTOR, file)
+    return _plain(kwargs, EXTRACTOR if _has_hub(file) else NATURE, file)
+
+
+def _activation(text: Any, file: Path) -> type[nn.Module]:
+    if not isinstance(text, str) or text not in ACTIVATIONS:
+        names = ", ".join(cls.__name__ for cls in ACTIVATIONS.values())
+        raise ValueError(f"{file}: activation_fn is {text!r}, allowed of torch.nn: {names}")
+    return ACTIVATIONS[text]
 
 
 def _plain(kwargs: dict[str, Any], types: Mapping[str, Any], file: Path) -> dict[str, Any]:

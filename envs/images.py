@@ -62,6 +62,7 @@ def make_vec_env(
     seed: int = 0,
     sticky: float = 0.0,
     training: bool = True,
+    lives_end: bool | None = None,
     image: ImageFormat = ImageFormat(),
     timeout: float | None = None,
 ) -> VecEnv:
@@ -75,6 +76,7 @@ def make_vec_env(
         in Atari from that of its block of 32 and the games before it in the block
     :param sticky: probability that an Atari emulator repeats the last action, per frame
     :param training: in Atari, report a lost life as an end and the reward's sign as the reward
+    :param lives_end: in Atari, report a lost life as an end; None: as ``training`` says
     :param image: format of the observations
     :param timeout: seconds that a step or a reset may take, see ``RecordedEpisodes``; Atari's
         emulators don't hang, and have none
@@ -89,7 +91,7 @@ def make_vec_env(
             n_envs,
             seed=seed,
             sticky=sticky,
-            life_loss_ends_episode=training,
+            life_loss_ends_episode=training if lives_end is None else lives_end,
             clip_reward=training,
             grey=image.grey,
             frame_stack=image.stack,

@@ -106,7 +106,9 @@ def _evaluate_zip(
 def _play_zip(file: Path, algo: str, env: str, episodes: int, seed: int) -> Episodes:
     """Sampled actions, as by default in training."""
     image = image_format(hub_of(file))
-    games = make_vec_env(env, min(N_ENVS, episodes), training=False, image=image)
+    lives_end = algo == "recurrent_ppo"  # as hubrl.games.make_env
+    n_envs = min(N_ENVS, episodes)
+    games = make_vec_env(env, n_envs, training=False, lives_end=lives_end, image=image)
     if algo == "maskable_ppo":
         games = with_action_masks(games)
     return _play(rebuild(file, algo, games), games, episodes, False, seed)

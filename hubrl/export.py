@@ -20,13 +20,12 @@ from hubrl.files import is_taken
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CsvTable, note_command
 from hubrl.specs import load_hub
-from hubrl.state_folder import read_state
 
 cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model  # noqa: E402
 from agents.callbacks import LINE_SECONDS  # noqa: E402
-from agents.checkpoints import Progress, load_checkpoint, save_checkpoint  # noqa: E402
+from agents.checkpoints import load_checkpoint, save_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import evaluate, returns_report, returns_text  # noqa: E402
 from agents.runs import (  # noqa: E402
@@ -209,7 +208,7 @@ def _export_distilled(
             "algorithm": config.algorithm.name,
             "hub": config.hub.name,
             "checkpoint": saved.name,
-            "timesteps": read_state(saved, Progress)["num_timesteps"],
+            "timesteps": teacher.num_timesteps,
             "command": shlex.join(sys.orig_argv),
         }
         (temporary / REPORT_FILE).write_text(json.dumps(facts | report, indent=1) + "\n")

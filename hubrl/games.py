@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from stable_baselines3.common.vec_env import VecEnv
 
-from agents.config import MaskablePPOSection, RunConfig
+from agents.config import MaskablePPOSection, RecurrentPPOSection, RunConfig
 from envs import ImageFormat, make_vec_env, with_action_masks
 from hubrl.specs import load_hub
 
@@ -21,6 +21,8 @@ def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEn
         seed=config.train.seed,
         sticky=config.env.sticky,
         training=training,
+        # Where a life is lost an LSTM begins anew, as it did while it learned; games stay whole.
+        lives_end=training or isinstance(config.algorithm, RecurrentPPOSection),
         image=image_format(config.hub.name),
         timeout=config.env.timeout,
     )

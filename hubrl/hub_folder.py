@@ -27,8 +27,8 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
     :param out: folder of the hub, new or old
     :param card: still without weights and golden features
     :param tensors: those that the card's architecture takes, and the layers that it leaves out
-    :raises ValueError: if the folder can't be written to, has an encoder of this name, or the
-        tensors don't fit the architecture; nothing is written then
+    :raises ValueError: if the folder can't be written to, has an encoder of this name or with its
+        file, or the tensors don't fit the architecture; nothing is written then
     """
     check_writable(out)
     golden = golden_features(encoder_of(card, {key: t.float() for key, t in tensors.items()}))
@@ -41,7 +41,8 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
                 f"name {card.name!r} was taken in the hub {out} before, and nothing was written; "
                 "give another --name"
             )
-        file = out / f"{card.name}.safetensors"
+        check_file_is_free(out, card.name)
+        file = weight_file(out, card.name)
         save_tensors(dict(tensors), file)
         card = dataclasses.replace(card, weights=file.name, sha256=file_sha256(file), golden=golden)
         if hub is None:
@@ -50,6 +51,26 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
             hub = dataclasses.replace(hub, encoders=(*hub.encoders, card))
         save_hub(hub, out)
         return file
+
+
+def weight_file(out: Path, name: str) -> Path:
+    """Where the weights of an encoder of this name are written."""
+    return out / f"{name}.safetensors"
+
+
+def check_file_is_free(out: Path, name: str) -> None:
+    """
+    :raises ValueError: if a card of another name has the weights that lie there
+    """
+    if not (out / HUB_FILE).exists():
+        return
+    file = weight_file(out, name).resolve()
+    for card in load_hub(out).encoders:
+        if card.name != name and card.weights and (out / card.weights).resolve() == file:
+            raise ValueError(
+                f"{file.name} in the hub {out} has the weights of encoder {card.name!r}, and "
+                "nothing was written; give another --name"
+            )
 
 
 def check_writable(out: Path) -> None:

@@ -34,11 +34,15 @@ def same_code() -> dict[str, str]:
 
 def commit() -> str:
     """The git commit of this code, ``-dirty`` with changes; ``unknown`` outside of a clone."""
-    git = ["git", "-C", str(REPOSITORY)]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, check=True).stdout
-        changes = [*git, "status", "--porcelain", "--", "hubrl", "agents", "envs", "configs"]
-        dirty = subprocess.run(changes, capture_output=True, check=True).stdout
+        if Path(_git("rev-parse", "--show-toplevel")).resolve() != REPOSITORY:
+            return "unknown"  # a user's own, around an installation
+        changes = _git("status", "--porcelain", "--", "hubrl", "agents", "envs", "configs")
+        return _git("rev-parse", "HEAD")[:12] + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.decode().strip()[:12] + ("-dirty" if dirty else "")
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *arguments]
+    return os.fsdecode(subprocess.run(command, capture_output=True, check=True).stdout).strip()

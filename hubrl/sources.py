@@ -84,6 +84,7 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
     data = agent_data(file)
     check_normalised(data, file)
     channels, steps = tensors["cnn.0.weight"].shape[1], data.get("num_timesteps")
+    _refuse_stacked_colours(channels, file)
     card = _card(
         wishes,
         name=file.stem,
@@ -356,6 +357,15 @@ def _refuse_architecture(wishes: Wishes, library: str) -> None:
         raise ValueError(
             f"architecture is {wishes.architecture!r}, but a model of {library} is its own; leave "
             "--architecture out"
+        )
+
+
+def _refuse_stacked_colours(channels: int, file: Path) -> None:
+    """A card has a stack of grey frames, or the colours of one."""
+    if channels > 3 and channels % 3 == 0:
+        raise ValueError(
+            f"{file} is an agent of {channels} channels, {channels // 3} frames of colours: "
+            "no card can say so; train one on a stack of grey frames or on one of colours"
         )
 
 

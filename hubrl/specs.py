@@ -86,15 +86,7 @@ class EncoderSpec:
     provider: str | None = None
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
-            raise ValueError(
-                f"encoder name {self.name!r} must be lower case letters, digits, '_' and '-'"
-            )
-        if hasattr(nn.ModuleDict(), self.name):
-            raise ValueError(
-                f"encoder name {self.name!r} is a word of torch's modules, which keep encoders by "
-                f"their names; give another, such as {self.name + '1'!r}"
-            )
+        self._check_name()
         for field in ("architecture", "source"):
             self._require(isinstance(getattr(self, field), str), field, "a text")
         self._require(isinstance(self.license, str | None), "license", "a text")
@@ -122,6 +114,22 @@ class EncoderSpec:
             is_known = re.fullmatch(r"(pypi|torchvision|timm|file):\S+", str(self.provider))
             allowed = "pypi:PACKAGE==VERSION, torchvision:WEIGHTS, timm:MODEL or file:NAME"
             self._require(bool(is_known), "provider", allowed)
+
+    def _check_name(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", self.name):
+            raise ValueError(
+                f"encoder name {self.name!r} must be lower case letters, digits, '_' and '-'"
+            )
+        if hasattr(nn.ModuleDict(), self.name):
+            raise ValueError(
+                f"encoder name {self.name!r} is a word of torch's modules, which keep encoders by "
+                f"their names; give another, such as {self.name + '1'!r}"
+            )
+        if "running_" in self.name:
+            raise ValueError(
+                f"encoder name {self.name!r} must not contain 'running_', by which SB3 tells what "
+                "target networks copy at once; give another"
+            )
 
     def _check_image(self) -> None:
         self._require(len(self.image_size) == 2, "image_size", "[height, width]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from agents.checkpoints import BestCheckpoint, load_checkpoint, save_checkpoint
 from hubrl import state_folder
 from hubrl.files import file_sha256, read_json
 from hubrl.specs import load_hub, save_hub
-from hubrl.state_folder import has_state, read_state, repair_state
+from hubrl.state_folder import has_state, load_parts, read_state, repair_state
 
 
 def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
@@ -68,6 +69,25 @@ def test_the_optimizer_goes_on_as_if_nothing_had_been(algorithm: str, tmp_path: 
             optimizer.param_groups[0]["lr"] = 0.01
             optimizer.step()
     for mine, loaded in zip(model.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(mine, loaded)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a training that goes on beside an evaluation."""
+    first, second, reader = build("a2c").learn(100), build("a2c", seed=1).learn(132), build("a2c")
+    save_checkpoint(first, tmp_path / "last", {})
+
+    def replace_then_load(*args: Any) -> None:
+        monkeypatch.undo()
+        save_checkpoint(second, tmp_path / "last", {})
+        load_parts(*args)
+
+    monkeypatch.setattr("agents.checkpoints.load_parts", replace_then_load)
+    load_checkpoint(reader, tmp_path / "last")
+    assert reader.num_timesteps == second.num_timesteps != first.num_timesteps
+    for mine, loaded in zip(second.policy.parameters(), reader.policy.parameters(), strict=True):
         assert torch.equal(mine, loaded)
 
 

@@ -64,6 +64,37 @@ def test_every_algorithms_agent_acts_as_before(name: str, hub5: Path, tmp_path: 
     np.testing.assert_array_equal(again.predict(images, deterministic=True)[0], expected)
 
 
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"net_arch": [8], "activation_fn": torch.nn.ReLU},
+        {"net_arch": [8], "activation_fn": torch.nn.ELU, "ortho_init": False},
+        {"normalize_images": False},
+        {"features_extractor_kwargs": {"features_dim": 32}},
+    ],
+)
+@pytest.mark.parametrize("has_hub", [True, False])
+def test_what_decides_an_agents_actions_is_taken(
+    kwargs: dict[str, Any], has_hub: bool, hub5: Path, tmp_path: Path
+) -> None:
+    if has_hub:
+        kwargs = {name: value for name, value in kwargs.items() if name != "normalize_images"}
+        extractor = {"hub": str(hub5), "precision": "float32"}
+        extractor |= kwargs.get("features_extractor_kwargs", {})
+        kwargs = kwargs | {"features_extractor_kwargs": extractor}
+        kwargs["features_extractor_class"] = hubrl.HubFeaturesExtractor
+    env = small_env()
+    model = PPO("CnnPolicy", env, policy_kwargs=kwargs, seed=0)
+    model.save(tmp_path / "own.zip")
+    again = rebuild(tmp_path / "own.zip", "ppo", env)
+    images = torch.randint(0, 256, (8, 4, 36, 36), dtype=torch.uint8)
+    for policy in (model.policy, again.policy):
+        policy.set_training_mode(False)
+    with torch.no_grad():
+        mine, other = (m.policy.get_distribution(images).distribution for m in (model, again))
+    torch.testing.assert_close(other.logits, mine.logits, atol=0, rtol=0)
+
+
 def test_the_command_plays_a_zip(
     hub5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -194,6 +225,12 @@ def test_what_would_run_code_does_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         ({"net_arch": "x"}, "net_arch is 'x', allowed: list"),
         ({"n_quantiles": 10**12}, "n_quantiles is 1000000000000, allowed: 1 to 8192"),
         ({"n_critics": True}, "n_critics is True, allowed: int"),
+        ({"use_expln": True}, "has the argument 'use_expln', allowed: net_arch, share_fea"),
+        (
+            {"activation_fn": "<class 'x.Y'>"},
+            "activation_fn is \"<class 'x.Y'>\", allowed of torch.n",
+        ),
+        ({"activation_fn": []}, r"activation_fn is \[\], allowed of torch.nn: Tanh, ReLU, ELU"),
         ({"features_extractor_kwargs": {"features_dim": 10**9}}, "features_dim is 1000000000, all"),
         ({"features_extractor_kwargs": {"hub": 5}}, "hub is 5, allowed: str"),
         ({"features_extractor_kwargs": {"x": 5}}, "has the argument 'x', allowed: hub, top_k"),

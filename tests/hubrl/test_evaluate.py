@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from small_hubs import nature_spec, write_hub
-from small_runs import write_small_config
+from small_runs import small_config, write_small_config
 
 from hubrl import cli, evaluate, train
+from hubrl.games import make_env
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,23 @@ def test_options(finished_run: Path, tmp_path: Path) -> None:
     returns("--checkpoint", "last")
     assert json.loads((tmp_path / "e.json").read_text())["timesteps"] == 128
     assert not (finished_run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("algorithm", ["recurrent_ppo", "ppo"])
+def test_an_lstm_begins_anew_where_a_life_is_lost(algorithm: str) -> None:
+    """As while it learned; games are whole nevertheless, and rewards not clipped."""
+    config = small_config(algorithm, {"env.id": "ALE/SpaceInvaders-v5"})
+    env = make_env(config, 1)
+    env.reset()
+    n_ends, rewards, game = 0, [], None
+    while game is None:
+        _, reward, done, info = env.step(np.array([1]))  # FIRE, and be hit
+        n_ends, game = n_ends + done[0], info[0].get("episode")
+        rewards.append(reward[0])
+    env.close()
+    assert game["r"] == sum(rewards)
+    assert max(rewards) > 1
+    assert n_ends == (3 if algorithm == "recurrent_ppo" else 1)
 
 
 @pytest.mark.parametrize(

@@ -337,6 +337,17 @@ def test_a_model_of_a_library_that_sees_each_frame(timm_file: Path, tmp_path: Pa
     torch.testing.assert_close(found, torch.cat(expected, dim=1), atol=1e-4, rtol=1e-4)
 
 
+def test_stacks_of_colours_have_no_card(tmp_path: Path) -> None:
+    for channels in (6, 12):
+        env = FakeImageEnv(
+            screen_height=36, screen_width=36, n_channels=channels, channel_first=True
+        )
+        PPO("CnnPolicy", env).save(tmp_path / "own.zip")
+        message = f"own.zip is an agent of {channels} channels, {channels // 3} frames of colo"
+        with pytest.raises(ValueError, match=message):
+            from_sb3(tmp_path / "own.zip", MIT)
+
+
 def test_frames_are_for_models_of_libraries(tmp_path: Path) -> None:
     saved_agent(PPO, tmp_path / "pong.zip")
     save_file({"cnn.0.weight": torch.zeros(32, 4, 8, 8)}, tmp_path / "net.safetensors")
@@ -601,6 +612,24 @@ def test_the_command_adds_and_says_what_is_wrong(tmp_path: Path) -> None:
         outcome = call_hubs("add", hub, *arguments)
         assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
         assert message in outcome.err
+
+
+def test_weights_of_another_name_are_not_overwritten(timm_file: Path, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+    card, tensors = from_file(timm_file, Wishes("first", "MIT", "timm:test_resnet", 48))
+    file = add_encoder(hub, card, tensors).rename(hub / "net.safetensors")
+    (spec,) = load_hub(hub).encoders
+    (hub / "hub.yaml").write_text(
+        (hub / "hub.yaml").read_text().replace("first.safetensors", "./net.safetensors")
+    )
+    before = file.read_bytes()
+    message = "net.safetensors in the hub .* has the weights of encoder 'first', and nothing was wr"
+    with pytest.raises(ValueError, match=message):
+        add_encoder(hub, dataclasses.replace(card, name="net"), tensors)
+    assert file.read_bytes() == before
+    build_encoder(load_hub(hub), dataclasses.replace(spec, weights="net.safetensors"))
+    (hub / "other.safetensors").write_bytes(b"of a command that was killed before it wrote a card")
+    add_encoder(hub, dataclasses.replace(card, name="other"), tensors)
 
 
 def test_hubs_that_are_not_added_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,12 @@ def test_the_name_of_an_encoder_is_none_of_torchs(name: str) -> None:
     nn.ModuleDict({f"{name}1": nn.Identity()})
 
 
+def test_the_name_of_an_encoder_is_not_that_of_running_numbers() -> None:
+    """SB3 would copy its weights to target networks at each step, whatever tau."""
+    with pytest.raises(ValueError, match="name 'my_running_net' must not contain 'running_'"):
+        nature_spec("my_running_net")
+
+
 @pytest.mark.parametrize("name", ["", "x/../../../outside", "..\\x"])
 def test_the_name_of_a_hub_leads_nowhere(name: str) -> None:
     """It is part of the name of a run's folder."""
