@@ -36,6 +36,9 @@ REAL = (
     *(torch.float8_e4m3fn, torch.float8_e5m2),
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
 )
+#: Where timm's LeViT, TinyViT, EfficientFormer and others keep, in evaluation mode, what they have
+#: computed of their attention's biases.
+BIAS_CACHE = "attention_bias_cache"
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as OpenCV's RGB to grey
 
 
@@ -56,6 +59,9 @@ class Encoder(nn.Module):
         self.trunk = trunk.eval()
         self.is_small = spec.architecture in ARCHITECTURES  # ours; not of a library
         self._sees_as_learner = False  # a cast copy of one that learns: it must round alike
+        self._is_safe_by_channels = not any(map(_breaks_by_channels, trunk.modules()))
+        self._caching = [m for m in trunk.modules() if hasattr(m, BIAS_CACHE)]
+        self._forget_biases()
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
         for weight in self.weights:
@@ -79,6 +85,7 @@ class Encoder(nn.Module):
         images_BCHW = images_BCHW.contiguous(memory_format=self._layout(images_BCHW))
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype != torch.float32):
             features_BD: Tensor = self.trunk(images_BCHW)
+        self._forget_biases()
         if self.spec.n_frames > 1:
             features_BD = features_BD.reshape(-1, self.spec.features_dim)
         return features_BD
@@ -141,9 +148,16 @@ class Encoder(nn.Module):
 
         Else rollout and update, or swapped encoders and others, would round otherwise.
         """
+        if not self._is_safe_by_channels:
+            return torch.contiguous_format
         if not self.is_small:
             return fast_layout(images_BCHW)
         return nature_layout(images_BCHW, self._sees_as_learner or not self.is_frozen)
+
+    def _forget_biases(self) -> None:
+        """Else the next gradient would pass the graph of this one, or none would reach them."""
+        for module in self._caching:
+            setattr(module, BIAS_CACHE, {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -152,7 +166,7 @@ class Encoder(nn.Module):
 
     def _lay_out(self) -> None:
         """Weights as the images will be, or each call would copy them."""
-        if self.is_small:
+        if self.is_small or not self._is_safe_by_channels:
             return
         for weight in self.trunk.parameters():
             if weight.ndim == 4:
@@ -166,6 +180,19 @@ class Encoder(nn.Module):
 def is_encoder_weight(weight: Tensor) -> bool:
     """Whether it is a trained weight of an encoder; copies of modules don't remember it."""
     return getattr(weight, "is_encoder", False)
+
+
+def _breaks_by_channels(module: nn.Module) -> bool:
+    """
+    Whether torch 2.14 writes past its memory in its gradient, of pixels by channels on an AVX2
+    CPU: 1x1 convolutions with a stride over few channels, as RepVGG, MobileOne and FastViT begin.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels < 8
+    )
 
 
 def is_frozen(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 
@@ -10,10 +11,10 @@ import timm
 import torch
 import torchvision
 from small_hubs import library_spec
-from torch import nn
+from torch import Tensor, nn
 
 from hubrl.architectures import NatureCNN, nature_features
-from hubrl.encoders import encoder_of, with_features_dim
+from hubrl.encoders import Encoder, encoder_of, with_features_dim
 
 CLASSIFIERS = torchvision.models.list_models(module=torchvision.models)
 #: One model of every kind that is small enough.
@@ -30,6 +31,7 @@ SAMPLE = (
     "levit_128s",
     "lcnet_050",
     "mixer_s32_224",
+    "mobileone_s0",
     "mobilenetv3_small_100",
     "mobilenetv4_conv_small",
     "mobilevit_xxs",
@@ -50,13 +52,40 @@ SAMPLE = (
 
 
 def check_model(model: nn.Module, architecture: str, size: int) -> None:
-    """Its weights with the classifier's make an encoder, which gives a vector for an image."""
+    """Its weights with the classifier's make an encoder, which gives a vector and learns."""
     spec = with_features_dim(library_spec(architecture, 1, size))
     encoder = encoder_of(spec, model.state_dict())
     with torch.no_grad():
         features = encoder(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
     assert features.shape == (2, spec.features_dim)
     assert torch.isfinite(features).all()
+    check_gradients(encoder, torch.randint(0, 256, (3, 3, size, size), dtype=torch.uint8))
+
+
+def check_gradients(encoder: Encoder, images_BCHW: Tensor) -> None:
+    """Those of its second step are the library's own in its first, with pixels in planes."""
+    theirs = copy.deepcopy(encoder.trunk).to(memory_format=torch.contiguous_format)
+    theirs(encoder.preprocess(images_BCHW)).square().mean().backward()
+    for _ in range(2):
+        encoder.zero_grad()
+        encoder(images_BCHW).square().mean().backward()
+    copy.deepcopy(encoder)
+    found, expected = (
+        {name: weight.grad for name, weight in trunk.named_parameters() if weight.grad is not None}
+        for trunk in (encoder.trunk, theirs)
+    )
+    assert found.keys() == expected.keys()
+    largest = max(float(gradient.norm()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        error = float((found[name] - gradient).norm())
+        assert error <= 1e-2 * float(gradient.norm()) + 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "levit_128s"])
+def test_what_is_special_to_learn(name: str) -> None:
+    """Strided 1x1 convolutions of colours; biases of attention that are kept in evaluation mode."""
+    size = 224 if name == "levit_128s" else 64
+    check_model(timm.create_model(name, pretrained=False), f"timm:{name}", size)
 
 
 @pytest.mark.slow
