@@ -181,22 +181,26 @@ def find_stages(encoder: Encoder, images_BCHW: Tensor) -> dict[str, int]:
     Where the encoder's maps become smaller: the last module at each size, and its channels.
 
     Maps of one pixel are none, and none is larger than the one before; where all have one size,
-    as a transformer's patches, there is no stage. The last entry, ``""``, are the features.
+    as a transformer's patches, there is no stage. Attention is no map, nor is what a module gives
+    that is called several times. The last entry, ``""``, are the features.
 
     :param images_BCHW: uint8, at least one
     """
     names = {module: name for name, module in encoder.trunk.named_modules() if name}
-    last: dict[int, tuple[str, int]] = {}
+    shapes: dict[str, list[torch.Size]] = {}
+    n_rows = len(images_BCHW) * encoder.spec.n_frames
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            return
-        _, channels, height, width = output.shape
-        if height == width and 1 < height <= min(last, default=height):
-            last[height] = (names[module], channels)
+        is_map = isinstance(output, Tensor) and output.ndim == 4 and len(output) == n_rows
+        if is_map and not isinstance(module, (nn.Dropout, nn.Softmax)):
+            shapes.setdefault(names[module], []).append(output.shape)
 
     with hooked(encoder.trunk, dict.fromkeys(names.values(), note)):
         features_BD = encoder(images_BCHW)
+    last: dict[int, tuple[str, int]] = {}
+    for name, ((_, channels, height, width), *others) in shapes.items():
+        if not others and height == width and 1 < height <= min(last, default=height):
+            last[height] = (name, channels)
     stages = dict(last.values()) if len(last) > 1 else {}
     return stages | {FEATURES: features_BD.shape[1]}
 
@@ -214,7 +218,8 @@ def maps_of(
     maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Hook:
-        return lambda module, inputs, output: maps.update({name: output})
+        # A copy: what follows may write into the map itself.
+        return lambda module, inputs, output: maps.update({name: output.clone()})
 
     with hooked(encoder.trunk, {name: keep(name) for name in names if name != FEATURES}):
         maps[FEATURES] = encoder(images_BCHW, dtype).float()[:, :, None, None]

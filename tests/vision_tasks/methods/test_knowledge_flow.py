@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hubrl.encoders import build_encoder, with_features_dim
 from hubrl.specs import EncoderSpec, HubSpec, load_hub
 from vision_tasks.methods import Method, Settings, build_method
-from vision_tasks.methods.knowledge_flow import Mixer, dependence_loss, find_stages
+from vision_tasks.methods.knowledge_flow import Mixer, dependence_loss, find_stages, maps_of
 from vision_tasks.tasks import Classification
 
 IMAGES, TARGETS = quadrant_images(6, seed=5)
@@ -133,14 +133,30 @@ def test_dependence_loss_by_hand() -> None:
             64,
             {"act1": 64, "layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512, "": 512},
         ),
+        (  # whose blocks call one activation three times
+            "torchvision:resnet50",
+            64,
+            {
+                "relu": 64,
+                "layer2.0.bn1": 128,
+                "layer3.0.bn1": 256,
+                "layer4.0.bn1": 512,
+                "layer4": 2048,
+                "": 2048,
+            },
+        ),
         ("timm:test_vit", 32, {"": 64}),
+        # Attention over windows: as many rows, as high as wide.
+        ("timm:swin_tiny_patch4_window7_224", 224, {"": 768}),
     ],
 )
 def test_stages(architecture: str, size: int, stages: dict[str, int]) -> None:
     spec = card(architecture, size)
     encoder = build_encoder(HubSpec(name="h", encoders=(spec,)), spec)
-    found = find_stages(encoder, torch.zeros(1, 3, size, size, dtype=torch.uint8))
-    assert found == stages
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    assert find_stages(encoder, images[:1]) == stages
+    maps = maps_of(encoder, set(stages), images, torch.float32)
+    assert {name: each.shape[1] for name, each in maps.items()} == stages
 
 
 def test_teachers_of_other_architectures(tmp_path: Path) -> None:
