@@ -220,14 +220,15 @@ class Trainer:
             if is_encoder_weight(weight) and train.encoder_lr_scale == 0:
                 weight.requires_grad_(False)
             if weight.requires_grad:
-                groups.setdefault((is_encoder_weight(weight), weight.ndim > 1), []).append(weight)
+                decays = getattr(weight, "decays", weight.ndim > 1)
+                groups.setdefault((is_encoder_weight(weight), decays), []).append(weight)
         settings = [
             {
                 "params": group,
                 "lr_scale": train.encoder_lr_scale if is_encoder else 1.0,
-                "weight_decay": train.weight_decay if is_matrix else 0.0,
+                "weight_decay": train.weight_decay if decays else 0.0,
             }
-            for (is_encoder, is_matrix), group in groups.items()
+            for (is_encoder, decays), group in groups.items()
         ]
         return AdamW(settings) if settings else None
 

@@ -36,10 +36,10 @@ class ZooTuning(Method):
     mean of the layer's input: each image has a network of its own, of the cost of one encoder.
 
     Ours: gates are a softmax and start equal, so that networks without normalisation keep their
-    scale; other weights (normalisation, tokens) start as the encoders' mean and are learned once
-    for all; the running statistics of BatchNorm are those of the aggregated network on the
-    training images before the first step, and stay so, as in all methods here. The lite version is
-    left out.
+    scale; other weights (normalisation, tokens, layers whose weights a model reads without calling
+    them) start as the encoders' mean and are learned once for all; the running statistics of
+    BatchNorm are those of the aggregated network on the training images before the first step, and
+    stay so, as in all methods here. The lite version is left out.
 
     :raises ValueError: if the hub's encoders differ in architecture
     """
@@ -56,10 +56,13 @@ class ZooTuning(Method):
                 build_encoder(hub, spec, pretrained=settings.pretrained).trunk
                 for spec in hub.encoders
             ]
-            self.encoder = Encoder(first, aggregate(trunks))
-        for layer in self.encoder.modules():
-            if isinstance(layer, AggregatedLayer):
-                layer.mark_new_weights()
+            shape = (first.channels, *first.image_size)
+            names = layers_of_images(trunks[0], torch.zeros(2, *shape))
+            self.encoder = Encoder(first, aggregate(trunks, names))
+        modules = self.encoder.modules()
+        self._layers = [layer for layer in modules if isinstance(layer, AggregatedLayer)]
+        for layer in self._layers:
+            layer.mark_new_weights()
         self.head = build_head(first, task, settings.seed)
 
     @torch.no_grad()
@@ -95,6 +98,8 @@ class ZooTuning(Method):
 
     def _features(self, images_BCHW: Tensor) -> Tensor:
         dtype = resolve_precision(self.settings.precision, images_BCHW.device)
+        for layer in self._layers:
+            layer.n_images = len(images_BCHW) * self.encoder.spec.n_frames
         features_BD: Tensor = self.encoder(images_BCHW, dtype).float()
         return features_BD
 
@@ -103,16 +108,20 @@ class AggregatedLayer(nn.Module):
     """
     A convolution or linear layer whose weights are aggregated anew for each image.
 
+    ``n_images`` says how many images a batch is of: several rows may be one's, as its windows are.
+
     :param layers: of the same shape, one of each encoder; the first becomes part of this one
     """
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         assert isinstance(layers[0], Layer)
+        self.n_images = 1
         self.layer = layers[0]
-        for name, _ in list(self.layer.named_parameters()):
+        for name, weight in list(self.layer.named_parameters()):
             stacked = torch.stack([layer.get_parameter(name).detach() for layer in layers])
             setattr(self.layer, name, nn.Parameter(stacked))
+            getattr(self.layer, name).decays = weight.ndim > 1  # biases don't
         n_outputs, n_inputs, *kernel = self.layer.weight.shape[1:]
         n_inputs *= self.layer.groups if isinstance(self.layer, nn.Conv2d) else 1
         n_hidden = max(n_inputs // 4, MIN_HIDDEN)
@@ -125,6 +134,11 @@ class AggregatedLayer(nn.Module):
         if max(kernel, default=1) > 1:
             self.alignment = nn.Parameter(torch.zeros(len(layers), n_outputs, n_outputs))
 
+    @property
+    def weight(self) -> Tensor:
+        """Of all encoders, (E, O, ...): some models ask a layer's weight for its device."""
+        return self.layer.weight
+
     def mark_new_weights(self) -> None:
         """Gates and alignment are no pretrained weights: they learn as fast as heads."""
         alignment = () if self.alignment is None else (self.alignment,)
@@ -132,24 +146,26 @@ class AggregatedLayer(nn.Module):
             weight.is_encoder = False
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Outputs of a batch (B, ...) of what the layer takes."""
+        """Outputs of what the layer takes: the rows of the first image, of the second, ..."""
         gates_BE = self.gate(inputs)
         weights = {
             name: torch.einsum("be,e...->b...", gates_BE, each)
             for name, each in self.aligned().items()
         }
 
-        def one(weights: dict[str, Tensor], row: Tensor) -> Tensor:
-            output: Tensor = torch.func.functional_call(self.layer, weights, (row[None],))
-            return output[0]
+        def one(weights: dict[str, Tensor], rows: Tensor) -> Tensor:
+            output: Tensor = torch.func.functional_call(self.layer, weights, (rows,))
+            return output
 
-        outputs: Tensor = torch.func.vmap(one)(weights, inputs)
-        return outputs
+        rows = inputs.unflatten(0, (self.n_images, -1))
+        outputs: Tensor = torch.func.vmap(one)(weights, rows)
+        return outputs.flatten(0, 1)
 
     def gate(self, inputs: Tensor) -> Tensor:
         """Shares of the encoders, (B, E), from the mean of the inputs over all places."""
         is_conv = isinstance(self.layer, nn.Conv2d)
-        means_BI = inputs.flatten(2).mean(dim=2) if is_conv else _mean_token(inputs)
+        means = inputs.flatten(2).mean(dim=2) if is_conv else _mean_token(inputs)
+        means_BI = means.unflatten(0, (self.n_images, -1)).mean(dim=1)
         gates_BE: Tensor = self.gates(means_BI).softmax(dim=1)
         return gates_BE
 
@@ -164,22 +180,49 @@ class AggregatedLayer(nn.Module):
 
 
 @torch.no_grad()
-def aggregate(trunks: list[nn.Module]) -> nn.Module:
+def layers_of_images(trunk: nn.Module, images_BCHW: Tensor) -> list[str]:
     """
-    The first trunk, its convolutions and linear layers aggregated, all other weights and
-    statistics the mean over the trunks.
+    Names of the convolutions and linear layers that are called on rows of images.
+
+    Others are read by the modules around them, or called on what is the same for all images.
+
+    :param images_BCHW: two, preprocessed
+    """
+    of_one, of_two = _rows(trunk, images_BCHW[:1]), _rows(trunk, images_BCHW)
+    return [name for name, rows in of_one.items() if of_two[name] == [2 * n for n in rows]]
+
+
+def _rows(trunk: nn.Module, images_BCHW: Tensor) -> dict[str, list[int]]:
+    """By the names of layers, the rows of each of their calls."""
+    names: dict[nn.Module, str] = {
+        module: name for name, module in trunk.named_modules() if isinstance(module, Layer)
+    }
+    rows: dict[str, list[int]] = {}
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        rows.setdefault(names[layer], []).append(len(inputs[0]))
+
+    handles = [layer.register_forward_hook(count) for layer in names]
+    trunk(images_BCHW)
+    for handle in handles:
+        handle.remove()
+    return rows
+
+
+@torch.no_grad()
+def aggregate(trunks: list[nn.Module], names: Sequence[str]) -> nn.Module:
+    """
+    The first trunk, some of its layers aggregated, all other weights and statistics the mean over
+    the trunks.
 
     :param trunks: of one architecture
+    :param names: of convolutions and linear layers
     """
     states = [trunk.state_dict() for trunk in trunks]
     target = trunks[0]
-    for name, module in list(target.named_modules()):
-        parent = target.get_submodule(name.rpartition(".")[0])
-        # Which reads its layers' weights without calling them.
-        is_called = not isinstance(parent, nn.MultiheadAttention)
-        if isinstance(module, Layer) and is_called:
-            layers = [trunk.get_submodule(name) for trunk in trunks]
-            setattr(parent, name.rpartition(".")[2], AggregatedLayer(layers))
+    for name in names:
+        parent, layers = name.rpartition("."), [trunk.get_submodule(name) for trunk in trunks]
+        setattr(target.get_submodule(parent[0]), parent[2], AggregatedLayer(layers))
     for name, tensor in target.state_dict().items():
         if name in states[0] and tensor.is_floating_point():
             tensor.copy_(torch.stack([state[name] for state in states]).mean(dim=0))

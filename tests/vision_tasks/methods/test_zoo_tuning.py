@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_hubs import nature_spec, write_hub
+from small_hubs import library_spec, nature_spec, write_hub
 from small_images import SIZE, quadrant_images, write_rgb_hub
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hubrl.encoders import with_features_dim
 from hubrl.specs import HubSpec, load_hub
 from vision_tasks.methods import Settings, build_method
-from vision_tasks.methods.zoo_tuning import AggregatedLayer, aggregate
+from vision_tasks.methods.zoo_tuning import AggregatedLayer, aggregate, layers_of_images
 from vision_tasks.tasks import Classification
 
 IMAGES, TARGETS = quadrant_images(8, seed=5)
@@ -68,6 +69,7 @@ def test_each_image_has_its_own_weights(make: object, shape: tuple[int, ...]) ->
     plain = make()  # type: ignore[operator]
     for weight, mean in zip(plain.parameters(), means, strict=True):
         weight.data = mean.data
+    layer.n_images = len(inputs)
     torch.testing.assert_close(layer(inputs), plain(inputs))  # gates are equal at the start
     for weight in layer.parameters():
         nn.init.normal_(weight, std=0.5)
@@ -77,6 +79,46 @@ def test_each_image_has_its_own_weights(make: object, shape: tuple[int, ...]) ->
     ours, theirs = (torch.autograd.grad(y.square().sum(), weights) for y in (outputs, expected))
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
+
+
+def test_the_windows_of_an_image_share_its_weights() -> None:
+    torch.manual_seed(0)
+    layer = AggregatedLayer([nn.Linear(4, 3) for _ in range(3)])
+    for weight in layer.parameters():
+        nn.init.normal_(weight, std=0.5)
+    windows = torch.randn(2 * 5, 7, 4)  # five of each image, of 7 tokens
+    layer.n_images = 2
+    expected = one_by_one(layer, windows.view(2, 5 * 7, 4)).view(2 * 5, 7, 3)
+    torch.testing.assert_close(layer(windows), expected)
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        "timm:edgenext_xx_small",
+        "timm:eva02_tiny_patch14_224",
+        pytest.param("timm:beit_base_patch16_224", marks=pytest.mark.slow),
+        pytest.param("timm:swin_tiny_patch4_window7_224", marks=pytest.mark.slow),
+        pytest.param("torchvision:swin_t", marks=pytest.mark.slow),
+        pytest.param("timm:swinv2_tiny_window8_256", marks=pytest.mark.slow),
+        pytest.param("timm:levit_128s", marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_libraries(architecture: str) -> None:
+    """Of which some read the weights of their layers, or call them on windows."""
+    size = 256 if "256" in architecture else 224
+    spec = dataclasses.replace(
+        with_features_dim(library_spec(architecture, 1, size)), name="a", weights=None
+    )
+    hub = HubSpec(name="h", encoders=(spec, dataclasses.replace(spec, name="b")))
+    method = build_method("zoo-tuning", hub, Classification(4), Settings(0, size, pretrained=False))
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    method.loss("train", images, torch.tensor([0, 1])).total.backward()
+    learned = [layer.layer.weight for layer in method._layers]
+    assert len(learned) > 10
+    assert all(weight.grad is not None for weight in learned)
+    stacked = [pair for layer in method._layers for pair in layer.layer.named_parameters()]
+    assert all(weight.decays == (name == "weight") for name, weight in stacked)
 
 
 def test_equal_encoders_start_as_one_of_them(tmp_path: Path) -> None:
@@ -138,12 +180,29 @@ def test_each_image_counts_alike_in_the_statistics(
 
 
 def test_layers_that_are_not_called_become_the_mean() -> None:
-    trunks = [nn.Sequential(nn.MultiheadAttention(8, 2), nn.LayerNorm(8)) for _ in range(2)]
-    projections = [trunk[0].out_proj.weight.detach().clone() for trunk in trunks]
-    target = aggregate(trunks)
-    torch.testing.assert_close(target[0].out_proj.weight, (projections[0] + projections[1]) / 2)
-    rows = torch.randn(3, 4, 8)
-    assert target[0](rows, rows, rows)[0].isfinite().all()
+    """Read by others, or called on what is no image."""
+
+    class Trunk(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention, self.table = nn.MultiheadAttention(8, 2), nn.Linear(3, 8)
+            self.output = nn.Linear(8, 5)
+
+        def forward(self, rows: Tensor) -> Tensor:
+            rows = rows + self.table(torch.eye(3)).mean(dim=0)
+            output: Tensor = self.output(self.attention(rows, rows, rows)[0])
+            return output
+
+    trunks = [Trunk(), Trunk()]
+    images = torch.randn(2, 4, 8)
+    names = layers_of_images(trunks[0], images)
+    assert names == ["output"]
+    projections = [trunk.attention.out_proj.weight.detach().clone() for trunk in trunks]
+    target = aggregate(trunks, names)
+    mean = (projections[0] + projections[1]) / 2
+    torch.testing.assert_close(target.attention.out_proj.weight, mean)
+    assert isinstance(target.output, AggregatedLayer)
+    assert isinstance(target.table, nn.Linear)
 
 
 def test_a_hub_needs_no_files_without_pretrained_weights() -> None:
