@@ -30,6 +30,7 @@ MORE_IS_BETTER = {task.metric: task.is_more_better for task in TASKS.values()}
 #: Settings in which runs of one method may differ and still be the same method.
 IGNORED = (
     "method",
+    "data.root",  # of a data set of the user's own it is part of its name
     "hub.swap",  # gives the same numbers
     "train.seed",
     "train.device",
@@ -135,12 +136,13 @@ def read_runs(*folders: Path) -> list[Run]:
     found = {file.resolve(): file for folder in folders for file in folder.rglob(RESULTS_FILE)}
     files = sorted(found.values())
     configs = {file: _settings_of(file.parent) for file in files}
+    names = dict(zip(files, _data_names(list(configs.values())), strict=True))
     runs = []
     for file in files:
         results, config = checked(read_json(file), Results, file), configs[file]
-        beside = [c for c in configs.values() if c["data.name"] == config["data.name"]]
+        beside = [configs[other] for other in files if names[other] == names[file]]
         try:
-            runs += _runs_of(file.parent, results, config, _label(config, beside))
+            runs += _runs_of(file.parent, names[file], results, config, _label(config, beside))
         except KeyError as error:
             raise DamagedFileError(f"{file} has no score {error}: train that run again") from None
     first: dict[tuple[str, str, int], Run] = {}
@@ -164,7 +166,22 @@ def best_single(rows: Iterable[Row], data: str) -> Row | None:
     return max(singles, key=lambda r: _sign(r.metric) * r.validation.mean, default=None)
 
 
-def _runs_of(folder: Path, results: Results, config: Settings, label: str) -> list[Run]:
+def _data_names(configs: Sequence[Settings]) -> list[str]:
+    """Of several folders with the end of the path that tells them apart, as in ``folder-birds``."""
+    parts = {str(c["data.root"]): Path(c["data.root"]).parts for c in configs if _is_own(c)}
+    names = dict.fromkeys(parts, FOLDER)
+    if len(parts) > 1:
+        counts = range(1, max(map(len, parts.values())))
+        n = next((n for n in counts if len({p[-n:] for p in parts.values()}) == len(parts)), 0)
+        names = {root: "-".join([FOLDER, *p[-n:]]).replace("/", "") for root, p in parts.items()}
+    return [names[str(c["data.root"])] if _is_own(c) else c["data.name"] for c in configs]
+
+
+def _is_own(config: Settings) -> bool:
+    return bool(config["data.name"] == FOLDER)
+
+
+def _runs_of(folder: Path, data: str, results: Results, config: Settings, label: str) -> list[Run]:
     metric = TASKS[results["task"]].metric
     runs = []
     for name in results["test"] if results["method"] in OF_SINGLES else [""]:
@@ -172,20 +189,18 @@ def _runs_of(folder: Path, results: Results, config: Settings, label: str) -> li
         method = label if not name else _member_label(config, name, label)
         validation = results["validation"][name][metric]
         others = {key: each for key, each in scores.items() if key not in (metric, "loss")}
-        fields = (folder, results["data"], method, name, results["seed"], metric, validation)
+        fields = (folder, data, method, name, results["seed"], metric, validation)
         runs.append(Run(*fields, scores[metric], others, results["train_seconds"], config))
     return runs
 
 
 def _relevant(config: Settings) -> Settings:
     """Settings that a run's scores depend on."""
-    method, is_folder = config["method"], config["data.name"] == FOLDER
+    method = config["method"]
     return {
         key: value
         for key, value in config.items()
-        if key not in IGNORED
-        and method in USED_BY.get(key, (method,))
-        and (key != "data.root" or is_folder)
+        if key not in IGNORED and method in USED_BY.get(key, (method,))
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -228,16 +229,24 @@ def test_coefficients_of_runs_that_differ_in_nothing_else(finished: Path) -> Non
 
 
 def test_folders_of_images_are_other_data(finished: Path) -> None:
-    for i, root in enumerate("xy"):
+    for i, root in enumerate(("/d/birds", "/d/cars", "/e/cars")):
         data = {"data__name": "folder", "data__root": root}
-        _write(finished / root, "single:a", 1, 0.1 * i, **data)
+        _write(finished / f"s{i}", "single:a", 1, 0.1 * i, **data)
+        _write(finished / f"h{i}", "hub-pathway", 1, 0.1 * i, **data)
     _write(finished / "z", "hub-pathway", 4, 0.9, data__root="elsewhere")
-    methods = {(run.data, run.method) for run in report.read_runs(finished)}
-    assert {method for data, method in methods if data == "folder"} == {
-        "single:a (root=x)",
-        "single:a (root=y)",
-    }
-    assert ("fashion-mnist", "hub-pathway") in methods
+    found = report.read_runs(finished)
+    rows = report.summarise(found)
+    own = ["folder-d-birds", "folder-d-cars", "folder-e-cars"]
+    assert sorted({run.data for run in found}) == ["fashion-mnist", *own]
+    assert [report.best_single(rows, data).test.mean for data in own] == [0.0, 0.1, 0.2]
+    assert {row.method for row in rows if row.data in own} == {"single:a", "hub-pathway"}
+    assert sorted(report._routed(rows, found)) == ["fashion-mnist", *own]
+    for file in (finished / "s2", finished / "h2"):
+        shutil.rmtree(file)
+    assert {"folder-birds", "folder-cars"} < {run.data for run in report.read_runs(finished)}
+    for file in (finished / "s1", finished / "h1"):
+        shutil.rmtree(file)
+    assert "folder" in {run.data for run in report.read_runs(finished)}
 
 
 def test_landmarks_have_three_scores_and_less_error_is_better(tmp_path: Path) -> None:
