@@ -188,6 +188,7 @@ class EvaluationCallback(BaseCallback):
             self._evaluate()
 
     def _evaluate(self) -> None:
+        check_weights(self.model)  # or NaN could be the best
         if self._env is None:
             self._env = self._make_env()
         episodes = evaluate(

@@ -256,6 +256,9 @@ def _torchvision(model: str) -> Architecture:
                 "classifier, whose input could be the features; take another model"
             )
         trunk.set_submodule(linear[-1], nn.Identity())
+        if any(isinstance(layer, nn.MultiheadAttention) for layer in trunk.modules()):
+            # Taken without gradients alone: rollout and update would round otherwise.
+            torch.backends.mha.set_fastpath_enabled(False)
         return trunk
 
     return Architecture(build, unused_layers=TORCHVISION_UNUSED)

@@ -118,7 +118,8 @@ class Encoder(nn.Module):
         encoder = copy.deepcopy(self).requires_grad_(False)
         encoder._sees_as_learner = not self.is_frozen
         for layer in encoder.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            # Others, as timm's StdConv2d, compute with their weights before they are cast.
+            if type(layer).forward in (nn.Conv2d.forward, nn.Linear.forward):
                 layer.to(dtype)
         return encoder
 
@@ -225,7 +226,11 @@ class Casts:
         return self._weights[key]
 
     def encoder(self, i: int, encoder: Encoder, dtype: torch.dtype) -> Encoder:
-        """A frozen copy of encoder i in ``dtype``, made anew after a change in place."""
+        """
+        A frozen copy of encoder i in ``dtype``, made anew after a change in place; in float32 it.
+        """
+        if dtype == torch.float32:  # as its weights are: a copy would take their memory once more
+            return encoder
         key = (i, dtype, *(weight._version for weight in encoder.weights))
         if key not in self._encoders:
             self._encoders[key] = encoder.cast(dtype)

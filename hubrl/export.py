@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shlex
@@ -305,7 +306,8 @@ def _student_config(config: RunConfig, n_steps: int) -> RunConfig:
 
 def _student_env(teacher: BaseAlgorithm, config: RunConfig, student: RunConfig) -> Any:
     """The teacher's, unless the student sees other images."""
-    if image_format(config.hub.name) == image_format(student.hub.name):
+    seen = [dataclasses.replace(image_format(c.hub.name), min_size=1) for c in (config, student)]
+    if seen[0] == seen[1]:
         return teacher.get_env()
     return make_env(student, N_ENVS)
 

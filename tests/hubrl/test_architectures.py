@@ -81,6 +81,38 @@ def check_gradients(encoder: Encoder, images_BCHW: Tensor) -> None:
         assert error <= 1e-2 * float(gradient.norm()) + 1e-6 * largest, name
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in ("test_nfnet", "test_vit") else pytest.param(name, marks=pytest.mark.slow)
+        for name in timm.list_models("test_*")
+    ],
+)
+def test_timms_own_small_models(name: str) -> None:
+    """One of most families; cast for a rollout in bfloat16 they round as learners do."""
+    size = timm.get_pretrained_cfg(name).input_size[-1]
+    model = timm.create_model(name, pretrained=False)
+    check_model(model, f"timm:{name}", size)
+    spec = with_features_dim(library_spec(f"timm:{name}", 1, size))
+    encoder, dtype = encoder_of(spec, model.state_dict()), torch.bfloat16
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(encoder.cast(dtype)(images, dtype), encoder(images, dtype))
+
+
+@pytest.mark.slow
+def test_a_transformer_of_torchvision_rounds_alike_with_gradients_and_without() -> None:
+    torch.backends.mha.set_fastpath_enabled(True)
+    spec = with_features_dim(library_spec("torchvision:vit_b_32", 1, 224))
+    encoder = encoder_of(spec, None)
+    encoder.trunk.encoder.layers = encoder.trunk.encoder.layers[:2]
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    for dtype in (torch.float32, torch.bfloat16):
+        learner = encoder(images, dtype)
+        with torch.no_grad():
+            assert torch.equal(encoder(images, dtype), learner)
+
+
 @pytest.mark.parametrize("name", ["repvgg_a0", "levit_128s"])
 def test_what_is_special_to_learn(name: str) -> None:
     """Strided 1x1 convolutions of colours; biases of attention that are kept in evaluation mode."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from small_runs import write_small_config
+from small_runs import small_config, write_small_config
 
 from agents.algorithms import build_model
 from agents.checkpoints import load_checkpoint
@@ -111,18 +112,32 @@ def test_a_graph_that_is_not_the_agent_is_not_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = trained(tmp_path, hub5)
+    monkeypatch.setattr(export, "N_OBSERVATIONS", 40)
     monkeypatch.setattr(export, "write_graph", lambda policy, file: file.write_text(""))
 
     def one_other(file: Path, observations: np.ndarray) -> Acts:
-        actions = np.zeros(len(observations), dtype=np.int64)
-        return Acts(actions - 1, np.zeros((len(observations), 4), dtype=np.float32))
+        agent = build_model(config := open_run(folder), make_env(config, 1))
+        load_checkpoint(agent, checkpoint_dir(folder, "last"))
+        actions, scores = acts_of_policy(agent.policy, observations)
+        actions[7] += 1
+        return Acts(actions, scores)
 
+    observations = random_images(4, 36, 36)[:40]
+    monkeypatch.setattr(export, "_observations", lambda agent, seed: observations)
     monkeypatch.setattr(export, "acts_of_graph", one_other)
     assert run(folder, "--format", "onnx") == 1
     captured = capsys.readouterr()
-    assert "actions equal the agent's on 0 of 1,000" in captured.out
+    assert "actions equal the agent's on 39 of 40" in captured.out
     assert captured.err == "hubrl export: error: the graph is not the agent; nothing is written\n"
     assert not list((folder / "export").iterdir())
+
+
+def test_a_student_that_sees_the_same_images_plays_the_same_games() -> None:
+    """So that games need not replay."""
+    config = small_config(overrides={"env.id": "ALE/Breakout-v5", "hub.name": "atari5"})
+    teacher: Any = SimpleNamespace(get_env=lambda: "its games")
+    student = export._student_config(config, 128)
+    assert export._student_env(teacher, config, student) == "its games"
 
 
 @pytest.mark.slow

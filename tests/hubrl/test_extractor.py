@@ -92,16 +92,6 @@ def test_gradient_is_task_plus_coefficient_times_exploration(hub5: Path) -> None
     assert largest > 1e-3
 
 
-def test_doubling_the_coefficient_doubles_the_difference(hub5: Path) -> None:
-    model, data = collected(0.0, hub5)
-    found = []
-    for coef in (0.0, 0.5, 1.0):
-        extractor_of(model)._coef = (coef, coef)
-        found.append(gradients(model, ppo_loss(model, data)))
-    for none, half, whole in zip(*found, strict=True):
-        torch.testing.assert_close(whole - none, 2 * (half - none), atol=1e-6, rtol=0)
-
-
 def test_only_collecting_and_learning_are_noisy(hub5: Path, monkeypatch) -> None:
     model = make_agent("ppo", hub5)
     seen = []

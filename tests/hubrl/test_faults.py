@@ -166,6 +166,27 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert run("--resume", "r") == 0
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
+def test_no_best_checkpoint_of_weights_that_are_not_finite(
+    algorithm: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """DQN takes the best of what are no numbers, and games end with a return all the same."""
+
+    class Spoiler(train.EpisodesCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps == 64:
+                next(self.model.policy.parameters()).data[0] = float("nan")
+
+    monkeypatch.setattr(train, "EpisodesCallback", Spoiler)
+    config = write_small_config(tmp_path / "c.yaml", algorithm, train__eval_freq=64)
+    assert run("--config", config, "--run-dir", "r") == 1
+    assert "holds NaN; no checkpoint is made of it" in capsys.readouterr().err
+    assert not Path("r/checkpoints/best").exists()
+
+
 def test_no_checkpoint_of_weights_that_are_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

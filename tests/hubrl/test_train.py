@@ -102,6 +102,8 @@ def test_options_win_over_the_file(hub5: Path, tmp_path: Path) -> None:
     assert resolved.hub.freeze_layers == 1
     assert resolved.hub.random_init
     assert resolved.hub.exploration_coef(0.5) == 0.2
+    assert (resolved.train.save_freq, resolved.train.eval_freq) == (32, 0)
+    assert resolved.train.device == "cpu"
 
 
 def test_a_run_too_short_to_learn_says_so(

@@ -123,7 +123,7 @@ def test_memory_is_measured_in_processes_of_their_own(tmp_path: Path) -> None:
         (("--hub", "resnet50x6"), "hub 'resnet50x6' is unknown (closest: 'resnet50x5')"),
         (("--hub", "resnet50x5", "--top-k", 9), "top_k is 9, allowed: 1..5"),
         (("--hub", "resnet50x5", "--generator", "big"), "generator is 'big'"),
-        (("--hub", "resnet50x5", "--image-size", 8), "8"),
+        (("--hub", "resnet50x5", "--image-size", 8), "image size is 8 px, allowed: 32"),
     ],
 )
 def test_what_users_get_wrong(

@@ -319,7 +319,7 @@ def test_a_report_needs_a_folder(
 ) -> None:
     (tmp_path / "out").write_text("")
     assert run(finished, "--out", tmp_path / "out") == 2
-    assert "out" in capsys.readouterr().err
+    assert "File exists" in capsys.readouterr().err
 
 
 def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,11 @@ def test_a_stack_is_zero_before_its_episode_begins():
     assert store.observations(place(6, 1))[0, :, 0, 0].tolist() == [0, 0, 52, 62]
 
 
+def test_an_action_is_that_of_its_frame():
+    store = numbered(20, 12, episode=5)
+    assert store.actions(Places(np.array([3, 7, 11]), np.array([0, 1, 0]))).tolist() == [3, 7, 11]
+
+
 def test_pairs_lie_in_one_episode_and_what_is_overwritten_is_never_read():
     store = numbered(8, 20, episode=4)  # steps 12 to 19 are kept
     offsets = np.resize([1, 2], 500)
