@@ -24,6 +24,7 @@ SMALL: dict[str, Any] = {
     "train.device": "cpu",
 }
 SMALL_ON_POLICY = {"algorithm.n_steps": 16}
+SMALL_PPO = SMALL_ON_POLICY | {"algorithm.batch_size": 16, "algorithm.n_epochs": 1}
 SMALL_OFF_POLICY = {
     "algorithm.buffer_size": 200,
     "algorithm.learning_starts": 20,
@@ -39,7 +40,7 @@ SMALL_CONTINUOUS = {
     "algorithm.net_arch": {"pi": [8], "qf": [8]},
 }
 SMALL_OF: dict[str, dict[str, Any]] = {
-    "ppo": SMALL_ON_POLICY | {"algorithm.batch_size": 16},
+    "ppo": SMALL_PPO,
     "a2c": SMALL_ON_POLICY,
     "dqn": SMALL_OFF_POLICY,
     "qrdqn": SMALL_OFF_POLICY,
@@ -48,9 +49,8 @@ SMALL_OF: dict[str, dict[str, Any]] = {
     "ddpg": SMALL_CONTINUOUS,
     "tqc": SMALL_CONTINUOUS,
     "crossq": SMALL_CONTINUOUS,
-    "maskable_ppo": SMALL_ON_POLICY | {"algorithm.batch_size": 16},
-    "recurrent_ppo": SMALL_ON_POLICY
-    | {"algorithm.batch_size": 16, "algorithm.lstm_hidden_size": 8},
+    "maskable_ppo": SMALL_PPO,
+    "recurrent_ppo": SMALL_PPO | {"algorithm.lstm_hidden_size": 8},
 }
 
 

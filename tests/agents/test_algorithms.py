@@ -175,7 +175,7 @@ def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:
 
 def test_the_baseline_is_sb3s() -> None:
     """With the same seed: the same weights, and the same learning up to rounding."""
-    ours = build(train__seed=7)
+    ours = build(train__seed=7, algorithm__n_epochs=4)
     theirs = PPO(
         "CnnPolicy", small_env(), n_steps=16, batch_size=16, n_epochs=4, ent_coef=0.01, seed=7
     )
@@ -194,7 +194,8 @@ def test_the_baseline_is_sb3s() -> None:
 @pytest.mark.parametrize("freeze", ["", "all"])
 def test_the_fast_path_gives_the_update_of_the_plain_one(freeze: str, hub5: Path) -> None:
     """Bytes, kept features and fused Adam against SB3's floats, encoders that run, and its Adam."""
-    ours = build(hub=hub5, hub__freeze=[freeze] if freeze else [], train__seed=7)
+    options = {"hub__freeze": [freeze] if freeze else [], "algorithm__n_epochs": 4}
+    ours = build(hub=hub5, train__seed=7, **options)
     settings = {"hub": str(hub5), "precision": "float32", "freeze": freeze or ()}
     theirs = PPO(
         "CnnPolicy",

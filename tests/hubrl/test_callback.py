@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_statistics_and_schedule_are_logged(hub5: Path) -> None:
         small_env(),
         n_steps=16,
         batch_size=16,
+        n_epochs=1,
         policy_kwargs=policy_kwargs(hub5, exploration_coef=coef),
     )
     rows = log(model, 96)
@@ -61,7 +63,8 @@ def test_statistics_and_schedule_are_logged(hub5: Path) -> None:
 
 @pytest.mark.parametrize("name", ["ppo", "dqn"])
 def test_each_update_has_the_coefficient_of_sb3s_progress(name: str, hub5: Path) -> None:
-    model = make_agent(name, hub5, exploration_coef={"start": 0.1, "end": 0.0})
+    short = {"n_steps": 8, "batch_size": 8, "n_epochs": 1} if name == "ppo" else {}
+    model = make_agent(name, hub5, short, exploration_coef={"start": 0.1, "end": 0.0})
     (extractor,) = learning_extractors(model)
     train, seen = model.train, []
 
@@ -71,12 +74,12 @@ def test_each_update_has_the_coefficient_of_sb3s_progress(name: str, hub5: Path)
 
     model.train = record
     for _ in range(2):
-        model.learn(96, callback=PathwayCallback())
+        model.learn(24, callback=PathwayCallback())
     assert len(seen) >= 6
     for found, expected in seen:
         assert found == pytest.approx(expected)
     with pytest.raises(ValueError, match="exploration_coef is a schedule, but nothing tells"):
-        model.learn(96)
+        model.learn(24)
 
 
 def test_off_policy_agents_log_what_their_online_network_learns(hub5: Path) -> None:
@@ -97,6 +100,7 @@ def test_a_collapse_is_warned_of_once(hub5: Path) -> None:
         small_env(),
         n_steps=16,
         batch_size=16,
+        n_epochs=1,
         policy_kwargs=policy_kwargs(hub5, always_active=()),
     )
     scores = model.policy.features_extractor.pathway.generator.scores
@@ -111,10 +115,41 @@ def test_a_collapse_is_warned_of_once(hub5: Path) -> None:
     assert len(caught) == 1
 
 
+@pytest.mark.parametrize(
+    ("shares", "n_warnings"),
+    [
+        ([0.96] * 4, 1),  # from 100 to 400 steps
+        ([0.94] * 4, 0),  # probable, but not alone
+        ([0.96, 0.96, 0.5, 0.96], 0),  # spread in between
+        ([0.96, 0.96, 0.5, 0.96, 0.96, 0.96, 0.96, 0.96, 0.96], 1),  # once
+    ],
+)
+@pytest.mark.filterwarnings("always:pathway collapse:UserWarning")
+def test_what_a_collapse_is(shares: list[float], n_warnings: int, hub5: Path) -> None:
+    model = make_agent("ppo", hub5, always_active=())
+    (extractor,) = learning_extractors(model)
+    callback = PathwayCallback(collapse_steps=300)
+    callback.init_callback(model)
+    rest = ("a", "b", "d", "e")
+    with warnings.catch_warnings(record=True) as caught:
+        for i, share in enumerate(shares):
+            callback.num_timesteps = 100 * (i + 1)
+            statistics = {f"probability_{name}": (1 - share) / 4 for name in rest}
+            statistics["probability_c"] = share
+            callback._notice_collapse("pi", extractor, statistics)
+    assert len(caught) == n_warnings
+
+
+def test_fifty_thousand_steps_are_a_collapse() -> None:
+    assert PathwayCallback()._collapse_steps == 50_000
+
+
 def test_no_collapse_where_probabilities_are_spread_or_nothing_is_chosen(hub5: Path) -> None:
     kwargs = policy_kwargs(hub5, top_k=5, always_active=list("abcd"))
     for each in (policy_kwargs(hub5), kwargs):
-        model = PPO("CnnPolicy", small_env(), n_steps=16, batch_size=16, policy_kwargs=each)
+        model = PPO(
+            "CnnPolicy", small_env(), n_steps=16, batch_size=16, n_epochs=1, policy_kwargs=each
+        )
         model.learn(64, callback=PathwayCallback(collapse_steps=0))
 
 

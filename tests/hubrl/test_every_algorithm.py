@@ -41,14 +41,12 @@ N_STEPS = {**dict.fromkeys(ON_POLICY, 32), "a2c": 8, **dict.fromkeys(OFF_POLICY,
 CLIPPED = (*ON_POLICY, "dqn")
 
 
-@pytest.mark.parametrize("freeze", [(), "all"])
-@pytest.mark.parametrize("name", AGENTS)
-def test_pretrained_weights_are_the_files_bytes(name: str, freeze: Any, hub5: Path) -> None:
-    model = make_agent(name, hub5, freeze=freeze)
+def check_weights_are_the_files(model: BaseAlgorithm, hub: Path) -> None:
+    """To the byte."""
     assert extractors_of(model)
     for extractor in extractors_of(model):
         for encoder in extractor.pathway.encoders:
-            stored = load_file(hub5 / f"{encoder.spec.name}.safetensors")
+            stored = load_file(hub / f"{encoder.spec.name}.safetensors")
             for key, tensor in encoder.trunk.state_dict().items():
                 assert torch.equal(tensor, stored[key]), (encoder.spec.name, key)
 
@@ -152,46 +150,39 @@ def test_doubling_the_coefficient_doubles_the_difference(name: str, hub5: Path) 
 
 
 @pytest.mark.parametrize("name", AGENTS)
-def test_a_loss_is_attached_where_learning_extractors_compute_gradients(
+def test_noise_and_loss_are_where_learning_extractors_compute_gradients(
     name: str, hub5: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Never in predictions or targets, whose forward passes SB3 may run with grad."""
     model = make_agent(name, hub5)
+    check_weights_are_the_files(model, hub5)
     attached: list[bool] = []
+    seen: list[tuple[bool, bool]] = []
+    route = hubrl.HubPathway.route
 
     def spy(features: Tensor, loss: Tensor) -> Tensor:
         attached.append(torch.is_grad_enabled())
         return attach_loss(features, loss)
 
+    def spy_route(
+        self: Any, images: Tensor, noise_BE: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        seen.append((noise_BE is not None, torch.is_grad_enabled()))
+        return route(self, images, noise_BE, *args, **kwargs)
+
     monkeypatch.setattr(hubrl.extractor, "attach_loss", spy)
+    monkeypatch.setattr(hubrl.HubPathway, "route", spy_route)
     learners = learning_extractors(model)
     for extractor in extractors_of(model):
         if not any(extractor is learner for learner in learners):
             monkeypatch.setattr(extractor, "_learn", pytest.fail)
-    model.predict(model.observation_space.sample())
-    assert not attached
-    model.learn(N_STEPS[name])
-    assert attached
-    assert all(attached)
-
-
-@pytest.mark.parametrize("name", AGENTS)
-def test_predict_is_free_of_noise_and_learning_is_not(
-    name: str, hub5: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_agent(name, hub5)
-    seen: list[tuple[bool, bool]] = []
-    route = hubrl.HubPathway.route
-
-    def spy(self: Any, images: Tensor, noise_BE: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        seen.append((noise_BE is not None, torch.is_grad_enabled()))
-        return route(self, images, noise_BE, *args, **kwargs)
-
-    monkeypatch.setattr(hubrl.HubPathway, "route", spy)
     model.predict(model.observation_space.sample(), deterministic=False)
+    assert not attached
     assert not any(noisy for noisy, _ in seen)
     seen.clear()
     model.learn(N_STEPS[name])
+    assert attached
+    assert all(attached)
     assert any(noisy for noisy, has_grad in seen if has_grad)
     # On-policy agents explore pathways while they collect, others only where they learn.
     assert any(noisy for noisy, has_grad in seen if not has_grad) == (name in ON_POLICY)
@@ -249,6 +240,7 @@ def test_frozen_encoders_stay_and_trained_ones_move(
 def test_one_hub_in_memory(name: str, hub5: Path) -> None:
     """However many extractors the algorithm builds, frozen encoders are held once."""
     model = make_agent(name, hub5, freeze="all")
+    check_weights_are_the_files(model, hub5)
     storages = {
         weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes()
         for extractor in extractors_of(model)

@@ -68,8 +68,9 @@ def test_every_algorithm(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     name = str(hub5) if hub == "hub5" else hub
+    epochs = {"algorithm__n_epochs": 4} if "ppo" in algorithm else {}
     config = write_small_config(
-        tmp_path / "c.yaml", algorithm, hub__name=name, train__n_timesteps=200
+        tmp_path / "c.yaml", algorithm, hub__name=name, train__n_timesteps=200, **epochs
     )
     assert run("--config", config, "--run-dir", "whole") == 0
     stop_at([50, 100, 171], monkeypatch)

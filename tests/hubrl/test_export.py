@@ -249,6 +249,7 @@ def test_distilled_refuses_a_folder_with_files(hub5: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_student_is_as_good_as_a_teacher_that_has_learned(hub5: Path, tmp_path: Path) -> None:
     overrides = {"train__n_timesteps": 6000, "algorithm__n_steps": 64, "algorithm__batch_size": 64}
+    overrides["algorithm__n_epochs"] = 4
     folder = trained(tmp_path, hub5, algorithm__learning_rate=1e-3, **overrides)
     assert run(folder, "--format", "distilled", "-n", 4096, "--episodes", 50) == 0
     report = json.loads((folder / "export" / "distilled" / "report.json").read_text())
