@@ -11,6 +11,7 @@ import pytest
 from small_hubs import nature_spec, write_hub
 from small_runs import small_config, write_small_config
 
+from agents.runs import derive_seed
 from hubrl import cli, evaluate, train
 from hubrl.games import make_env
 
@@ -51,6 +52,8 @@ def test_evaluation_of_a_run(finished_run: Path, capsys: pytest.CaptureFixture[s
     assert f"20 games: mean return {mean:.2f} (95% interval {low:.2f} to {high:.2f})" in output
     assert result["checkpoint"] == "best"
     assert result["timesteps"] in (64, 128)
+    # Other games than those by which training chose the best checkpoint.
+    assert result["seed"] == derive_seed(0, "evaluate") != derive_seed(0, "evaluation")
 
 
 def test_options(finished_run: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from killing import last_hashes, survive
@@ -14,6 +16,7 @@ from small_runs import SMALL_OF, write_small_config
 
 import agents.callbacks
 from agents.config import built_in_config, dump_config, load_config
+from envs.tiny import TinyImage
 from hubrl import train
 from hubrl.files import read_json
 
@@ -91,6 +94,35 @@ def test_a_target_network_that_moves_within_a_rollout(
     assert run("--config", config, "--run-dir", "cut") == 143
     assert run("--resume", "cut") == 0
     assert finals(Path("cut")) == finals(Path("whole"))
+
+
+class Forgetful(TinyImage):
+    """Each that is made has a background of its own, whatever its seeds."""
+
+    n_made = 0
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        Forgetful.n_made += 1
+        self._shade = Forgetful.n_made
+
+    def render(self) -> np.ndarray:
+        return np.maximum(super().render(), self._shade).astype(np.uint8)
+
+
+def test_an_environment_that_does_not_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gym.registry.pop("Forgetful-v0", None)
+    gym.register("Forgetful-v0", Forgetful)
+    config = write_small_config(tmp_path / "c.yaml", env__id="Forgetful-v0")
+    stop_at([50], monkeypatch)
+    assert run("--config", config, "--run-dir", "cut") == 143
+    result = CliRunner().invoke(train.command, ["--resume", "cut"], standalone_mode=False)
+    assert result.return_value == 0
+    assert "environments 0, 1 do not come back to where they were" in result.output
+    assert read_json(Path("cut/checkpoints/last/state.json"))["num_timesteps"] >= 100
 
 
 @pytest.mark.parametrize("moment", ["update", "evaluation"])

@@ -23,6 +23,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents import faults
 from agents.config import RunConfig
+from agents.runs import open_run
 from envs import episode_seed
 from envs.tiny import TinyImage
 from hubrl import cli, export, hubs, train
@@ -219,6 +220,9 @@ def test_rolled_back_with_half_the_learning_rate(
     back = "back to step 32 at half" if save_freq else "back to step 0 at half"
     assert capsys.readouterr().out.count(back) == 2
     assert (last()["n_rollbacks"], last()["num_timesteps"]) == (2, 128)
+    model, n_rollbacks = train._restored(open_run(Path("r")), Path("r"))
+    assert n_rollbacks == 2
+    assert model.lr_schedule(1.0) == 2.5e-4 / 4, "also after a stop"
 
 
 def test_a_rollback_frees_the_replay_buffer_first(

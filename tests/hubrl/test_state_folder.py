@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import os
 import subprocess
 import tracemalloc
 from collections.abc import Callable
@@ -226,6 +227,39 @@ def test_the_state_of_another_optimizer(
     fewer = type(saved)([torch.ones(3, 2)], lr=0.1)  # type: ignore[call-arg]
     with pytest.raises(DamagedFileError, match=r"has another shape|of 2 weights or more"):
         load_parts({"optimizer": fewer}, tmp_path / "last")
+
+
+def test_as_many_checkpoints_stay_as_are_asked_for(tmp_path: Path) -> None:
+    folder = tmp_path / "last"
+    for number in range(5):
+        save_state({"net": layer(number)}, {"number": number}, folder, keep=3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "last.1", "last.2"]
+    for name in ("last", "last.1"):
+        (tmp_path / name / "net.safetensors").write_bytes(b"")
+    assert read_state(folder, Numbers)["number"] == 2
+    repair_state(folder)
+    assert read_state(folder, Numbers)["number"] == 2
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+    replace = os.replace
+
+    def replaced(source: Path, target: Path) -> None:
+        calls.append(("replace", str(target)))
+        replace(source, target)
+
+    def synced(descriptor: int) -> None:
+        calls.append(("fsync", os.path.realpath(f"/dev/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    save_state({"net": layer(1)}, {"number": 1}, tmp_path / "last")
+    moment = calls.index(("replace", str(tmp_path / "last")))
+    new = tmp_path / ".last.new"
+    names = ("net.safetensors", "state.json", "manifest.json")
+    assert {("fsync", str(path)) for path in (new, *(new / n for n in names))} <= {*calls[:moment]}
+    assert calls[moment + 1 :] == [("fsync", str(tmp_path))]
 
 
 def test_the_manifest_is_what_sha256sum_says(tmp_path: Path) -> None:

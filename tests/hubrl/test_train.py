@@ -18,6 +18,7 @@ from small_runs import write_small_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from agents.config import load_config
+from envs import ImageFormat
 from hubrl import cli, train
 from hubrl.files import read_json
 from hubrl.games import image_format
@@ -415,6 +416,21 @@ def test_images_too_small_for_the_hub(capsys: pytest.CaptureFixture[str]) -> Non
     error = capsys.readouterr().err
     assert "observes images of 36x36 px, but at least 42x42 px are needed" in error
     assert not Path("r").exists()
+
+
+def test_a_mixed_hub_gets_grey_images_of_its_largest_size(mixed_hub: Path) -> None:
+    assert image_format(str(mixed_hub)) == ImageFormat(size=44, grey=True, stack=4, min_size=22)
+
+
+def test_libraries_keep_few_kernels_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert run("--env", "nothing") == 2
+    assert [os.environ[name] for name in names] == ["128", "128"]
+    monkeypatch.setenv(names[0], "7")
+    assert run("--env", "nothing") == 2
+    assert os.environ[names[0]] == "7"
 
 
 def test_a_hubs_format_asks_for_half_of_its_size() -> None:
