@@ -132,6 +132,8 @@ def test_an_environments_fault_can_be_repeated(
     env.reset(seed=record["episode_seed"])
     assert [env.step(action)[2] for action in record["actions"]] == [False] * 3
 
+    if kind is not Raising:  # what goes on doesn't depend on the fault
+        return
     gym.registry.pop("Faulty-v0")  # it was mended
     gym.register("Faulty-v0", TinyImage)
     assert run("--resume", "r") == 0

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from small_runs import small_config, write_small_config
 
-from hubrl import hub_folder, load_hub, pretrain, train
+from hubrl import cli, hub_folder, load_hub, pretrain, train
 from hubrl.architectures import NatureConv
 from hubrl.encoders import build_encoder
 from hubrl.pretrain import Settings, command
@@ -300,18 +299,15 @@ def test_a_damaged_state_is_refused(tmp_path):
         make_trainer("inverse").load(tmp_path / "state.safetensors")
 
 
-def test_mistakes_exit_2_with_one_line_and_write_nothing(tmp_path):
+def test_mistakes_exit_2_with_one_line_and_write_nothing(tmp_path, capsys):
     arguments = ["--env", "ALE/Pogn-v5", "--objective", "contrast", "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, "-m", "hubrl.pretrain", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=Path(pretrain.__file__).resolve().parents[1],
-    )
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "ALE/Pogn-v5" in done.stderr
-    assert "ALE/Pong-v5" in done.stderr
+    with pytest.raises(SystemExit) as end:
+        cli.run(command, "hubrl pretrain", arguments)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "ALE/Pogn-v5" in error
+    assert "ALE/Pong-v5" in error
     assert not list(tmp_path.iterdir())
 
 
