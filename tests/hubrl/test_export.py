@@ -166,7 +166,7 @@ def test_a_student_learns_from_its_teacher(
         mean = report[name]["mean_return"]
         assert low <= mean <= high
         assert (
-            f"{name}: 4 games, mean return {mean:.2f} (95% interval {low:.2f} to {high:.2f})"
+            f"{name}: 4 games: mean return {mean:.2f} (95% interval {low:.2f} to {high:.2f})"
             in (output)
         )
     assert report["seconds_per_predict"]["batch_8"]["ratio"] > 0
