@@ -135,9 +135,8 @@ def _measurable(study: StudyConfig, out: Path) -> list[Run]:
         if not can_resume(folder):
             continue
         config = study.run_config(run)
-        with contextlib.suppress(
-            ValueError
-        ):  # a hub, or a device, that is where the runs were made
+        # A hub, or a device, may be only where the runs were made.
+        with contextlib.suppress(ValueError):
             config = resolve(config)
         _check_same(folder, config, is_measured=True)
         try:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hubrl.encoders import Encoder, build_encoder
 from hubrl.precision import resolve_precision
 from hubrl.specs import HubSpec
+from vision_tasks.methods.knowledge_flow import Hook, hooked
 from vision_tasks.methods.method import Batches, Losses, Method, Settings, build_head, seeded
 from vision_tasks.methods.same_architecture import check_same_architecture
 from vision_tasks.tasks import Task
@@ -194,18 +195,14 @@ def layers_of_images(trunk: nn.Module, images_BCHW: Tensor) -> list[str]:
 
 def _rows(trunk: nn.Module, images_BCHW: Tensor) -> dict[str, list[int]]:
     """By the names of layers, the rows of each of their calls."""
-    names: dict[nn.Module, str] = {
-        module: name for name, module in trunk.named_modules() if isinstance(module, Layer)
-    }
     rows: dict[str, list[int]] = {}
 
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        rows.setdefault(names[layer], []).append(len(inputs[0]))
+    def count(name: str) -> Hook:
+        return lambda layer, inputs, output: rows.setdefault(name, []).append(len(inputs[0]))
 
-    handles = [layer.register_forward_hook(count) for layer in names]
-    trunk(images_BCHW)
-    for handle in handles:
-        handle.remove()
+    layers = [name for name, module in trunk.named_modules() if isinstance(module, Layer)]
+    with hooked(trunk, {name: count(name) for name in layers}):
+        trunk(images_BCHW)
     return rows
 
 
