@@ -107,8 +107,9 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
                 check_data(folder, built[0].data)
                 if is_new and is_leader:
                     create_folder(folder, dump_config(config))
-                    note_data(folder, built[0].data)
                     stack.enter_context(held(folder))
+                if is_leader and not (folder / "checkpoints").exists():
+                    note_data(folder, built[0].data)
             return _train(built, config, folder)
 
     return command

@@ -19,8 +19,10 @@ def python_mix(z: int) -> int:
 @given(st.lists(st.integers(0, 255), min_size=16, max_size=16))
 def test_hash_against_plain_integers(pixels: list[int]) -> None:
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
-    words = [int.from_bytes(bytes(pixels[i : i + 8]), "little") for i in (0, 8)]
-    weights = [python_mix((golden * (i + 1)) & mask) | 1 for i in range(2)]
+    words = [
+        int.from_bytes(bytes(pixels[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)
+    ]
+    weights = [python_mix((golden * (i + 1)) & mask) | 1 for i in range(4)]
     total = sum(word * weight for word, weight in zip(words, weights, strict=True)) & mask
     observation = torch.tensor(pixels, dtype=torch.uint8).view(1, 1, 4, 4)
     assert RoutingReplay(3).hash(observation).item() & mask == python_mix(total)
@@ -36,6 +38,19 @@ def test_hash_sees_one_pixel_and_not_the_batch(dtype: torch.dtype) -> None:
     changed = images.clone()
     changed[5, 3, 8, 6] += 1
     assert (replay.hash(changed) != hashes).nonzero().flatten().tolist() == [5]
+
+
+@pytest.mark.parametrize("value", [1, 64, 100, 128, 200, 255])
+@pytest.mark.parametrize("size", [64, 84])
+def test_hash_tells_where_a_single_pixel_is(size: int, value: int) -> None:
+    """The upper bits of a word would be lost in sums of products as long as itself."""
+    places = torch.arange(0, 4 * size * size, 7)
+    images = torch.zeros(len(places), 4 * size * size, dtype=torch.uint8)
+    images[torch.arange(len(places)), places] = value
+    images = images.view(-1, 4, size, size)
+    assert RoutingReplay(3).hash(images).unique().numel() == len(places)
+    planes = (images > 0)[:500, :1].float()
+    assert RoutingReplay(3).hash(planes).unique().numel() == len(planes.flatten(1).unique(dim=0))
 
 
 def test_noise_is_standard_normal_and_independent() -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,10 @@ def test_a_run_does_not_go_on_with_other_images(
     assert message in capsys.readouterr().err
     first.write_bytes(whole)
     assert run("--resume", "r") == 0
+    (tmp_path / "killed").mkdir()  # before it noted its images
+    shutil.copy(tmp_path / "r" / "config.yaml", tmp_path / "killed")
+    assert run("--resume", "killed") == 0
+    assert '"n_images": 12' in (tmp_path / "killed" / "data.json").read_text()
 
 
 def test_the_same_command_again(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -55,6 +56,21 @@ LANDMARKS: Mapping[str, Callable[[Path | None], PointSource]] = {
     "wflw": landmark_files.load_wflw,
     "cofw": landmark_files.load_cofw,
     "aflw": landmark_files.load_aflw,
+}
+
+
+#: Images that publishers name: for training, for the test, and for validation where there are such.
+PUBLISHED: Mapping[str, tuple[int, ...]] = {
+    "cifar-100": (50_000, 10_000),
+    "stanford-cars": (8_144, 8_041),
+    "fgvc-aircraft": (3_334, 3_333, 3_333),
+    "mit-indoors": (5_360, 1_340),
+    "eurosat": (27_000,),
+    "dmlab": (65_550, 22_735, 22_628),
+    "300w": (3_148, 689),
+    "wflw": (7_500, 2_500),
+    "cofw": (1_345, 507),
+    "aflw": (20_000, 4_386),
 }
 
 
@@ -113,6 +129,7 @@ def load_classification(
     :raises OSError: if files are missing
     """
     source = _loader(name, CLASSIFICATION)(root)
+    _compare_counts(name, source)
     train, validation = source.train, source.validation or source.train
     classes_N = train.targets.numpy()
     if source.test is None:
@@ -152,6 +169,7 @@ def load_landmarks(
     :raises OSError: if files are missing
     """
     source = _loader(name, LANDMARKS)(root)
+    _compare_counts(name, source)
     train, validation = source.train, source.validation or source.train
     rows, validation_rows = _all_rows(train), _all_rows(validation)
     if source.validation is None:
@@ -175,6 +193,19 @@ def _loader(
             f"no data set {name!r}{closest(name, loaders)}; known: {', '.join(loaders)}"
         )
     return loaders[name]
+
+
+def _compare_counts(name: str, source: ClassSource | PointSource) -> None:
+    """Half an archive has scores that compare with nobody's; so may a part that is meant."""
+    parts = (source.train, source.test, source.validation)
+    found = tuple(len(part.images) for part in parts if part is not None)
+    if name in PUBLISHED and found != PUBLISHED[name]:
+        now, then = (" + ".join(f"{n:,}" for n in counts) for counts in (found, PUBLISHED[name]))
+        print(
+            f"{name} has {now} images here and {then} as published: results compare with others' "
+            "if all are unpacked",
+            file=sys.stderr,
+        )
 
 
 def _all_rows(part: Part) -> Ints:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from hubrl.files import locked, save_tensors
 from hubrl.specs import cache_folder
 
 
@@ -19,15 +19,15 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
     :param name: which must change with what is made
     :param make: gives the tensors
     :raises ValueError: if the kept file is damaged
+    :raises OSError: if it can't be kept
     """
     folder = cache_folder() / "data"
     file = folder / f"{name}.safetensors"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        # Another process may make the same file at the same time.
-        temporary = folder / f".{name}.{os.getpid()}.new"
-        save_file(make(), temporary)
-        os.replace(temporary, file)
+        with locked(folder / f".{name}.lock"):
+            if not file.exists():  # another process may have made it in the meantime
+                save_tensors(make(), file)
     try:
         return load_file(file)
     except SafetensorError as error:

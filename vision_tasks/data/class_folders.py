@@ -10,8 +10,11 @@ import torch
 from vision_tasks.data.images import ImageFiles, Part
 from vision_tasks.data.sources import ClassSource, needed_root
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
-PARTS_LAYOUT = "train/CLASS/* and test/CLASS/*"
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff",
+            ".webp")  # fmt: skip
+PARTS_LAYOUT = "train/CLASS/* and test/CLASS/*, val/CLASS/* if you like"
+#: Where there is neither, a part of the training images is held out.
+VALIDATION_FOLDERS = ("val", "valid", "validation")
 FOLDER_LAYOUT = f"{PARTS_LAYOUT}, or CLASS/* (a fifth of each class is then the test)"
 EUROSAT_LAYOUT = "the class folders of EuroSAT's RGB images (AnnualCrop/*.jpg and nine others)"
 
@@ -19,6 +22,8 @@ EUROSAT_LAYOUT = "the class folders of EuroSAT's RGB images (AnnualCrop/*.jpg an
 def load_folder(root: Path | None) -> ClassSource:
     """
     A user's own images: ``train/CLASS/*`` and ``test/CLASS/*``, or ``CLASS/*``.
+
+    Beside the first two, ``val/CLASS/*`` is what a model is chosen by.
 
     :raises ValueError: if there are no class folders, or one is empty
     """
@@ -76,12 +81,18 @@ def read_part(folder: Path, names: Sequence[str]) -> Part:
     """
     The images of each class folder, in alphabetical order.
 
-    :raises ValueError: if a class has none
+    :raises ValueError: if a class has none, or folders of its own
     """
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(names):
-        found = sorted(f for f in _entries(folder / name) if f.suffix.lower() in SUFFIXES)
+        entries = sorted(_entries(folder / name))
+        inner = [path for path in entries if path.is_dir()]
+        if inner:
+            raise ValueError(
+                f"{inner[0]} is a folder in a class: move its images up, or make it a class"
+            )
+        found = [f for f in entries if f.suffix.lower() in SUFFIXES]
         if not found:
             raise ValueError(
                 f"{folder / name} has no images ({', '.join(SUFFIXES)}): put some in, or remove "
@@ -97,13 +108,19 @@ def _load_parts(folder: Path, layout: str) -> ClassSource:
         if not (folder / part).is_dir():
             raise ValueError(f"--root {folder} has no folder {part}: needed is {layout}")
     names = class_names(folder / "train", layout)
-    unknown = sorted(set(class_names(folder / "test", layout)) - set(names))
-    if unknown:
-        raise ValueError(
-            f"{folder / 'test' / unknown[0]} is of no class of {folder / 'train'}: remove one or "
-            "add the other"
-        )
-    return ClassSource(names, read_part(folder / "train", names), read_part(folder / "test", names))
+    chosen_by = [name for name in VALIDATION_FOLDERS if (folder / name).is_dir()]
+    if len(chosen_by) > 1:
+        raise ValueError(f"{folder} has {' and '.join(chosen_by)}: leave one for validation")
+    for part in ("test", *chosen_by):
+        unknown = sorted(set(class_names(folder / part, layout)) - set(names))
+        if unknown:
+            raise ValueError(
+                f"{folder / part / unknown[0]} is of no class of {folder / 'train'}: remove one "
+                "or add the other"
+            )
+    train, test = (read_part(folder / part, names) for part in ("train", "test"))
+    validation = read_part(folder / chosen_by[0], names) if chosen_by else None
+    return ClassSource(names, train, test, validation)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -16,7 +16,13 @@ import numpy as np
 import torch
 
 from vision_tasks.data.images import ImageArray, ImageFiles, Part
-from vision_tasks.data.sources import ClassSource, existing_file, needed_file, needed_root
+from vision_tasks.data.sources import (
+    ClassSource,
+    existing_file,
+    needed_file,
+    needed_root,
+    read_text,
+)
 
 CIFAR_LAYOUT = (
     "train.bin, test.bin and fine_label_names.txt of cifar-100-binary.tar.gz "
@@ -78,7 +84,10 @@ def load_stanford_cars(root: Path | None) -> ClassSource:
 
 def load_aircraft(root: Path | None) -> ClassSource:
     """
-    FGVC Aircraft: 100 variants of aircraft, 3,334 images for training, validation and test each.
+    FGVC Aircraft: 100 variants of aircraft, 3,334, 3,333 and 3,333 images.
+
+    They are for training, validation and test. The line of text at the bottom of each image, 20
+    pixels with the photographer's name, is left in, as torchvision leaves it.
 
     Maji, Kannala, Rahtu, Blaschko, Vedaldi: "Fine-Grained Visual Classification of Aircraft", 2013,
     arXiv 1306.5151.
@@ -129,7 +138,7 @@ def _inner(folder: Path, name: str) -> Path:
 
 def _lines(file: Path) -> list[tuple[int, str]]:
     """Number and text of each line that isn't blank."""
-    lines = enumerate(file.read_text(encoding="utf-8").splitlines(), 1)
+    lines = enumerate(read_text(file).splitlines(), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
@@ -148,8 +157,14 @@ def _read_cifar(file: Path, n_classes: int) -> Part:
 
 
 def _read_cars(annotations_file: Path, images: Path, n_classes: int) -> Part:
+    records = np.atleast_1d(_read_mat(annotations_file, "annotations"))
+    for key in ("class", "fname"):
+        if key not in (records.dtype.names or ()):
+            raise ValueError(
+                f"{annotations_file} has annotations without {key}: needed is {CARS_LAYOUT}"
+            )
     files, labels = [], []
-    for number, record in enumerate(_read_mat(annotations_file, "annotations"), 1):
+    for number, record in enumerate(records, 1):
         where = f"{annotations_file}: record {number}"
         # Classes are counted from one.
         label = int(record["class"]) - 1
@@ -194,13 +209,12 @@ def _read_list(
 
 def _read_mat(file: Path, key: str) -> Any:
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
     try:
         return loadmat(file, squeeze_me=True)[key]
     except KeyError:
         raise ValueError(f"{file} has no {key}: replace it") from None
-    except (MatReadError, ValueError, OSError, NotImplementedError) as error:
+    except Exception as error:  # SciPy doesn't say what a damaged file may raise
         raise ValueError(f"{file} can't be read as a MAT file ({error}): replace it") from error
 
 

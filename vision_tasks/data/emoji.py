@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vision_tasks.data.cache import cached
 from vision_tasks.data.images import ImageArray, Part, to_tensor
-from vision_tasks.data.sources import ClassSource
+from vision_tasks.data.sources import ClassSource, read_text
 
 FONT = Path("truetype", "noto", "NotoColorEmoji.ttf")
 GROUPS = Path("unicode", "emoji", "emoji-test.txt")
@@ -43,8 +43,9 @@ def load(root: Path | None) -> ClassSource:
     if not features.check_feature("raqm"):
         raise ValueError("emoji of several parts need `apt-get install libfribidi0`")
     classes = read_classes(groups_file)
-    key = hashlib.sha256(font_file.read_bytes() + groups_file.read_bytes()).hexdigest()[:12]
-    tensors = cached(f"emoji-{key}", lambda: _render_all(classes, font_file))
+    tensors = cached(
+        f"emoji-{_key(font_file, groups_file)}", lambda: _render_all(classes, font_file)
+    )
     return ClassSource(tuple(classes), Part(ImageArray(tensors["images"]), tensors["labels"]), None)
 
 
@@ -52,7 +53,7 @@ def read_classes(groups_file: Path) -> dict[str, list[str]]:
     """The emoji of each class, in Unicode's order."""
     subgroups: dict[str, list[str]] = {}
     emoji: list[str] = []
-    for line in groups_file.read_text(encoding="utf-8").splitlines():
+    for line in read_text(groups_file).splitlines():
         if line.startswith("# subgroup:"):
             emoji = subgroups.setdefault(line.partition(":")[2].strip(), [])
         points, _, rest = line.partition(";")
@@ -79,6 +80,14 @@ def _render_all(classes: dict[str, list[str]], font_file: Path) -> dict[str, Ten
             images.setdefault(np.asarray(image_3HW).tobytes(), (image_3HW, label))
     labels = torch.tensor([label for _, label in images.values()])
     return {"images": torch.stack([image for image, _ in images.values()]), "labels": labels}
+
+
+def _key(*files: Path) -> str:
+    """It changes with what is rendered."""
+    content = b"".join(file.read_bytes() for file in (*files, Path(__file__)))
+    # Which emoji look the same, and are one image, is up to them.
+    renderers = [features.version(name) for name in ("pil", "freetype2", "raqm", "harfbuzz")]
+    return hashlib.sha256(content + str(renderers).encode()).hexdigest()[:12]
 
 
 def _find(file: Path) -> Path:

@@ -165,7 +165,8 @@ def read_image(file: Path, *, upright: bool = False) -> Image.Image:
     """
     try:
         with Image.open(file) as image:
-            if image.mode.startswith(("I", "F")):
+            # Pillow cuts off the lower byte of colours of 16 bits, which the tiles alone tell.
+            if image.mode.startswith(("I", "F")) or ";16" in str(image.tile):
                 raise UnreadableImageError(f"{file} has more than 8 bits a colour: convert it to 8")
             picture = _in_colour(image)
             return _turned(picture, image) if upright else picture

@@ -27,7 +27,13 @@ from vision_tasks.data.images import (
     UnreadableImageError,
     to_tensor,
 )
-from vision_tasks.data.sources import PointSource, existing_file, needed_file, needed_root
+from vision_tasks.data.sources import (
+    PointSource,
+    existing_file,
+    needed_file,
+    needed_root,
+    read_text,
+)
 
 # Shape letters: N images, P points.
 Floats = NDArray[np.float64]
@@ -145,8 +151,8 @@ def read_pts(file: Path) -> Floats:
 
     :raises ValueError: if the file is not whole
     """
+    head, _, rest = read_text(file).partition("{")
     try:
-        head, _, rest = file.read_text().partition("{")
         points = np.array([line.split() for line in rest.partition("}")[0].strip().splitlines()])
         n_points = int(head.split("n_points:")[1].split()[0])
         points_P2 = points.astype(np.float64).reshape(n_points, 2)
@@ -239,7 +245,7 @@ def _image_beside(file: Path) -> Path:
 
 def _read_wflw(list_file: Path, images: Path) -> Part:
     faces, files = [], []
-    for number, line in enumerate(list_file.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(list_file).splitlines(), 1):
         if not line.strip():
             continue
         where = f"{list_file}: line {number}"
@@ -257,22 +263,21 @@ def _read_wflw(list_file: Path, images: Path) -> Part:
 
 def _read_aflw(list_file: Path, images: Path) -> Part:
     faces, files = [], []
-    with list_file.open(newline="") as lines:
-        for number, cells in enumerate(csv.reader(lines), 1):
-            if number == 1 or not cells:
-                continue
-            where = f"{list_file}: line {number}"
-            name, *numbers = cells
-            if len(numbers) != 4 + 2 * 19:
-                raise ValueError(f"{where} has {len(numbers)} numbers, not 42 (box, 19 points)")
-            _, size, x, y, *points = _numbers(numbers, where)
-            face = Face(
-                np.array(points).reshape(19, 2),
-                (x - size / 2, y - size / 2, x + size / 2, y + size / 2),
-            )
-            _check_points(face, 19, EYES_AFLW, where)
-            faces.append(face)
-            files.append(existing_file(images / name, where))
+    for number, cells in enumerate(csv.reader(read_text(list_file).splitlines()), 1):
+        if number == 1 or not cells:
+            continue
+        where = f"{list_file}: line {number}"
+        name, *numbers = cells
+        if len(numbers) != 4 + 2 * 19:
+            raise ValueError(f"{where} has {len(numbers)} numbers, not 42 (box, 19 points)")
+        _, size, x, y, *points = _numbers(numbers, where)
+        face = Face(
+            np.array(points).reshape(19, 2),
+            (x - size / 2, y - size / 2, x + size / 2, y + size / 2),
+        )
+        _check_points(face, 19, EYES_AFLW, where)
+        faces.append(face)
+        files.append(existing_file(images / name, where))
     return _part(faces, lambda boxes: ImageFiles(files, boxes), str(list_file))
 
 

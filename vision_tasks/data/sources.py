@@ -68,6 +68,18 @@ def needed_file(root: Path, path: str, name: str, layout: str) -> Path:
     return file
 
 
+def read_text(file: Path) -> str:
+    """
+    What a list or an annotation says.
+
+    :raises ValueError: if it is no text
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is no text in UTF-8 ({error}): replace or convert it") from error
+
+
 def existing_file(file: Path, where: str) -> Path:
     """
     An image that an annotation names.

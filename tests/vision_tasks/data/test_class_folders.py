@@ -50,6 +50,43 @@ def test_splits_stay_for_every_seed_and_limit(tmp_path: Path) -> None:
     assert parts[1].train.targets.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_what_models_are_chosen_by(tmp_path: Path, name: str) -> None:
+    counts = {"train": (4, 1), "test": (2, 2), name: (1, 3)}
+    for part, (n_cats, n_dogs) in counts.items():
+        write_classes(tmp_path / part, {"cat": n_cats, "dog": n_dogs})
+    data = load_classification("dmlab", tmp_path, 16, None, 0)
+    assert data.train.targets.tolist() == [0, 0, 0, 0, 1]
+    assert data.validation.targets.tolist() == [0, 1, 1, 1]
+    assert data.test.targets.tolist() == [0, 0, 1, 1]
+
+    write_classes(tmp_path / name, {"cow": 1})
+    with pytest.raises(ValueError, match=rf"{name}/cow is of no class of .*train"):
+        load_classification("dmlab", tmp_path, 16, None, 0)
+    other = "validation" if name == "val" else "val"
+    (tmp_path / other).mkdir()
+    with pytest.raises(ValueError, match=r"has val.* and valid.*: leave one for validation"):
+        load_classification("dmlab", tmp_path, 16, None, 0)
+
+
+def test_a_folder_in_a_class_is_named(tmp_path: Path) -> None:
+    write_classes(tmp_path, {"cat": 3, "dog": 3, "dog/puppy": 3})
+    with pytest.raises(ValueError, match=r"dog/puppy is a folder in a class: move its images up"):
+        load_classification("folder", tmp_path, 16, None, 0)
+
+
+def test_fewer_images_than_published_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_classes(tmp_path / "train", {"cat": 12, "dog": 3})
+    write_classes(tmp_path / "test", {"cat": 1, "dog": 2})
+    load_classification("folder", tmp_path, 16, None, 0)
+    assert capsys.readouterr().err == ""
+    load_classification("dmlab", tmp_path, 16, None, 0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "dmlab has 15 + 3 images here and 65,550 + 22,735 + 22,628 as published" in line
+
+
 def test_an_empty_class_is_named(tmp_path: Path) -> None:
     write_classes(tmp_path, {"cat": 3})
     (tmp_path / "dog").mkdir()

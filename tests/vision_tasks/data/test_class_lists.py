@@ -98,6 +98,30 @@ def test_stanford_cars_refuse_what_is_wrong(tmp_path: Path) -> None:
         load_classification("stanford-cars", tmp_path, 16, None, 0)
 
 
+def test_a_damaged_list_of_cars_is_named(tmp_path: Path) -> None:
+    write_cars(tmp_path, [1, 2])
+    annotations = tmp_path / "stanford_cars" / "devkit" / "cars_train_annos.mat"
+    records = np.empty((1, 1), dtype=[("bbox_x1", object), ("fname", object)])
+    records[0, 0] = (1, "00001.jpg")
+    savemat(annotations, {"annotations": records}, do_compression=True)
+    with pytest.raises(ValueError, match=r"train_annos.mat has annotations without class: needed"):
+        load_classification("stanford-cars", tmp_path, 16, None, 0)
+
+    whole = annotations.read_bytes()
+    spoilt = whole[:136] + b"\xff\xff" + whole[138:]  # where compression begins
+    for content in (whole[: len(whole) // 2], spoilt):
+        annotations.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train_annos.mat can't be read as a MAT file \("):
+            load_classification("stanford-cars", tmp_path, 16, None, 0)
+
+
+def test_a_list_that_is_no_text_is_named(tmp_path: Path) -> None:
+    folder = write_aircraft(tmp_path)
+    (folder / "variants.txt").write_bytes("Embraer Légend\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"variants.txt is no text in UTF-8 .*: replace or co"):
+        load_classification("fgvc-aircraft", tmp_path, 16, None, 0)
+
+
 def write_aircraft(root: Path) -> Path:
     folder = root / "fgvc-aircraft-2013b" / "data"
     folder.mkdir(parents=True)

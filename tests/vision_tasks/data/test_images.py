@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -144,3 +145,13 @@ def test_more_than_8_bits_are_refused(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 300, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(UnreadableImageError, match=r"deep.png has more than 8 bits a colour"):
         read_image(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_of_16_bits_are_refused(channels: int, suffix: str, tmp_path: Path) -> None:
+    """Pillow would read the upper byte, which is 15 of 255 in the white of a 12-bit camera."""
+    file = tmp_path / f"deep.{suffix}"
+    cv2.imwrite(str(file), np.full((4, 4, channels), 4095, dtype=np.uint16))
+    with pytest.raises(UnreadableImageError, match=rf"deep.{suffix} has more than 8 bits a colour"):
+        read_image(file)
