@@ -140,7 +140,7 @@ class Standardised(nn.Module):
     part, the same for all observations, stays because a policy that hardly depends on them, such
     as always going one way, is learned from it faster than from a bias alone. The rest is divided
     by one running deviation for the whole vector, the root of a running median of mean squares, and
-    multiplied by ``SCALE``.
+    multiplied by ``SCALE``. (Or of a quarter of their mean, where most observations are the same.)
 
     Mean and deviation run over rows that were trained on, and come into use when training mode is
     left: an update goes on with the policy of its rollout. Rows that are further than ``LIMIT``
@@ -228,9 +228,20 @@ class Standardised(nn.Module):
         n_near = is_near_R.sum() * is_finite
         share = (n_near / (rows + n_near).clamp(1, self.MEMORY)).clamp_max(1.0)
         mean_D.lerp_(near_D.where(is_finite, mean_D), share)
-        median = _median(distance_R, counts_R).where(is_finite, variance)
-        variance.lerp_(median, share)
+        spread = self._spread(distance_R, counts_R, variance * (rows >= self.FIRST))
+        variance.lerp_(spread.where(is_finite, variance), share)
         rows.add_(n_near)
+
+    def _spread(self, distance_R: Tensor, counts_R: Tensor, variance: Tensor) -> Tensor:
+        """
+        The median of the rows that count, or a quarter of their mean, each up to the limit.
+
+        The median alone would be that of noise where most observations look the same, and all
+        others would be far away.
+        """
+        limited_R = distance_R.clamp_max(self.LIMIT**2 * variance)
+        quarter = 0.25 * limited_R @ counts_R.float() / counts_R.sum()
+        return torch.maximum(_median(distance_R, counts_R), quarter)
 
     def _register(self, name: str, n: int) -> None:
         """Running numbers, and what they were when training mode was entered."""

@@ -27,6 +27,7 @@ from hubrl.benches.training import (  # noqa: E402
     measure_ppo,
 )
 from hubrl.precision import check_device  # noqa: E402
+from hubrl.train import limit_memory  # noqa: E402
 
 
 class Bench(NamedTuple):
@@ -54,15 +55,16 @@ def command(name: str, file: Path | None, device: str) -> None:
     device = str(on)
     if on.type == "cuda":
         torch.cuda.set_device(on)
+    limit_memory()  # as in training
     facts = machine(device)
     results = []
     for bench in chosen:
         click.echo(f"measuring {', '.join(bench.names)} ...", err=True)
         measured = bench.measure(device=device) if bench.has_networks else bench.measure()
         results += [result for result in measured if _matches(result.name, name)]
-    if file is not None:
-        rows = [result._asdict() | {"machine": facts} for result in results]
-        file.write_text(json.dumps(rows, indent=1) + "\n")
+        if file is not None:  # each time: one that fails takes no others with it
+            rows = [result._asdict() | {"machine": facts} for result in results]
+            file.write_text(json.dumps(rows, indent=1) + "\n")
     _print(results)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -278,12 +279,12 @@ class HubPathway(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         """
         :raises ValueError: if the state was saved with other encoders, in another order or with
-            others always active
+            others always active, or is damaged
         """
         if state.dtype == torch.bool:  # of an older version
-            always = [n for n, it in zip(self.hub.encoder_names, state.tolist(), strict=True) if it]
+            always = list(itertools.compress(self.hub.encoder_names, state.tolist()))
         else:
-            always, saved = json.loads(bytes(state.tolist()))
+            always, saved = _saved_facts(state)
             _check_facts(saved, self._encoder_facts())
         if always != list(self.always_active):
             raise ValueError(
@@ -354,6 +355,22 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
     return tuple(name for name in hub.encoder_names if name in found)
 
 
+def _saved_facts(state: Tensor) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """
+    What ``get_extra_state`` gave.
+
+    :raises ValueError: if it is anything else
+    """
+    try:
+        always, saved = json.loads(bytes(state.tolist()))
+        is_whole = isinstance(always, list) and all(isinstance(f, dict) for f in saved.values())
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("what these weights say of their encoders is damaged: put the file back")
+    return always, saved
+
+
 def _check_facts(saved: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> None:
     if list(saved) != list(found):
         raise ValueError(
@@ -362,10 +379,11 @@ def _check_facts(saved: dict[str, dict[str, Any]], found: dict[str, dict[str, An
         )
     for name, facts in saved.items():
         for field, value in facts.items():
-            if found[name][field] != value:
+            now = found[name].get(field)
+            if now != value:
                 raise ValueError(
                     f"these weights were trained with {field} {value} of encoder {name!r}, but it "
-                    f"has {found[name][field]} now: put its card and its file back, or train anew"
+                    f"has {now} now: put its card and its file back, or train anew"
                 )
 
 

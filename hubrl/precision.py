@@ -26,7 +26,9 @@ def check_device(argument: str, name: str) -> torch.device:
     try:
         is_gpu = name == "auto" and torch.cuda.is_available()
         device = torch.device({"auto": "cuda" if is_gpu else "cpu"}.get(name, name))
-        return torch.zeros(1, device=device).device
+        numbers = torch.zeros(1, device=device)
+        numbers.item()  # the meta device has none
+        return numbers.device
     except (RuntimeError, AssertionError):
         n_gpus = torch.cuda.device_count()
         allowed = ["auto", "cpu", "cuda"][: 3 if n_gpus else 2]

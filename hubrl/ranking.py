@@ -82,10 +82,11 @@ def advice(ranks: Sequence[Rank], hub: HubSpec) -> tuple[str, str]:
 
     :param ranks: what ``rank`` found of the hub
     """
-    r2 = {found.encoder: found.r2 for found in ranks}
+    by_name = {found.encoder: found for found in ranks}
     architectures = {spec.name: spec.architecture for spec in hub.encoders}
     best = next(found for found in ranks if found.encoder in architectures)
-    if best.low > r2[_random(architectures[best.encoder])]:
+    # Random weights were drawn once, and the best encoder was chosen by these very observations.
+    if best.low > by_name[_random(architectures[best.encoder])].high:
         return best.encoder, "it tells more of the returns than random weights do"
     return best.encoder, (
         "it doesn't clearly tell more of the returns than random weights, and may help all the same"

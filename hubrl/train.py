@@ -129,11 +129,7 @@ def command(**options: Any) -> int:
 
     Without --config the settings are those of configs/agents/ALGO-*.yaml.
     """
-    # Dispatch gives encoders batches of every size, and for each that they have seen oneDNN keeps a
-    # kernel and torch a description: 1024 of them take more memory than the networks.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
-    _share_heap()
+    limit_memory()
     given = {name: value for name, value in options.items() if value not in (None, ())}
     resume = given.pop("resume", None)
     if resume not in (None, cli.AUTO):
@@ -146,11 +142,17 @@ def command(**options: Any) -> int:
     return _start(config, given.get("run_dir")) if folder is None else _continue(folder)
 
 
-def _share_heap() -> None:
+def limit_memory() -> None:
     """
-    One heap for all threads: glibc gives each emulator's thread one of its own, where what a ROM
-    leaves when it is loaded anew fits no other thread.
+    Have libraries keep less memory; before networks run.
+
+    Dispatch gives encoders batches of every size, and for each that they have seen oneDNN keeps a
+    kernel and torch a description: 1024 of them take more memory than the networks. glibc gives
+    each emulator's thread a heap of its own, where what a ROM leaves when it is loaded anew fits no
+    other thread.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "128")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 1)

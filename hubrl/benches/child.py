@@ -82,11 +82,12 @@ def peak_bytes() -> int:
 
 
 def weight_bytes(module: nn.Module, optimizer: Optimizer) -> int:
-    """Of parameters, gradients and the optimizer's state."""
+    """Of parameters, gradients and the optimizer's state, those on a GPU left out."""
     parameters = list(module.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
     states = [tensor for state in optimizer.state.values() for tensor in state.values()]
-    return sum(tensor.nbytes for tensor in [*parameters, *gradients, *states])
+    tensors = [*parameters, *gradients, *states]
+    return sum(tensor.nbytes for tensor in tensors if tensor.device.type == "cpu")
 
 
 if __name__ == "__main__":

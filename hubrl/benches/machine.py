@@ -28,7 +28,7 @@ def machine(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": torch.cuda.get_device_name(device) if "cuda" in device else device,
         "precision": str(fast_dtype(torch.device(device).type)).removeprefix("torch."),
         "load_average": round(os.getloadavg()[0], 2),
     }

@@ -83,7 +83,7 @@ def measure_cache(
         HubPathway(random_hub(N_ENCODERS), TOP_K, precision="auto").to(device),
         images_NCHW,
         RoutingReplay(N_ENCODERS).hash(images_NCHW),
-        torch.rand(len(images_NCHW), N_ENCODERS).topk(TOP_K).indices,
+        torch.rand(len(images_NCHW), N_ENCODERS, device=device).topk(TOP_K).indices,
     )
 
     def iterate(cache: FeatureCache | None) -> None:
@@ -111,7 +111,7 @@ class Rollout(NamedTuple):
     def collect(self, n_steps: int, cache: FeatureCache | None) -> None:
         """Features of all observations, step by step."""
         casts = Casts()
-        for rows_B in torch.arange(len(self.images_NCHW)).chunk(n_steps):
+        for rows_B in self._rows(torch.arange).chunk(n_steps):
             for i, rows_R in self._dispatched(rows_B):
                 features_RD = self.pathway.encode(i, self.images_NCHW, rows_R, casts)
                 if cache is not None:
@@ -119,12 +119,15 @@ class Rollout(NamedTuple):
 
     def look_again(self, cache: FeatureCache | None) -> None:
         """The same in four minibatches, as in an epoch of the update."""
-        for rows_B in torch.randperm(len(self.images_NCHW)).chunk(4):
+        for rows_B in self._rows(torch.randperm).chunk(4):
             for i, rows_R in self._dispatched(rows_B):
                 if cache is None:
                     self.pathway.encode(i, self.images_NCHW, rows_R)
                 else:
                     cache.find(i, self.hash_N[rows_R])
+
+    def _rows(self, order: Callable[..., Tensor]) -> Tensor:
+        return order(len(self.images_NCHW), device=self.images_NCHW.device)
 
     def _dispatched(self, rows_B: Tensor) -> Iterator[tuple[int, Tensor]]:
         for i, places_R in enumerate(rows_of_encoders(self.activated_NK[rows_B], N_ENCODERS)):

@@ -13,6 +13,7 @@ from typing import Any
 import ale_py
 import gymnasium
 import numpy as np
+import torch
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from agents.algorithms import ALGORITHMS, build_model, resolve, sb3_arguments
 from agents.config import PPOSection, RunConfig, built_in_config, load_config
+from agents.faults import watch_gradients
 from envs import AtariVecEnv
 from hubrl.benches.measuring import Measure, Result, compare, interleave, timed
 from hubrl.benches.networks import save_random_hub
@@ -135,9 +137,12 @@ def _compare_agents(
 
 @contextlib.contextmanager
 def _our_agent(algorithm: str, overrides: Overrides) -> Iterator[BaseAlgorithm]:
+    """As ``hubrl train`` builds and watches it, without evaluation, checkpoints and logs."""
     config = resolve(_config(algorithm, overrides))
     with contextlib.closing(make_env(config, config.env.n_envs, training=True)) as env:
-        yield build_model(config, env)
+        model = build_model(config, env)
+        watch_gradients(model)
+        yield model
 
 
 @contextlib.contextmanager
@@ -147,8 +152,9 @@ def _plain_agent(config: RunConfig, kind: VecEnvKind) -> Iterator[BaseAlgorithm]
     with contextlib.closing(_plain_env(config.env.n_envs, kind)) as env:
         fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
         device = config.train.device
+        # With a seed, as ours: SB3 then asks the GPU's library for deterministic kernels.
         yield algorithm.model(
-            "CnnPolicy", env, **fields, policy_kwargs=policy_kwargs, device=device
+            "CnnPolicy", env, **fields, policy_kwargs=policy_kwargs, device=device, seed=0
         )
 
 
@@ -187,9 +193,14 @@ def _watch(optimizer: Optimizer) -> list[float]:
     """Seconds of each of its steps from now on."""
     seconds: list[float] = []
 
-    def stop(*_: Any) -> None:
-        seconds[-1] += time.perf_counter()
+    def now() -> float:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
-    optimizer.register_step_pre_hook(lambda *_: seconds.append(-time.perf_counter()))
+    def stop(*_: Any) -> None:
+        seconds[-1] += now()
+
+    optimizer.register_step_pre_hook(lambda *_: seconds.append(-now()))
     optimizer.register_step_post_hook(stop)
     return seconds

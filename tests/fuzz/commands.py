@@ -78,11 +78,11 @@ def files() -> dict[str, bytes]:
     weights = {f"my_hub/{name}": data for name, data in valid.weight_files().items()}
     return weights | {
         f"my_hub/{HUB_FILE}": valid.hub_cards()[0],
-        "run/config.yaml": valid.agent_configs()[0],
+        "run/config.yaml": valid.ppo_config(),
         "run/checkpoints/last/state.json": b'{"num_timesteps": 64}',
         "agent.yaml": valid.agent_configs()[-1],
         "images.yaml": valid.image_configs()[0],
-        "ppo.yaml": valid.agent_configs()[0],
+        "ppo.yaml": valid.ppo_config(),
         "study.yaml": valid.studies()[0],
         "agent.zip": valid.agent_zip(valid.agent_zips()[3]),
         "a.safetensors": valid.weight_files()["a.safetensors"],

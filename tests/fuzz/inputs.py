@@ -89,7 +89,7 @@ def check_study(data: bytes) -> bool:
         for run in study.runs()[:3]:
             study.run_config(run)
 
-    _written("ppo.yaml", valid.agent_configs()[0])
+    _written("ppo.yaml", valid.ppo_config())
     return _check(lambda: read(_written("study.yaml", data)))
 
 
@@ -162,13 +162,14 @@ def check_checkpoint(data: bytes) -> bool:
 
 @_kind
 def check_agent_run(data: bytes) -> bool:
-    """A run's folder with a foreign file that its manifest knows: gone on with, and evaluated."""
+    """A run's folder with a foreign file that its manifest knows: evaluated, and gone on with."""
     kind, n = data[0] if data else 0, len(valid.RUN_ALGORITHMS)
     name = valid.AGENT_RUN_FILES[kind // n % len(valid.AGENT_RUN_FILES)]
     _run_folder(valid.agent_run(valid.RUN_ALGORITHMS[kind % n]), name, data[1:])
-    goes_on = _check_command(train.command, "hubrl train", ["--resume", "run"]) == 0
     arguments = ["run", "--episodes", "1", "--checkpoint", "last"]
-    return _check_command(evaluate.command, "hubrl evaluate", arguments) == 0 and goes_on
+    # Before a run that goes on has replaced the checkpoint.
+    is_played = _check_command(evaluate.command, "hubrl evaluate", arguments) == 0
+    return _check_command(train.command, "hubrl train", ["--resume", "run"]) == 0 and is_played
 
 
 @_kind
@@ -187,6 +188,8 @@ def check_image_run(data: bytes) -> bool:
 def check_agent_zip(data: bytes) -> bool:
     """A zip of SB3 with a foreign part; the first byte says which."""
     file = _written("agent.zip", valid.agent_zip(data))
+    for path, content in valid.agent_hub().items():
+        _written(path, content)
 
     def play() -> None:
         agents.zips.hub_of(file)
@@ -294,16 +297,22 @@ def _check_command(
     shown = err if any(map(_is_control, "".join(arguments))) else out + err
     if any(map(_is_control, shown)):
         raise BrokenPromiseError(f"not printable: {shown!r}")
-    if code == 2:
-        lines = err.removesuffix("\n").split("\n")
-        if command is not hubs.command:  # `check` has a line for each encoder
-            # Before the refusal may stand what was noticed on the way there.
-            notes, lines = lines[:-1], lines[-1:]
-            if any("error: " in note for note in notes):
-                raise BrokenPromiseError(f"not one line: {err!r}")
-        for line in lines:
-            _check_message(line.partition("error: ")[2])
+    # `hubs check` has a line for each encoder.
+    _check_refusal(code, err, has_many=command is hubs.command)
     return code
+
+
+def _check_refusal(code: int, err: str, *, has_many: bool) -> None:
+    lines = err.removesuffix("\n").split("\n")
+    if code == 2 and not has_many:
+        # Before the refusal may stand what was noticed on the way there.
+        notes, lines = lines[:-1], lines[-1:]
+        if any("error: " in note for note in notes):
+            raise BrokenPromiseError(f"not one line: {err!r}")
+    if code == 1:  # a run that diverged says more
+        lines = [line for line in lines if "error: " in line]
+    for line in lines if code in (1, 2) else ():
+        _check_message(line.partition("error: ")[2])
 
 
 def _is_control(char: str) -> bool:

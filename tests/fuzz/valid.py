@@ -17,7 +17,6 @@ import click
 import torch
 import yaml
 from safetensors.torch import save
-from sb3_agents import make_agent
 from small_hubs import nature_spec, write_hub
 from small_images import quadrant_data, small_vision_config, write_rgb_hub
 from small_runs import small_config, small_env
@@ -25,7 +24,7 @@ from stable_baselines3 import PPO
 from torch import nn
 
 from agents.config import BUILT_IN_CONFIGS, dump_config
-from hubrl import cli, train
+from hubrl import HubFeaturesExtractor, cli, train
 from hubrl.specs import HUB_FILE, dump_yaml
 from hubrl.state_folder import StatePart, save_state
 from vision_tasks import classification
@@ -45,6 +44,7 @@ CHECKPOINT_FILES = (
 RUN_ALGORITHMS = ("ppo", "dqn", "recurrent_ppo")
 AGENT_RUN_FILES = (
     "run/checkpoints/last/state.json",
+    "run/checkpoints/last/policy.safetensors",
     "run/episodes.csv",
     "run/evaluations.csv",
     "run/progress.csv",
@@ -55,8 +55,12 @@ IMAGE_RUN_FILES = (
     "run/results.json",
     "run/epochs.csv",
 )
+#: Where the hub of an agent's zip lies, from the folder that it is read in.
+AGENT_HUB = "agent_hub"
+#: What its weights say of the hub's encoders.
+ENCODERS = "pathway._extra_state"
 #: Of an agent's zip: where the bytes after the first one go.
-ZIP_PARTS = ("zip", "data", "policy.pth", "data.pkl", "kwargs")
+ZIP_PARTS = ("zip", "data", "policy.pth", "data.pkl", "kwargs", "hub_data", "encoders")
 
 
 class Evil:
@@ -70,6 +74,11 @@ class Evil:
 def agent_configs() -> list[bytes]:
     """One for each algorithm."""
     return [_plain(file) for file in sorted(BUILT_IN_CONFIGS.glob("*.yaml"))]
+
+
+def ppo_config() -> bytes:
+    """The one that studies are upon."""
+    return _plain(BUILT_IN_CONFIGS / "ppo-atari.yaml")
 
 
 @functools.cache
@@ -137,6 +146,13 @@ def agent_zip(data: bytes) -> bytes:
     content, entries = data[1:], dict(_agent())
     if part == "zip":
         return content
+    if part == "hub_data":
+        return _zip({**_hub_agent(), "data": content})
+    if part == "encoders":  # what its weights say of them
+        tensors = torch.load(io.BytesIO(_hub_agent()["policy.pth"]), weights_only=True)
+        record = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)
+        tensors |= {name: record for name in tensors if name.endswith(ENCODERS)}
+        return _zip({**_hub_agent(), "policy.pth": _saved(tensors)})
     if part == "data.pkl":
         entries["policy.pth"] = _with_entry(entries["policy.pth"], "/data.pkl", content)
     elif part == "kwargs":  # JSON that is part of JSON
@@ -161,6 +177,8 @@ def agent_zips() -> list[bytes]:
         "policy.pth": [evil.getvalue(), pickle.dumps(Evil()), _legacy({"a": torch.ones(2)})],
         "data.pkl": [_entry(entries["policy.pth"], "/data.pkl"), pickle.dumps(Evil())],
         "kwargs": [text.encode() for text in kwargs + own],
+        "hub_data": [hub_entries["data"]],
+        "encoders": [_encoders_record()],
     }
     return [bytes([i]) + content for i, part in enumerate(ZIP_PARTS) for content in contents[part]]
 
@@ -292,9 +310,32 @@ def _agent() -> dict[str, bytes]:
 @functools.cache
 def _hub_agent() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        hub = write_hub(Path(folder, "small"), [nature_spec("a"), nature_spec("b")])
-        make_agent("ppo", hub).save(Path(folder, "agent.zip"))
+        write_hub(Path(folder, AGENT_HUB), [nature_spec("a"), nature_spec("b")])
+        kwargs = {
+            "features_extractor_class": HubFeaturesExtractor,
+            "features_extractor_kwargs": {"hub": AGENT_HUB},
+            "net_arch": [],
+        }
+        with contextlib.chdir(folder):
+            model = PPO("CnnPolicy", small_env(), policy_kwargs=kwargs, n_steps=2, batch_size=2)
+            model.save("agent.zip")
         return _entries(Path(folder, "agent.zip").read_bytes())
+
+
+def agent_hub() -> dict[str, bytes]:
+    """Path -> content of the hub that an agent's zip names."""
+    return {f"{AGENT_HUB}/{name}": content for name, content in _small_hub().items()}
+
+
+def _encoders_record() -> bytes:
+    tensors = torch.load(io.BytesIO(_hub_agent()["policy.pth"]), weights_only=True)
+    return bytes(next(t for name, t in tensors.items() if name.endswith(ENCODERS)).tolist())
+
+
+def _saved(tensors: dict[str, torch.Tensor]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
 
 
 def _entries(data: bytes) -> dict[str, bytes]:

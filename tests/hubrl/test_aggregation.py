@@ -144,6 +144,19 @@ def test_constant_features_stay_finite(module: Standardised) -> None:
     assert standardised(module, constant_RD).abs().max() < 1e-3
 
 
+def test_most_rows_may_be_the_same(module: Standardised) -> None:
+    """As where an agent waits; the median alone would fall to the noise of these."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        varied_RD = rows(160, seed=int(torch.randint(10_000, (), generator=generator)))
+        same_RD = torch.tensor([[5.0, -2.0, 0.0]]).repeat(240, 1)
+        learn(module, torch.cat([varied_RD, same_RD]))
+    deviation = float(rows(10_000).var(dim=0).mean().sqrt())
+    assert 0.25 * deviation < float(module.running_variance_E[0].sqrt()) < deviation
+    expected_D = torch.tensor([5.0, -2.0, 0.0])
+    torch.testing.assert_close(module.running_mean_0, expected_D, atol=0.03, rtol=0)
+
+
 def test_gradients_reach_the_encoder(module: Standardised) -> None:
     learn(module, rows(100))
     features_RD = rows(10, seed=4).requires_grad_()

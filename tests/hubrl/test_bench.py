@@ -102,6 +102,18 @@ def test_results_are_printed_and_written(three_results: None, tmp_path: Path) ->
     assert {"cpu", "cores", "torch", "precision"} <= set(rows[0]["machine"])
 
 
+def test_a_bench_that_fails_takes_no_others_with_it(
+    three_results: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(device: str) -> list[Result]:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(bench, "BENCHES", (*bench.BENCHES, Bench(("late",), fail)))
+    done = CliRunner().invoke(bench.command, ["all", "--json", str(tmp_path / "bench.json")])
+    assert isinstance(done.exception, RuntimeError)
+    assert len(json.loads((tmp_path / "bench.json").read_text())) == 3
+
+
 def test_networks_run_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     devices: list[str] = []
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -446,6 +447,21 @@ def test_weights_of_older_versions_say_which_encoders_were_always_active(hub5: P
     state["_extra_state"] = torch.tensor([True, False, False, False, False])
     with pytest.raises(ValueError, match=r"trained with always_active \['a'\], .* has \['b'\]"):
         pathway.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "content", ["[[], []]", '[[], {"a": null}]', "[1]", "{}", "text", "[" * 10_000, "[2, {}]"]
+)
+def test_a_damaged_record_of_the_encoders(content: str, hub5: Path) -> None:
+    pathway = HubPathway(load_hub(hub5))
+    damaged = torch.frombuffer(bytearray(content.encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="what these weights say of their encoders is damaged"):
+        pathway.load_state_dict({**pathway.state_dict(), "_extra_state": damaged})
+    facts = json.loads(bytes(pathway.get_extra_state().tolist()))[1]
+    facts["a"]["colour"] = "red"  # of a version to come
+    newer = torch.frombuffer(bytearray(json.dumps([[], facts]).encode()), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"with colour red of encoder 'a', but it has None now"):
+        pathway.load_state_dict({**pathway.state_dict(), "_extra_state": newer})
 
 
 @pytest.mark.parametrize(

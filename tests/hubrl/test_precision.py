@@ -47,5 +47,6 @@ def test_devices_of_this_machine() -> None:
     assert check_device("--device", "auto").type == kind
     with pytest.raises(ValueError, match=r"--device is 'cuda:99', allowed on this machine: auto"):
         check_device("--device", "cuda:99")
-    with pytest.raises(ValueError, match=r"train.device is 'abacus', allowed on this machine"):
-        check_device("train.device", "abacus")
+    for name in ("abacus", "meta"):
+        with pytest.raises(ValueError, match=rf"train.device is '{name}', allowed on this machine"):
+            check_device("train.device", name)
