@@ -12,7 +12,7 @@ from torchvision.datasets import ImageFolder
 
 from hubrl import cli
 from vision_tasks.classification import command
-from vision_tasks.data import load_classification
+from vision_tasks.data import CLASSIFICATION, LANDMARKS, PUBLISHED, load_classification
 
 
 def test_train_and_test_folders(tmp_path: Path) -> None:
@@ -139,6 +139,15 @@ def test_an_unreadable_image_ends_the_command_in_one_line(
     assert stop.value.code == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "003.png can't be read as an image" in line
+
+
+def test_the_page_on_data_has_each_set() -> None:
+    page = (Path(__file__).resolve().parents[3] / "docs" / "image-data.md").read_text()
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    rows.pop("--data")
+    assert set(rows) == {*CLASSIFICATION, *LANDMARKS}
+    for name, counts in PUBLISHED.items():
+        assert ", ".join(f"{n:,}" for n in counts) in rows[name]
 
 
 def test_an_unknown_name_gives_the_closest() -> None:
