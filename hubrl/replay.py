@@ -15,6 +15,7 @@ from torch import Tensor, nn
 GOLDEN = -7046029254386353131
 MIX_1 = -4658895280553007687
 MIX_2 = -7723592293110705685
+CHUNK = 64  # observations that are hashed at once: more fall out of the cache
 
 
 class RoutingReplay(nn.Module):
@@ -45,11 +46,14 @@ class RoutingReplay(nn.Module):
 
     def hash(self, observations: Tensor) -> Tensor:
         """64-bit hash of each observation's bytes, (B,) int64; exact, so equal on any batch."""
-        words_BN = _as_int32(observations.flatten(1))
-        n_words = words_BN.shape[1]
-        index_N = torch.arange(1, n_words + 1, device=words_BN.device)
-        # A product has 32 bits above each bit of its word, so what differs is not carried away.
-        return _mix((words_BN * (_mix(index_N * GOLDEN) | 1)).sum(dim=1))
+        words_BN = _as_int64(observations.flatten(1))
+        index_N = torch.arange(1, words_BN.shape[1] + 1, device=words_BN.device)
+        factor_N = _mix(index_N * GOLDEN) | 1
+        # Products lose a word's upper bits, so these are added to the lower ones before.
+        parts = [
+            (words >> 32).add_(words).mul_(factor_N).sum(dim=1) for words in words_BN.split(CHUNK)
+        ]
+        return _mix(torch.cat(parts))
 
     def noise(self, hash_B: Tensor) -> Tensor:
         """Standard normal numbers (B, E) that follow from hash and key alone (Box-Muller)."""
@@ -134,13 +138,13 @@ class _Table(NamedTuple):
         return self.order[place_B], self.hashes[place_B] == hash_B
 
 
-def _as_int32(rows_BN: Tensor) -> Tensor:
-    """The rows' bytes as 32-bit words; a rest that fills no word is padded with zeros."""
+def _as_int64(rows_BN: Tensor) -> Tensor:
+    """The rows' bytes as 64-bit words; a rest that fills no word is padded with zeros."""
     bytes_BN = rows_BN.contiguous().view(torch.uint8)
-    rest = -bytes_BN.shape[1] % 4
+    rest = -bytes_BN.shape[1] % 8
     if rest:
         bytes_BN = nn.functional.pad(bytes_BN, (0, rest))
-    return bytes_BN.view(torch.int32)
+    return bytes_BN.view(torch.int64)
 
 
 def _mix(bits: Tensor) -> Tensor:

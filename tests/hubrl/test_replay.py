@@ -19,10 +19,9 @@ def python_mix(z: int) -> int:
 @given(st.lists(st.integers(0, 255), min_size=16, max_size=16))
 def test_hash_against_plain_integers(pixels: list[int]) -> None:
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
-    words = [
-        int.from_bytes(bytes(pixels[i : i + 4]), "little", signed=True) for i in range(0, 16, 4)
-    ]
-    weights = [python_mix((golden * (i + 1)) & mask) | 1 for i in range(4)]
+    words = [int.from_bytes(bytes(pixels[i : i + 8]), "little", signed=True) for i in (0, 8)]
+    words = [word + (word >> 32) for word in words]
+    weights = [python_mix((golden * (i + 1)) & mask) | 1 for i in range(2)]
     total = sum(word * weight for word, weight in zip(words, weights, strict=True)) & mask
     observation = torch.tensor(pixels, dtype=torch.uint8).view(1, 1, 4, 4)
     assert RoutingReplay(3).hash(observation).item() & mask == python_mix(total)
@@ -49,6 +48,7 @@ def test_hash_tells_where_a_single_pixel_is(size: int, value: int) -> None:
     images[torch.arange(len(places)), places] = value
     images = images.view(-1, 4, size, size)
     assert RoutingReplay(3).hash(images).unique().numel() == len(places)
+    assert RoutingReplay(3).hash(255 - images).unique().numel() == len(places)
     planes = (images > 0)[:500, :1].float()
     assert RoutingReplay(3).hash(planes).unique().numel() == len(planes.flatten(1).unique(dim=0))
 
