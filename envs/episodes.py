@@ -109,8 +109,7 @@ class RecordedEpisodes(gym.Wrapper[Any, Any, Any, Any]):
         except TimeLimitError:
             raise self._fault(f"did not answer within {self._timeout:g} s (env.timeout)") from None
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise self._fault(f"raised {reason}") from error
+            raise self._fault(f"raised {described(error)}") from error
 
     def _check(self, observation: Any, reward: Any) -> None:
         space = self.observation_space
@@ -187,3 +186,8 @@ def replay(env: gym.Env[Any, Any], state: Mapping[str, np.ndarray]) -> Any:
     for action in state["actions"]:
         observation, *_ = env.step(action)
     return observation
+
+
+def described(error: Exception) -> str:
+    """An error of a stranger's code, as much of it as one reads in a line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

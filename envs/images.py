@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnv
 
 from envs.atari import AtariVecEnv, is_atari
-from envs.episodes import RecordedEpisodes
+from envs.episodes import RecordedEpisodes, described
 from envs.seeds import check_seed
 
 MINIGRID_PREFIXES = ("MiniGrid-", "BabyAI-")
@@ -70,7 +70,8 @@ def make_vec_env(
     Make the environments of a run; true returns are in ``infos[i]["episode"]`` of finished ones.
 
     :param env_id: ``ALE/Name-v5``, or any registered environment that observes images;
-        ``module:Name-v0`` imports a module that registers it
+        ``module:Name-v0`` imports a module that registers it. Of MiniGrid and BabyAI it is the
+        image alone, without the mission, which some tasks can't be solved without
     :param n_envs: number of environments
     :param seed: seed of the run; each episode starts from ``episode_seed(seed, index, episode)``,
         in Atari from that of its block of 32 and the games before it in the block
@@ -85,6 +86,7 @@ def make_vec_env(
     check_seed(seed)
     if n_envs < 1:
         raise ValueError(f"n_envs is {n_envs}, but at least 1 is needed")
+    env_id = env_id.removeprefix("ale_py:")  # as Gymnasium takes it, too
     if is_atari(env_id):
         return AtariVecEnv(
             env_id,
@@ -135,10 +137,14 @@ def check_registered(env_id: str) -> None:
 def _import(module: str, env_id: str) -> None:
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # it may do anything
+        if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
+            raise ValueError(
+                f"env {env_id!r} needs the module {module!r}, which Python doesn't find: install "
+                "its package, or give the folder that it lies in: PYTHONPATH=FOLDER hubrl ..."
+            ) from None
         raise ValueError(
-            f"env {env_id!r} needs the module {module!r}, which is not installed "
-            f"(pip install {module.partition('.')[0]})"
+            f"env {env_id!r}: importing {module!r} failed ({described(error)})"
         ) from error
 
 
@@ -151,6 +157,8 @@ def _make_images(env_id: str, image: ImageFormat) -> gym.Env[Any, Any]:
         env: gym.Env[Any, Any] = gym.make(env_id, disable_env_checker=True)
     except gym.error.Error as error:  # such as a package that is missing
         raise ValueError(f"env {env_id!r} can't be made: {error}") from None
+    except Exception as error:  # of a stranger's code
+        raise ValueError(f"env {env_id!r} can't be made ({described(error)})") from error
     if env_id.rpartition(":")[2].startswith(MINIGRID_PREFIXES):
         from minigrid.wrappers import ImgObsWrapper, RGBImgObsWrapper
 

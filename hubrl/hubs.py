@@ -160,6 +160,7 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
     that follow. R2 is the share of their variance that it explains in games it was not fitted to.
     The last line says what to train first.
     """
+    cli.refuse_foreign_modules("agents", "envs")
     # What plays needs SB3, which takes a second that the other subcommands save.
     from envs import EnvironmentFaultError, make_vec_env
     from hubrl.games import image_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -176,8 +177,40 @@ class TestBadInput:
             make_vec_env("%", 1)
 
     def test_missing_module(self) -> None:
-        with pytest.raises(ValueError, match=r"needs the module 'no_such\.thing'.*install no_such"):
+        message = (
+            r"needs the module 'no_such\.thing', which Python doesn't find: .*PYTHONPATH=FOLDER"
+        )
+        with pytest.raises(ValueError, match=message):
             make_vec_env("no_such.thing:Env-v0", 1)
+
+    @pytest.mark.parametrize(
+        ("content", "reason"),
+        [
+            ("import no_such", "ModuleNotFoundError: No module named 'no_such'"),
+            ("1 +", "SyntaxError: invalid syntax"),
+            ("1 / 0", "ZeroDivisionError: division by zero"),
+        ],
+    )
+    def test_a_module_that_cannot_be_imported(
+        self, content: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "spoilt_module.py").write_text(content)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        with pytest.raises(ValueError, match=rf"importing 'spoilt_module' failed \({reason}"):
+            make_vec_env("spoilt_module:Env-v0", 1)
+        with pytest.raises(
+            ValueError, match=r"importing '.x' failed \(TypeError: the 'package' arg"
+        ):
+            make_vec_env(".x:Env-v0", 1)
+
+    def test_an_environment_that_fails_when_it_is_made(self) -> None:
+        def make(size: int, **_: Any) -> gym.Env[Any, Any]:
+            raise AssertionError("never called without a size")
+
+        gym.register("NeedsSize-v0", entry_point=make)
+        message = r"env 'NeedsSize-v0' can't be made \(TypeError: .*argument: 'size'"
+        with pytest.raises(ValueError, match=message):
+            make_vec_env("NeedsSize-v0", 1)
 
     def test_missing_package(self) -> None:
         def make(**_: Any) -> gym.Env[Any, Any]:
@@ -213,6 +246,11 @@ class TestBadInput:
         register("Grey-v0", gym.spaces.Box(0, 255, (40, 40, 1), np.uint8))
         with pytest.raises(ValueError, match="grey is False, but env 'Grey-v0' observes grey"):
             make_vec_env("Grey-v0", 1, image=ImageFormat(grey=False))
+
+    def test_an_atari_game_may_name_its_module(self) -> None:
+        env = make_vec_env("ale_py:ALE/Pong-v5", 1, sticky=0.25)
+        assert isinstance(env, AtariVecEnv)
+        env.close()
 
     def test_sticky_is_for_atari(self) -> None:
         with pytest.raises(ValueError, match=r"sticky is 0.25, but CarRacing-v3 is no Atari game"):

@@ -115,13 +115,18 @@ def test_our_own_modules_are_accepted() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["envs.py", pytest.param("agents/__init__.py", marks=pytest.mark.slow)]
+    ("name", "command"),
+    [
+        ("envs.py", "hubrl.train --help"),
+        ("envs.py", "hubrl.hubs rank atari5 --env ALE/Pong-v5"),
+        pytest.param("agents/__init__.py", "hubrl.train --help", marks=pytest.mark.slow),
+    ],
 )
-def test_a_foreign_module_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_foreign_module_is_refused(tmp_path: Path, name: str, command: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("")
     result = subprocess.run(
-        [sys.executable, "-m", "hubrl.train", "--help"],
+        [sys.executable, "-m", *command.split()],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
