@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import click
@@ -149,7 +150,7 @@ def agent_zip(data: bytes) -> bytes:
     if part == "hub_data":
         return _zip({**_hub_agent(), "data": content})
     if part == "encoders":  # what its weights say of them
-        tensors = torch.load(io.BytesIO(_hub_agent()["policy.pth"]), weights_only=True)
+        tensors = _hub_weights()
         record = torch.frombuffer(bytearray(content or b" "), dtype=torch.uint8)
         tensors |= {name: record for name in tensors if name.endswith(ENCODERS)}
         return _zip({**_hub_agent(), "policy.pth": _saved(tensors)})
@@ -169,12 +170,12 @@ def agent_zips() -> list[bytes]:
     entries, hub_entries = _agent(), _hub_agent()
     kwargs = [json.dumps(json.loads(e["data"])["policy_kwargs"]) for e in (entries, hub_entries)]
     own = [json.dumps({"net_arch": {"pi": [8], "vf": [8, 4]}, "n_critics": 2, "n_quantiles": 5})]
-    evil = io.BytesIO()
-    torch.save({"features_extractor.cnn.0.weight": Evil()}, evil)
+    evil = _saved({"features_extractor.cnn.0.weight": Evil()})
+    legacy = _saved({"a": torch.ones(2)}, _use_new_zipfile_serialization=False)
     contents: dict[str, list[bytes]] = {
         "zip": [_zip({"data": entries["data"]}), _zip({}), _zip({"../../outside": b"x"})],
         "data": [entries["data"], hub_entries["data"]],
-        "policy.pth": [evil.getvalue(), pickle.dumps(Evil()), _legacy({"a": torch.ones(2)})],
+        "policy.pth": [evil, pickle.dumps(Evil()), legacy],
         "data.pkl": [_entry(entries["policy.pth"], "/data.pkl"), pickle.dumps(Evil())],
         "kwargs": [text.encode() for text in kwargs + own],
         "hub_data": [hub_entries["data"]],
@@ -310,7 +311,9 @@ def _agent() -> dict[str, bytes]:
 @functools.cache
 def _hub_agent() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        write_hub(Path(folder, AGENT_HUB), [nature_spec("a"), nature_spec("b")])
+        Path(folder, AGENT_HUB).mkdir()
+        for path, content in agent_hub().items():
+            Path(folder, path).write_bytes(content)
         kwargs = {
             "features_extractor_class": HubFeaturesExtractor,
             "features_extractor_kwargs": {"hub": AGENT_HUB},
@@ -327,15 +330,16 @@ def agent_hub() -> dict[str, bytes]:
     return {f"{AGENT_HUB}/{name}": content for name, content in _small_hub().items()}
 
 
+def _hub_weights() -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = torch.load(
+        io.BytesIO(_hub_agent()["policy.pth"]), weights_only=True
+    )
+    return tensors
+
+
 def _encoders_record() -> bytes:
-    tensors = torch.load(io.BytesIO(_hub_agent()["policy.pth"]), weights_only=True)
-    return bytes(next(t for name, t in tensors.items() if name.endswith(ENCODERS)).tolist())
-
-
-def _saved(tensors: dict[str, torch.Tensor]) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(tensors, buffer)
-    return buffer.getvalue()
+    records = (t for name, t in _hub_weights().items() if name.endswith(ENCODERS))
+    return bytes(next(records).tolist())
 
 
 def _entries(data: bytes) -> dict[str, bytes]:
@@ -360,7 +364,7 @@ def _with_entry(data: bytes, end: str, new: bytes) -> bytes:
     return _zip({n: new if n.endswith(end) else content for n, content in entries.items()})
 
 
-def _legacy(tensors: dict[str, torch.Tensor]) -> bytes:
+def _saved(values: dict[str, Any], **options: bool) -> bytes:
     buffer = io.BytesIO()
-    torch.save(tensors, buffer, _use_new_zipfile_serialization=False)
+    torch.save(values, buffer, **options)
     return buffer.getvalue()

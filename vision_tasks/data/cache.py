@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -32,3 +34,14 @@ def cached(name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor
         return load_file(file)
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}): delete it") from error
+
+
+def key_of(files: Iterable[Path], facts: str) -> str:
+    """
+    A part of a name that changes with what is made, 12 hex digits.
+
+    :param files: whose content decides it
+    :param facts: what else does
+    """
+    content = b"".join(file.read_bytes() for file in files)
+    return hashlib.sha256(content + facts.encode()).hexdigest()[:12]

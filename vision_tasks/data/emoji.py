@@ -8,7 +8,6 @@ one image; else it could be learned from and tested on.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 from torch import Tensor
 
-from vision_tasks.data.cache import cached
+from vision_tasks.data.cache import cached, key_of
 from vision_tasks.data.images import ImageArray, Part, to_tensor
 from vision_tasks.data.sources import ClassSource, read_text
 
@@ -84,10 +83,9 @@ def _render_all(classes: dict[str, list[str]], font_file: Path) -> dict[str, Ten
 
 def _key(*files: Path) -> str:
     """It changes with what is rendered."""
-    content = b"".join(file.read_bytes() for file in (*files, Path(__file__)))
     # Which emoji look the same, and are one image, is up to them.
     renderers = [features.version(name) for name in ("pil", "freetype2", "raqm", "harfbuzz")]
-    return hashlib.sha256(content + str(renderers).encode()).hexdigest()[:12]
+    return key_of((*files, Path(__file__)), str(renderers))
 
 
 def _find(file: Path) -> Path:

@@ -6,7 +6,6 @@ The images are rendered at 128 pixels at the first call, which takes some minute
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from vision_tasks.data import face_renderer
-from vision_tasks.data.cache import cached
+from vision_tasks.data.cache import cached, key_of
 from vision_tasks.data.face_renderer import render_face
 from vision_tasks.data.images import ImageArray, Part
 from vision_tasks.data.sources import PointSource
@@ -56,6 +55,4 @@ def render_faces(n: int) -> dict[str, Tensor]:
 def _key() -> str:
     """It changes with what is rendered."""
     files = [Path(face_renderer.__file__), *sorted(face_renderer.FOLDER.glob("*.[sp]*"))]
-    content = b"".join(file.read_bytes() for file in files)
-    counts = f"{SIZE} {N_TRAIN} {N_VALIDATION} {N_TEST}"
-    return hashlib.sha256(content + counts.encode()).hexdigest()[:12]
+    return key_of(files, f"{SIZE} {N_TRAIN} {N_VALIDATION} {N_TEST}")
