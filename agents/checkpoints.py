@@ -23,7 +23,7 @@ from agents.run_state import (
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.files import DamagedFileError
 from hubrl.finite import Rollbacks
-from hubrl.state_folder import StoredCount, load_parts, read_state, save_state
+from hubrl.state_folder import StoredCount, load_state, save_state
 
 #: The tensors of ``RunState``; a checkpoint without them is for playing.
 RUN = "run"
@@ -143,13 +143,10 @@ def model_parts(model: BaseAlgorithm) -> dict[str, Any]:
 
 
 def _load(model: BaseAlgorithm, parts: dict[str, Any], folder: Path, cls: type[State]) -> State:
-    state = read_state(folder, cls)
-    while True:
+    def check(state: State) -> None:
         _check_encoders(state["encoders"], _encoders(model), folder)
-        load_parts(parts, folder)
-        before, state = state, read_state(folder, cls)
-        if state == before:  # else a training has replaced the checkpoint between the two
-            break
+
+    state = load_state(parts, folder, cls, check)
     set_model_numbers(model, state)
     return state
 

@@ -85,26 +85,28 @@ def load_parts(parts: Mapping[str, StatePart], folder: Path) -> None:
 
     :raises DamagedFileError: if a file is missing, damaged or of other parts
     """
+    _read(folder, lambda whole: _load(parts, whole))
 
-    def load(whole: Path) -> None:
-        scalars: Any = _state(whole).get("scalars")
-        for name, part in parts.items():
-            file = whole / f"{name}.safetensors"
-            try:
-                _unpack(part, load_file(file), scalars[name])
-            except (
-                OSError,
-                SafetensorError,
-                RuntimeError,
-                LookupError,
-                TypeError,
-                ValueError,
-            ) as e:
-                raise DamagedFileError(
-                    f"checkpoint file {file} can't be loaded: {reason(e)}"
-                ) from None
 
-    _read(folder, load)
+def load_state(
+    parts: Mapping[str, StatePart],
+    folder: Path,
+    cls: type[Numbers],
+    check: Callable[[Numbers], None],
+) -> Numbers:
+    """
+    ``read_state`` and ``load_parts`` of the same checkpoint, should it be replaced meanwhile.
+
+    :param check: raises what forbids to load the parts
+    """
+
+    def load(whole: Path) -> Numbers:
+        numbers = _numbers(whole, cls)
+        check(numbers)
+        _load(parts, whole)
+        return numbers
+
+    return _read(folder, load)
 
 
 def optimizer_state(
@@ -182,7 +184,7 @@ def read_state(folder: Path, cls: type[Numbers]) -> Numbers:
     :raises DamagedFileError: if there is no checkpoint, or only a damaged one, or if numbers are
         missing or something else
     """
-    return _read(folder, lambda whole: checked(_state(whole), cls, whole / STATE_FILE))
+    return _read(folder, lambda whole: _numbers(whole, cls))
 
 
 def _read(folder: Path, read: Callable[[Path], Data]) -> Data:
@@ -204,6 +206,20 @@ def _read(folder: Path, read: Callable[[Path], Data]) -> Data:
             if damage is not None:
                 _say(folder, damage, whole, "is read")
             return data
+
+
+def _numbers(folder: Path, cls: type[Numbers]) -> Numbers:
+    return checked(_state(folder), cls, folder / STATE_FILE)
+
+
+def _load(parts: Mapping[str, StatePart], folder: Path) -> None:
+    scalars: Any = _state(folder).get("scalars")
+    for name, part in parts.items():
+        file = folder / f"{name}.safetensors"
+        try:
+            _unpack(part, load_file(file), scalars[name])
+        except (OSError, SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as e:
+            raise DamagedFileError(f"checkpoint file {file} can't be loaded: {reason(e)}") from None
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from agents.checkpoints import BestCheckpoint, load_checkpoint, save_checkpoint
 from hubrl import state_folder
 from hubrl.files import file_sha256, read_json
 from hubrl.specs import load_hub, save_hub
-from hubrl.state_folder import has_state, load_parts, read_state, repair_state
+from hubrl.state_folder import has_state, read_state, repair_state
 
 
 def build(algorithm: str, hub: Path | str = "none", seed: int = 0) -> BaseAlgorithm:
@@ -74,16 +75,31 @@ def test_a_checkpoint_that_is_replaced_while_it_is_read(
     first, second, reader = build("a2c").learn(100), build("a2c", seed=1).learn(132), build("a2c")
     save_checkpoint(first, tmp_path / "last", {})
 
-    def replace_then_load(*args: Any) -> None:
+    def replace_then_load(file: Path) -> object:
         monkeypatch.undo()
         save_checkpoint(second, tmp_path / "last", {})
-        load_parts(*args)
+        return state_folder.load_file(file)
 
-    monkeypatch.setattr("agents.checkpoints.load_parts", replace_then_load)
+    monkeypatch.setattr(state_folder, "load_file", replace_then_load)
     load_checkpoint(reader, tmp_path / "last")
     assert reader.num_timesteps == second.num_timesteps != first.num_timesteps
     for mine, loaded in zip(second.policy.parameters(), reader.policy.parameters(), strict=True):
         assert torch.equal(mine, loaded)
+
+
+@pytest.mark.parametrize("value", [math.nan, "nan"])
+def test_a_checkpoint_with_a_number_that_equals_none(value: float | str, tmp_path: Path) -> None:
+    """A return may be NaN, as an environment's reward was, or a stranger wrote it."""
+    model, other = build("a2c").learn(100), build("a2c")
+    save_checkpoint(model, tmp_path / "last", {})
+    state = read_json(tmp_path / "last" / "state.json")
+    state["episodes"][0][0] = value
+    (tmp_path / "last" / "state.json").write_text(json.dumps(state))
+    (tmp_path / "last" / "manifest.json").unlink()
+    load_checkpoint(other, tmp_path / "last")
+    assert other.num_timesteps == model.num_timesteps
+    assert other.ep_info_buffer
+    assert math.isnan(other.ep_info_buffer[0]["r"])
 
 
 def test_shared_tensors_are_stored_once(tmp_path: Path) -> None:
