@@ -58,7 +58,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     activated, and nothing is kept. An encoder that no row of a batch activates gets a gradient of
     0, not none: Adam's momentum still moves it.
 
-    Give ``net_arch=[]`` beside it: SB3 adds two layers of 64 to any extractor but its own.
+    Give ``net_arch=[]`` beside it to PPO, A2C, DQN and their kin: SB3 adds two layers of 64 to any
+    extractor but its own. Not to SAC, TD3, DDPG, TQC and CrossQ: a critic without layers is linear
+    in features and action, so that the same action is best for all observations.
 
     :param observation_space: images, channel first, uint8 or float in 0..1
     :param hub: a name, ``NAME:ENCODER``, a folder, a YAML file or a ``HubSpec``

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import MaskablePPOSection, RecurrentPPOSection, RunConfig
 from envs import ImageFormat, make_vec_env, with_action_masks
-from hubrl.specs import load_hub
+from hubrl.specs import EncoderSpec, load_hub
 
 
 def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEnv:
@@ -32,7 +34,11 @@ def make_env(config: RunConfig, n_envs: int, *, training: bool = False) -> VecEn
 
 
 def image_format(hub: str) -> ImageFormat:
-    """Colour where all encoders want it, else a stack of grey images; as large as the largest."""
+    """
+    Colour where all encoders want it, else a stack of grey images; as large as the largest.
+
+    :raises ValueError: if three grey frames would look like a colour to an encoder
+    """
     if hub == "none":
         return ImageFormat()
     encoders = load_hub(hub, weights=False).encoders
@@ -42,5 +48,17 @@ def image_format(hub: str) -> ImageFormat:
     stacks = [spec.channels for spec in encoders if spec.channels != 3]
     if stacks:
         stack = max(n_frames, *stacks)
+        _check_stack(hub, encoders, stack)
         return ImageFormat(size=size, grey=True, stack=stack, min_size=min_size)
     return ImageFormat(size=size, grey=False, stack=n_frames, min_size=min_size)
+
+
+def _check_stack(hub: str, encoders: Iterable[EncoderSpec], stack: int) -> None:
+    """Encoders of the newest frame take channels by threes for colours."""
+    newest = [spec.name for spec in encoders if spec.frames == "last"]
+    if newest and stack % 3 == 0:
+        raise ValueError(
+            f"hub {hub!r} asks for a stack of {stack} grey frames, of which encoder {newest[0]!r}, "
+            "which sees the newest frame, would take three for red, green and blue; give it "
+            "frames: each, or leave it out"
+        )

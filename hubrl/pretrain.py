@@ -143,8 +143,14 @@ class Settings:
 def command(out: Path, name: str | None, device: str, **options: Any) -> int:
     """Train an encoder and write it and its card to OUT; the same command goes on after a stop."""
     with cli.user_errors():
-        if options["n_frames"] is None and options["minutes"] is None:
-            is_agent = options["objective"] == "ppo"
+        is_agent = options["objective"] == "ppo"
+        is_trained = is_agent and options["play"] != "random"
+        if is_trained and (options["n_frames"] is not None or options["seed"] != 0):
+            raise ValueError(
+                f"play is {options['play']}, an agent that is taken as it is: leave out --n-frames "
+                "and --seed"
+            )
+        if options["n_frames"] is None and options["minutes"] is None and not is_trained:
             options["n_frames"] = DEFAULT_AGENT_FRAMES if is_agent else DEFAULT_FRAMES
         settings = Settings(**options)
         check_device("device", device)
@@ -155,7 +161,7 @@ def command(out: Path, name: str | None, device: str, **options: Any) -> int:
         prepare = _agent if settings.objective == "ppo" else _self_supervised
         run = prepare(member, settings, device)
         member.open()
-    with cli.holding(member.work):
+    with cli.holding(member.work), cli.failures(OSError):
         return run()
 
 
@@ -341,9 +347,16 @@ def _policy(settings: Settings) -> Policy:
     """
     The best actions of the agent that plays.
 
-    :raises ValueError: if it wants to see other images than those that encoders are trained on
+    :raises ValueError: if it wants to see other images than those that encoders are trained on, or
+        if its actions follow from more than those
     """
-    model = _load_player(settings, _player_config(settings))
+    config = _player_config(settings)
+    if config.algorithm.name in ("maskable_ppo", "recurrent_ppo"):
+        raise ValueError(
+            f"play is {settings.play}, an agent of {config.algorithm.name}, whose actions follow "
+            "from more than the images; give a run of another algorithm"
+        )
+    model = _load_player(settings, config)
     seen, played = model.observation_space.shape, (FRAME_STACK, *IMAGE_SIZE)
     if seen != played:
         raise ValueError(
@@ -412,6 +425,7 @@ def _add_agent(
     # The linear layer is only kept: the card says that the hub takes the convolutions.
     tensors = {key: t.half() if key.startswith("linear.") else t for key, t in tensors.items()}
     facts = {
+        "seed": config.train.seed,
         "frames": model.num_timesteps,
         "sticky": config.env.sticky,
         "episodes": N_EPISODES,

@@ -55,11 +55,17 @@ def pull(place: str, folder: Path) -> HubSpec:
     with tempfile.TemporaryDirectory() as parent:
         fetched = Path(parent, "hub")
         if place in list_hubs():
-            _gather(load_hub(place), fetched)
+            _gather(_begun_with(load_hub(place), folder), fetched)
         else:
             _fetch_hub(place, fetched)
         _move(fetched, folder)
     return load_hub(folder)
+
+
+def _begun_with(hub: HubSpec, folder: Path) -> HubSpec:
+    """A hub of ours as one of the user's, in whose name runs are made and members added."""
+    description = f"Begun with {hub.name}: {hub.description}"
+    return dataclasses.replace(hub, name=folder.resolve().name, description=description)
 
 
 def _fetch_hub(place: str, folder: Path) -> None:

@@ -312,10 +312,12 @@ def _foreign_card(
         _refuse_n_frames(wishes)
         first, linear = (tensors.get(f"{layer}.weight") for layer in ("cnn.0", "linear.0"))
         pixels = square_pixels(linear.shape[-1]) if linear is not None and linear.ndim else None
+        channels = first.shape[1] if first is not None and first.ndim == 4 else 4
         card = _card(
             wishes,
             image_size=_wished_size(wishes) or (pixels or 84,) * 2,
-            channels=first.shape[1] if first is not None and first.ndim == 4 else 4,
+            channels=channels,
+            frames="last" if channels == 1 else "stack",
             features_dim=N_FEATURES if linear is None or not linear.ndim else len(linear),
             **fields,
         )

@@ -51,7 +51,8 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="ray: the cluster of RAY_ADDRESS, which shares the folder of the runs.",
+    help="ray: the cluster of RAY_ADDRESS, which shares the folder of the runs; runs on a GPU "
+    "have one each.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), help="Runs at a time.  [default: all cores]")
 @click.option("--only", type=click.Choice(["run", "collect"]), help="Train, or make the results.")
@@ -85,9 +86,11 @@ def command(
             import_ray()
         left = _unfinished(study, out)
         _check(left)
+        cli.check_output_folder("--out", out)
         if only != "run":
             cli.check_output_folder("--results", results)
-    failed, stopped = _train(left, out, engine, jobs)
+    with cli.failures(OSError):
+        failed, stopped = _train(left, out, engine, jobs)
     if stopped:
         print(f"stopped; the same command goes on in {out}")
         return stopped

@@ -98,7 +98,8 @@ def page(hub: Path) -> str:
         "trying each combination; the tests try them again. An empty cell is a combination that",
         "the algorithm or its policy doesn't take. Vectors beside images need",
         "`HubCombinedExtractor`; float images lie in 0..1. CrossQ has no `CnnPolicy`: give it the",
-        "extractor with `MlpPolicy`.",
+        "extractor with `MlpPolicy`. Give `net_arch=[]` to PPO, A2C, DQN and their kin: critics of",
+        "SAC, TD3, DDPG, TQC and CrossQ need layers behind features and action.",
         "",
     ]
     for observations in OBSERVATIONS:

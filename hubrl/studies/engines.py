@@ -21,6 +21,7 @@ from agents.config import HubSection, load_config
 from agents.runs import checkpoint_dir
 from hubrl.files import reason
 from hubrl.origin import commit, same_code
+from hubrl.precision import check_device
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
@@ -127,7 +128,8 @@ def run_local(
 
 def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
     """
-    Run jobs as tasks of a Ray cluster whose machines share the folders; one core for each.
+    Run jobs as tasks of a Ray cluster whose machines share the folders; one core for each, and a
+    GPU if the run's device is one: Ray hides GPUs from tasks that don't ask for them.
 
     The cluster is that of ``RAY_ADDRESS``; without it Ray starts one on this machine.
 
@@ -139,9 +141,10 @@ def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
     if started_here:
         ray.init(log_to_driver=False, runtime_env={"env_vars": same_code()})
     task = ray.remote(num_cpus=1, max_retries=2)(run_job)
+    pending = {task.options(num_gpus=_n_gpus(job)).remote(job): job for job in jobs}
     # Ray sets handlers of its own as it starts.
     with stop.caught():
-        _await(ray, {task.remote(job): job for job in jobs}, stop, on_end)
+        _await(ray, pending, stop, on_end)
     if started_here:
         ray.shutdown()
 
@@ -213,6 +216,11 @@ def weights(hub: HubSection) -> str:
     cards = load_hub(hub.name, weights=not hub.random_init)
     hashes = [encoder.sha256 or "" for encoder in cards.encoders]
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
+
+
+def _n_gpus(job: Job) -> int:
+    device = load_config(job.config).train.device
+    return int(check_device("train.device", device).type == "cuda")
 
 
 def _await(ray: Any, pending: dict[Any, Job], stop: StopSignal, on_end: OnEnd) -> None:

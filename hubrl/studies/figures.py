@@ -22,7 +22,7 @@ CONTROL_COLOUR = "#000000"
 N_COLUMNS = 3
 #: For curves: a bootstrap of every point.
 N_RESAMPLES = 2000
-INTERVALS = "bars: 95 % bootstrap intervals\nhollow, no bar: 1 seed"
+INTERVALS = "bars: 95 % bootstrap intervals\narrow: without end\nhollow, no bar: 1 seed"
 
 
 def draw(study: StudyConfig, tables: Mapping[Axis, Table], folder: Path) -> None:
@@ -179,13 +179,17 @@ def _intervals(
     marker: str,
     label: str,
 ) -> None:
-    """One line for each variant; without an interval, a hollow marker alone."""
+    """One line for each variant, with an arrow where it has no end; a hollow marker without any."""
     for y, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         if row is None or row.value is None:
             continue
         face = "white"
         if row.low is not None and row.high is not None:
-            panel.plot([row.low, row.high], [y + offset] * 2, color=colour, lw=2.5)
+            ends = [row.low, row.high]
+            if not np.isfinite(row.high):
+                ends[1] = 2 * row.value - row.low
+                panel.plot(ends[1], y + offset, ">", color=colour, ms=7)
+            panel.plot(ends, [y + offset] * 2, color=colour, lw=2.5)
             face = colour
         panel.plot(row.value, y + offset, marker, color=colour, mfc=face, ms=7, mew=1.5)
     panel.plot([], [], marker, color="#555555", label=label)

@@ -35,7 +35,7 @@ with atheris.instrument_imports(include=["hubrl", "agents", "vision_tasks"]):
 
 FOLDER = Path("runs", "fuzz")
 FIGURES_FILE = "figures.csv"
-MAX_LENGTH = 2**17
+MAX_LENGTH = 2**20
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 HANG_SECONDS = 120  # of the clock: code outside Python doesn't hear of the sandbox's limit
 MAX_FAILURES = 20

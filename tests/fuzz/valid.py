@@ -273,9 +273,10 @@ def _run(
 
 
 def _write_agent_config(file: Path, algorithm: str) -> str:
-    sizes = {"train.n_timesteps": 64, "train.eval_freq": 32}
-    file.write_text(dump_config(small_config(algorithm, sizes)))
-    return dump_config(small_config(algorithm, sizes | {"train.n_timesteps": 96}))
+    write_hub(Path("small"), [nature_spec("a"), nature_spec("b")])
+    values = {"hub.name": "small", "train.n_timesteps": 64, "train.eval_freq": 32}
+    file.write_text(dump_config(small_config(algorithm, values)))
+    return dump_config(small_config(algorithm, values | {"train.n_timesteps": 96}))
 
 
 def _write_image_config(file: Path, method: str) -> str:

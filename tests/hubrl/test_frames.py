@@ -97,6 +97,17 @@ def test_features_of_each_frame_follow_each_other(tmp_path: Path) -> None:
     assert image_format(str(tmp_path / "hub")).stack == 4
 
 
+def test_three_grey_frames_are_no_colour(tmp_path: Path) -> None:
+    """The newest frame would be made of three."""
+    each, last = spec_of("each", 3, 3, size=36), spec_of("last", 3, size=36)
+    specs = [nature_spec("grey"), dataclasses.replace(each, name="each"), last]
+    specs[0] = dataclasses.replace(specs[0], channels=1, frames="last")
+    hub = str(write_hub(tmp_path / "hub", specs))
+    with pytest.raises(ValueError, match=r"a stack of 3 grey frames, of which encoder 'grey'"):
+        image_format(hub)
+    assert image_format(f"{hub}:each").stack == 3
+
+
 def test_frame_policies_side_by_side_drive_an_agent(tmp_path: Path) -> None:
     each = spec_of("each", 3, 4, size=36)
     last = spec_of("last", 3, size=36)

@@ -22,6 +22,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from small_runs import small_config, write_small_config
 
+from agents.config import dump_config
 from hubrl import cli, hub_folder, load_hub, pretrain, train
 from hubrl.architectures import NatureConv
 from hubrl.encoders import build_encoder
@@ -353,7 +354,7 @@ def test_the_settings_are_kept_beside_the_state(tmp_path):
 def trained_once(tmp_path_factory) -> Path:
     """Run folder of an agent without a hub that has hardly learned."""
     folder = tmp_path_factory.mktemp("breakout")
-    overrides = {"env__id": "ALE/Breakout-v5", "train__n_timesteps": 32}
+    overrides = {"env__id": "ALE/Breakout-v5", "train__n_timesteps": 32, "train__seed": 3}
     config = write_small_config(folder / "agent.yaml", **overrides)
     arguments = ["--config", str(config), "--run-dir", str(folder / "run")]
     assert train.command.main(arguments, standalone_mode=False) == 0
@@ -381,6 +382,7 @@ def test_the_encoder_of_an_agent_becomes_a_member(breakout_run, tmp_path, monkey
     torch.testing.assert_close(kept.float(), expected, rtol=1e-3, atol=1e-7)
     facts = hub.encoders[0].pretraining
     assert facts["frames"] == 32
+    assert facts["seed"] == 3, "the agent's"
     assert (tmp_path / "hub" / ".pretrain" / "breakout" / "returns.png").is_file()
     assert not list(breakout_run.rglob("*.png"))
     for score in (facts["score"], facts["random_score"]):
@@ -418,6 +420,22 @@ def test_an_agent_that_sees_other_images_is_refused(hub5, tmp_path):
     message = r"sees images of \(4, 36, 36\), but encoders are trained on \(4, 84, 84\); give a run"
     assert re.search(message, result.output)
     assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("option", [("-n", "4096"), ("--seed", "1")])
+def test_an_agent_that_is_taken_as_it_is_refuses_options(option, breakout_run, tmp_path):
+    arguments = ["--env", "ALE/Breakout-v5", "--objective", "ppo", "--play", str(breakout_run)]
+    result = CliRunner().invoke(command, [*arguments, *option, "--out", str(tmp_path / "hub")])
+    assert result.exit_code == 2
+    assert "an agent that is taken as it is: leave out --n-frames and --seed" in result.output
+
+
+def test_a_player_that_needs_more_than_images_is_refused(breakout_run):
+    file = breakout_run / "config.yaml"
+    file.write_text(dump_config(small_config("recurrent_ppo", {"env.id": "ALE/Breakout-v5"})))
+    settings = Settings(envs=("ALE/Breakout-v5",), objective="contrast", play=str(breakout_run))
+    with pytest.raises(ValueError, match=r"an agent of recurrent_ppo, whose actions follow from"):
+        pretrain._policy(settings)
 
 
 @pytest.mark.parametrize("objective", ["ppo", "inverse"])

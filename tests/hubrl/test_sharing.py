@@ -91,8 +91,11 @@ def test_a_hub_that_ships_begins_ones_own(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     outcome = call_hubs("pull", "atari5", "mine")
     assert outcome.code == 0, outcome.err
-    assert outcome.out.startswith("mine: atari5, 5 encoders, ")
-    assert load_hub(tmp_path / "mine").encoders == load_hub("atari5").encoders
+    assert outcome.out.startswith("mine: mine, 5 encoders, ")
+    hub = load_hub(tmp_path / "mine")
+    assert hub.encoders == load_hub("atari5").encoders
+    assert hub.name == "mine", "folders of runs are named after it"
+    assert hub.description == f"Begun with atari5: {load_hub('atari5').description}"
     clash = call_hubs("pull", "atari5", "atari5")
     assert clash.code == 2
     assert "out atari5 is the name of a hub that ships with hubrl, allowed: another" in clash.err

@@ -402,6 +402,16 @@ def test_architectures_are_named(wishes: Wishes, message: str, timm_file: Path) 
         from_file(timm_file, wishes)
 
 
+def test_the_encoder_of_one_grey_frame_sees_the_newest(tmp_path: Path) -> None:
+    """As out of an agent's zip; so it can stand beside encoders of a stack."""
+    shapes = {"cnn.0": (32, 1, 8, 8), "cnn.2": (64, 32, 4, 4), "cnn.4": (64, 64, 3, 3)}
+    tensors = {f"{layer}.weight": torch.zeros(shape) for layer, shape in shapes.items()}
+    tensors |= {f"{layer}.bias": torch.zeros(shape[0]) for layer, shape in shapes.items()}
+    save_file(tensors, tmp_path / "grey.safetensors")
+    card, _ = from_file(tmp_path / "grey.safetensors", Wishes("x", "MIT", "nature_conv"))
+    assert (card.channels, card.frames) == (1, "last")
+
+
 def test_torchvision_models_take_colours(torchvision_file: Path, tmp_path: Path) -> None:
     wishes = Wishes("x", "MIT", "torchvision:shufflenet_v2_x0_5", 64)
     card, tensors = from_file(torchvision_file, wishes)

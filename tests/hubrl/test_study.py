@@ -13,11 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from small_runs import small_config, small_study, write_small_config
 
 from hubrl import cli, study
+from hubrl.signals import StopSignal
 from hubrl.studies import engines
 from hubrl.studies.config import Run
 
@@ -386,6 +389,8 @@ def test_results_that_cannot_be_written(
     Path("file").touch()
     assert run(small_study(tmp_path), "--results", "file/results") == 2
     assert "--results file/results: " in capsys.readouterr().err
+    assert run(small_study(tmp_path), "--out", "file/runs") == 2
+    assert "--out file/runs: " in capsys.readouterr().err
     assert not Path("studies").exists(), "before hours of training"
 
     def full(*_: object) -> None:
@@ -492,6 +497,26 @@ def test_an_interrupted_ray_task_leaves_a_checkpoint_to_its_training(
     write_small_config(job.config)
     assert engines.run_job(job) == 143
     assert job.log.read_text() == "stopped\n"
+
+
+@pytest.mark.parametrize(("device", "n_gpus"), [("cpu", 0), ("cuda", 1)])
+def test_ray_is_asked_for_the_gpus_that_runs_need(
+    device: str, n_gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray hides GPUs from tasks that don't ask for them."""
+    job = engines.Job(Run("slow", GAME, 0), tmp_path)
+    job.config.parent.mkdir(parents=True)
+    write_small_config(job.config, train__device=device)
+    monkeypatch.setattr(engines, "check_device", lambda _, name: torch.device(name))
+    ray = mock.MagicMock()
+    ray.wait.side_effect = lambda references, **_: (references, [])
+    ray.get.return_value = 0
+    monkeypatch.setattr(engines, "import_ray", lambda: ray)
+    ended: list[tuple[engines.Job, int]] = []
+    engines.run_ray([job], StopSignal(), lambda *end: ended.append(end))
+    assert ended == [(job, 0)]
+    task = ray.remote.return_value.return_value
+    task.options.assert_called_once_with(num_gpus=n_gpus)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_runs import small_study, write_complete_run
 
+from hubrl.plots import new_figure
 from hubrl.studies import figures, results
 from hubrl.studies.config import Run, StudyConfig, load_study
 from hubrl.studies.engines import Job
@@ -219,6 +220,22 @@ def test_files_and_figures(study: StudyConfig, tmp_path: Path) -> None:
         assert text in report
     assert all(f"({image})" in report for image in images)
     assert "Not complete" not in report
+
+
+def test_an_interval_without_end_is_an_arrow(study: StudyConfig, tmp_path: Path) -> None:
+    """A marker without a bar would look like an interval of no width."""
+    done = write_runs(study, tmp_path)
+    table = results.collect(study, done, tmp_path, tmp_path / "results").tables["steps"]
+    row = table.row(GAME, "fast", "area_ratio")
+    assert row is not None
+    for high, markers in ((9.0, ["o"]), (np.inf, [">", "o"])):
+        panel = new_figure(3, 3).add_subplot()
+        endless = row._replace(value=4.0, low=3.0, high=high)
+        figures._intervals(panel, [endless], ["red"], 0.0, "o", "area")
+        *shown, _ = [line for line in panel.lines if line.get_marker() != "None"]
+        assert [line.get_marker() for line in shown] == markers
+        (bar,) = [line for line in panel.lines if line.get_marker() == "None"]
+        assert list(bar.get_xdata()) == [3.0, 9.0 if high == 9.0 else 5.0]
 
 
 def test_the_same_runs_give_the_same_bytes(
