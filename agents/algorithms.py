@@ -53,6 +53,7 @@ class Algorithm(NamedTuple):
 
 
 DISCRETE, CONTINUOUS = (spaces.Discrete,), (spaces.Box,)
+BOX_OR_DISCRETE = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete)
 COUNTABLE = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 ANY_ACTION = (spaces.Box, *COUNTABLE)
 
@@ -96,19 +97,20 @@ ALGORITHMS: dict[str, Algorithm] = {
     "recurrent_ppo": Algorithm(
         RecurrentPPO,
         RecurrentImagePolicy,
-        ANY_ACTION,
+        BOX_OR_DISCRETE,
         policy_fields=("lstm_hidden_size",),
         adam=_ppo_adam,
     ),
 }
 
 
-def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
+def build_model(config: RunConfig, env: VecEnv, *, learns: bool = True) -> BaseAlgorithm:
     """
     The untrained model of a run.
 
     :param config: of the run
     :param env: where it learns, or what its spaces are taken from
+    :param learns: else it only plays, and has no room for a replay buffer
     :raises ValueError: if the hub, an encoder, ``top_k`` or a space doesn't fit
     """
     algorithm = ALGORITHMS[config.algorithm.name]
@@ -119,6 +121,8 @@ def build_model(config: RunConfig, env: VecEnv) -> BaseAlgorithm:
             f"but env {config.env.id!r} has {env.action_space}"
         )
     fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
+    if not learns and "buffer_size" in fields:
+        fields["buffer_size"] = 1
     model: BaseAlgorithm = algorithm.model(
         algorithm.policy,
         env,

@@ -297,10 +297,7 @@ class CheckpointCallback(BaseCallback):
     def _on_step(self) -> bool:
         if self._stop.number is None:
             return True
-        # DQN's target network moves between the steps of a rollout (tau): its second step would
-        # save one that has moved already.
-        is_first = self.locals.get("num_collected_steps", 1) == 1
-        return isinstance(self.model, (DQN, QRDQN)) and self.model.tau < 1 and not is_first
+        return self._has_moved_target(self.locals.get("num_collected_steps", 1) - 1)
 
     def _on_rollout_end(self) -> None:  # of whole ones alone
         self._is_collecting = False
@@ -313,6 +310,15 @@ class CheckpointCallback(BaseCallback):
         self.save()
         gc.collect()  # the models of runs before this one in the same process
 
+    def save_after_fault(self) -> None:
+        """
+        The same when the environment failed, unless the model isn't what it was there any more; the
+        checkpoint before is whole.
+        """
+        started = self.num_timesteps if self._run is None else self._run.num_timesteps
+        if not self._is_collecting or not self._has_moved_target(self.num_timesteps - started):
+            self.save()
+
     def save(self) -> None:
         """Save where the last rollout started; nothing if there was none."""
         if self._run is None:
@@ -323,6 +329,14 @@ class CheckpointCallback(BaseCallback):
         folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints
         save_checkpoint(self.model, folder, self._extra, run=self._run, files=files, keep=keep)
         _give_memory_back()
+
+    def _has_moved_target(self, n_steps: int) -> bool:
+        """
+        DQN's target network moves between the steps of a rollout (tau).
+
+        :param n_steps: that the rollout has behind it
+        """
+        return isinstance(self.model, (DQN, QRDQN)) and self.model.tau < 1 and n_steps > 0
 
     def _n_rows(self) -> int:
         return self.num_timesteps // self.model.n_envs

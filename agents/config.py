@@ -240,6 +240,16 @@ class TQCSection(SACSection):
     n_critics: Count
     top_quantiles_to_drop_per_net: Annotated[Integer, Field(ge=0)]
 
+    @pydantic.model_validator(mode="after")
+    def _check_quantiles(self) -> Self:
+        dropped = self.top_quantiles_to_drop_per_net
+        if dropped >= self.n_quantiles:
+            raise ValueError(
+                f"top_quantiles_to_drop_per_net is {dropped}, allowed: less than n_quantiles, "
+                f"{self.n_quantiles}"
+            )
+        return self
+
 
 class CrossQSection(ContinuousSection):
     """Hyperparameters of SB3-Contrib's ``CrossQ``."""
@@ -306,6 +316,23 @@ class RunConfig(Section):
         if isinstance(self.algorithm, PPOSection) and self.algorithm.n_steps * self.env.n_envs < 2:
             raise ValueError(
                 "algorithm.n_steps * env.n_envs is 1, but PPO needs a rollout of at least 2 steps"
+            )
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _check_advantages(self) -> Self:
+        """One advantage has no deviation; SB3's own PPO alone leaves it as it is then."""
+        algorithm = self.algorithm
+        if type(algorithm) not in (A2CSection, MaskablePPOSection, RecurrentPPOSection):
+            return self
+        assert isinstance(algorithm, (A2CSection, PPOSection))
+        n = algorithm.n_steps * self.env.n_envs
+        size = algorithm.batch_size if isinstance(algorithm, PPOSection) else n
+        if algorithm.normalize_advantage and (n == 1 or n % size == 1):
+            raise ValueError(
+                f"algorithm.n_steps * env.n_envs is {n}, of which {algorithm.name} would normalise "
+                "one advantage by itself: change algorithm.n_steps"
+                + (" or algorithm.batch_size" if n > 1 else " or algorithm.normalize_advantage")
             )
         return self
 

@@ -20,6 +20,8 @@ from hubrl.finite import NotFiniteError, are_finite, first_not_finite
 ROLLOUT_ARRAYS = ("observations", "rewards", "values", "log_probs", "advantages", "returns")
 #: What torch says on a CPU that has no memory left; on a GPU it has an exception of its own.
 NO_MEMORY = ("can't allocate memory", "not enough memory")
+#: What torch's distributions say of parameters that are NaN or infinite.
+INVALID_ANSWER = "but found invalid values"
 MEMORY_FILE = Path("/proc/meminfo")
 
 
@@ -60,6 +62,21 @@ def check_weights(model: BaseAlgorithm) -> None:
     bad = _bad_weight(model)
     if bad is not None:
         raise NotFiniteError(f"step {model.num_timesteps:,}: {bad}; no checkpoint is made of it")
+
+
+@contextlib.contextmanager
+def policy_errors(model: BaseAlgorithm) -> Iterator[None]:
+    """
+    Inside, an answer of the policy that is not finite, though its weights are, is a
+    ``NotFiniteError`` in the place of what torch says of its distribution.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if INVALID_ANSWER not in str(error):
+            raise
+        step = f"step {model.num_timesteps:,}"
+        raise NotFiniteError(f"{step}: the policy's answer is not finite") from error
 
 
 @contextlib.contextmanager

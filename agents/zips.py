@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sb3_contrib import QRDQN
+from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.torch_layers import NatureCNN
@@ -88,8 +90,8 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     kwargs = _plain({name: given[name] for name in given if name not in OTHER}, PLAIN, file)
     if "activation_fn" in given:
         kwargs["activation_fn"] = _activation(given["activation_fn"], file)
-    if _has_hub(file):
-        kwargs["features_extractor_class"] = HubFeaturesExtractor
+    if "features_extractor_class" in given:  # CrossQ's own is another
+        kwargs["features_extractor_class"] = HubFeaturesExtractor if _has_hub(file) else NatureCNN
     kwargs["features_extractor_kwargs"] = _extractor_kwargs(file)
     agent = ALGORITHMS[algorithm].model
     settings: dict[str, Any] = {"buffer_size": 1} if issubclass(agent, OffPolicyAlgorithm) else {}
@@ -101,6 +103,9 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
         raise ValueError(
             f"{file} does not fit algo {algorithm!r} and this env: {reason(error)}"
         ) from None
+    rate = agent_data(file).get("exploration_rate")
+    if isinstance(model, DQN | QRDQN) and isinstance(rate, float) and 0 <= rate <= 1:
+        model.exploration_rate = rate  # by which its actions are sampled
     return model
 
 

@@ -77,7 +77,7 @@ def command(
         file = file or run / "evaluation.json"
         cli.check_output("--json", file)
         games = make_env(config, min(N_ENVS, episodes))
-        model = build_model(config, games)
+        model = build_model(config, games, learns=False)
         state = load_checkpoint(model, checkpoint_dir(run, checkpoint))
     seed = derive_seed(config.train.seed, "evaluate") if seed is None else seed
     deterministic = config.train.deterministic_eval

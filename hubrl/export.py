@@ -93,9 +93,9 @@ def command(
     Make the agent of the folder RUN ready for use elsewhere.
 
     onnx: a graph from uint8 observations to the deterministic actions and their scores, compared
-    with the agent on 1,000 observations. distilled: an agent of one encoder, SB3's NatureCNN, that
-    was taught to answer as the hub's agent does; a folder of a run, with both agents' returns in
-    report.json.
+    with the agent on 1,000 observations; of a MaskablePPO agent it takes no masks, so mask the
+    scores. distilled: an agent of one encoder, SB3's NatureCNN, that was taught to answer as the
+    hub's agent does; a folder of a run, with both agents' returns in report.json.
     """
     with cli.user_errors():
         config = open_run(run)
@@ -106,7 +106,7 @@ def command(
         if out is not None and not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
     saved = checkpoint_dir(run, checkpoint)
-    with cli.failures(EnvironmentFaultError):
+    with cli.failures(EnvironmentFaultError, OSError):
         if form == "onnx":
             return _export_onnx(config, saved, out or run / "export" / "agent.onnx")
         folder = out or run / "export" / "distilled"
@@ -195,7 +195,8 @@ def _export_distilled(
         check_policy(teacher.policy)
         n_steps -= n_steps % (N_ENVS * CHUNK_STEPS)
         student_config = _student_config(config, n_steps)
-        student = build_model(student_config, _student_env(teacher, config, student_config))
+        env = _student_env(teacher, config, student_config)
+        student = build_model(student_config, env, learns=False)
     folder.parent.mkdir(exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -283,7 +284,7 @@ def _first_images(agent: BaseAlgorithm, batch: int) -> Images:
 
 
 def _agent(config: RunConfig, saved: Path) -> BaseAlgorithm:
-    agent = build_model(config, make_env(config, N_ENVS))
+    agent = build_model(config, make_env(config, N_ENVS), learns=False)
     load_checkpoint(agent, saved)
     return agent
 

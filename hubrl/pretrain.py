@@ -35,7 +35,7 @@ cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
-from agents.config import RunConfig  # noqa: E402
+from agents.config import MaskablePPOSection, RecurrentPPOSection, RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
     PROGRESS_FILE,
@@ -351,7 +351,7 @@ def _policy(settings: Settings) -> Policy:
         if its actions follow from more than those
     """
     config = _player_config(settings)
-    if config.algorithm.name in ("maskable_ppo", "recurrent_ppo"):
+    if isinstance(config.algorithm, MaskablePPOSection | RecurrentPPOSection):
         raise ValueError(
             f"play is {settings.play}, an agent of {config.algorithm.name}, whose actions follow "
             "from more than the images; give a run of another algorithm"
@@ -392,7 +392,7 @@ def _check_taken(settings: Settings, config: RunConfig) -> None:
 
 
 def _load_player(settings: Settings, config: RunConfig) -> BaseAlgorithm:
-    model = build_model(config, make_env(config, config.env.n_envs))
+    model = build_model(config, make_env(config, config.env.n_envs), learns=False)
     load_checkpoint(model, checkpoint_dir(Path(settings.play), "last"))
     return model
 

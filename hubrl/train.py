@@ -52,6 +52,7 @@ from agents.faults import (  # noqa: E402
     OutOfMemoryError,
     check_memory,
     memory_errors,
+    policy_errors,
     watch_gradients,
 )
 from agents.runs import (  # noqa: E402
@@ -232,9 +233,7 @@ def _restored(
 def _configure(given: dict[str, Any]) -> RunConfig:
     """The file's configuration with the options that were given."""
     hub = given.get("hub", "")
-    for option in HUB_OPTIONS:
-        if hub == "none" and option in given:
-            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --hub none")
+    _refuse_hub_options(hub, given)
     file = given.get("config") or built_in_config(given.get("algo", "ppo"))
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
     if hub:  # the file's names are of another hub
@@ -249,9 +248,16 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     ):
         overrides["hub.top_k"] = 1
     config = load_config(file, overrides)
+    _refuse_hub_options(config.hub.name, given)
     if given.get("algo", config.algorithm.name) != config.algorithm.name:
         raise ValueError(f"--algo {given['algo']}, but {file} is for {config.algorithm.name}")
     return config
+
+
+def _refuse_hub_options(hub: str, given: dict[str, Any]) -> None:
+    for option in HUB_OPTIONS:
+        if hub == "none" and option in given:
+            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --hub none")
 
 
 def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: int = 0) -> int:
@@ -279,7 +285,8 @@ def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: i
 
 def _let_go(model: BaseAlgorithm, error: NotFiniteError) -> None:
     """Close its environments, and free its replay buffer: another may have no room beside it."""
-    error.__traceback__ = None  # frames of the training hold the buffer, too
+    # Frames of the training hold the buffer, too.
+    error.__traceback__ = error.__cause__ = error.__context__ = None
     env = model.get_env()
     assert env is not None
     env.close()
@@ -307,7 +314,7 @@ def _learn(
         callbacks.insert(0, PathwayCallback())
         callbacks.append(EncodersCallback())
     try:
-        with memory_errors(config):
+        with memory_errors(config), policy_errors(model):
             model.learn(
                 train.n_timesteps - model.num_timesteps,
                 callback=callbacks,
@@ -316,7 +323,7 @@ def _learn(
                 progress_bar=sys.stdout.isatty(),
             )
     except EnvironmentFaultError as error:
-        checkpoints.save()
+        checkpoints.save_after_fault()
         file = folder / FAULT_FILE
         file.write_text(json.dumps({"env": config.env.id, **error.record}, indent=1))
         raise click.ClickException(

@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution
+from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -62,9 +66,9 @@ def half_random(agent: BaseAlgorithm) -> Act:
     """The agent's own play, sampled as in training, but random play in every second game."""
 
     def act(views: list[Images]) -> NDArray[Any]:
-        actions, _ = agent.predict(views[0])
+        actions = _actions(agent, views[0])
         for i in range(0, len(actions), 2):
-            actions[i] = agent.action_space.sample()
+            actions[i] = _random_action(agent, i)
         return actions
 
     return act
@@ -74,4 +78,29 @@ def agents_play(agent: BaseAlgorithm, view: int) -> Act:
     """
     :param view: which of the views the agent sees
     """
-    return lambda views: agent.predict(views[view])[0]
+    return lambda views: _actions(agent, views[view])
+
+
+def _actions(agent: BaseAlgorithm, images: Images) -> NDArray[Any]:
+    """Sampled, of those that are allowed."""
+    if isinstance(agent, MaskablePPO):
+        return agent.predict(images, action_masks=_masks(agent))[0]
+    return agent.predict(images)[0]
+
+
+def _random_action(agent: BaseAlgorithm, i: int) -> NDArray[Any]:
+    """Of the game i, uniform among those that are allowed."""
+    if not isinstance(agent, MaskablePPO):
+        action: NDArray[Any] = agent.action_space.sample()
+        return action
+    mask = _masks(agent)[i : i + 1]
+    choice = make_masked_proba_distribution(agent.action_space)
+    choice.proba_distribution(torch.zeros(mask.shape)).apply_masking(mask)
+    sampled: NDArray[Any] = choice.sample().numpy()[0]
+    return sampled
+
+
+def _masks(agent: MaskablePPO) -> NDArray[np.bool_]:
+    env = agent.get_env()
+    assert env is not None
+    return get_action_masks(env)

@@ -276,6 +276,21 @@ def test_actions_that_an_algorithm_cannot_take(algorithm: str) -> None:
         build_model(small_config(algorithm), env)
 
 
+def test_recurrent_ppo_takes_no_switches() -> None:
+    """Its rollout buffer can't hold them: the first update would fail."""
+    env = small_env()
+    env.action_space = gym.spaces.MultiBinary(3)
+    message = r"'recurrent_ppo' takes Box or Discrete or MultiDiscrete actions, but env .* MultiBin"
+    with pytest.raises(ValueError, match=message):
+        build_model(small_config("recurrent_ppo"), env)
+
+
+def test_an_agent_that_only_plays_has_no_room_for_a_replay_buffer() -> None:
+    config = small_config("dqn", {"algorithm.buffer_size": 10**9})
+    model: Any = build_model(config, small_env(), learns=False)
+    assert model.replay_buffer.buffer_size == 1
+
+
 def test_resolve_makes_a_hubs_path_absolute(hub5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(hub5.parent)
     for name in ("hub5", "hub5:a", "hub5/hub.yaml"):

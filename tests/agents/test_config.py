@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -116,7 +117,7 @@ def test_a_missing_key_is_named() -> None:
 
 
 def test_ppo_needs_a_rollout_of_two_steps() -> None:
-    overrides = {"algorithm.n_steps": 1, "env.n_envs": 1}
+    overrides: dict[str, Any] = {"algorithm.n_steps": 1, "env.n_envs": 1}
     with pytest.raises(ValueError, match=r"n_steps \* env.n_envs is 1, but PPO needs"):
         load_config(built_in_config("ppo"), overrides)
 
@@ -150,3 +151,32 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
     file.write_text("env: !!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match=r"line 1, has the YAML tag .*os\.getcwd"):
         load_config(file)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "values", "message"),
+    [
+        ("maskable_ppo", {"n_steps": 257}, r"env.n_envs is 257, of which maskable_ppo would norm"),
+        ("recurrent_ppo", {"n_steps": 257}, r"change algorithm.n_steps or algorithm.batch_size"),
+        ("a2c", {"n_steps": 1, "normalize_advantage": True}, r"or algorithm.normalize_advantage"),
+    ],
+)
+def test_one_advantage_is_not_normalised(
+    algorithm: str, values: dict[str, Any], message: str
+) -> None:
+    """It has no deviation, and SB3's update would be NaN."""
+    overrides = {f"algorithm.{key}": value for key, value in values.items()} | {"env.n_envs": 1}
+    if algorithm != "a2c":
+        overrides["algorithm.batch_size"] = 256
+    with pytest.raises(ValueError, match=message):
+        load_config(built_in_config(algorithm), overrides)
+    load_config(built_in_config(algorithm), overrides | {"algorithm.normalize_advantage": False})
+    plain = {"algorithm.n_steps": 257, "algorithm.batch_size": 256, "env.n_envs": 1}
+    load_config(built_in_config("ppo"), plain)
+
+
+def test_tqc_keeps_a_quantile() -> None:
+    overrides = {"algorithm.n_quantiles": 2, "algorithm.top_quantiles_to_drop_per_net": 2}
+    message = "top_quantiles_to_drop_per_net is 2, allowed: less than n_quantiles, 2"
+    with pytest.raises(ValueError, match=message):
+        load_config(built_in_config("tqc"), overrides)

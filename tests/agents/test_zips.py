@@ -19,9 +19,11 @@ import numpy as np
 import pytest
 import torch
 from sb3_agents import AGENTS, make_agent
+from sb3_contrib import CrossQ
 from small_hubs import nature_spec, write_hub
 from small_runs import SMALL_OF, small_env
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.torch_layers import NatureCNN
 
 import hubrl.evaluate
 from agents.zips import hub_of, rebuild
@@ -96,6 +98,28 @@ def test_what_decides_an_agents_actions_is_taken(
     with torch.no_grad():
         mine, other = (m.policy.get_distribution(images).distribution for m in (model, again))
     torch.testing.assert_close(other.logits, mine.logits, atol=0, rtol=0)
+
+
+def test_actions_are_sampled_as_often_as_in_training(tmp_path: Path) -> None:
+    env = small_env()
+    model = DQN("CnnPolicy", env, buffer_size=8)
+    model.exploration_rate = 0.25
+    model.save(tmp_path / "own.zip")
+    again = rebuild(tmp_path / "own.zip", "dqn", env)
+    assert isinstance(again, DQN)
+    assert again.exploration_rate == 0.25
+
+
+def test_crossq_with_nature_cnn(tmp_path: Path) -> None:
+    """It has a policy for vectors alone, whose own extractor is another."""
+    env = small_env(algorithm="crossq")
+    kwargs = {"features_extractor_class": NatureCNN, "net_arch": [8]}
+    model = CrossQ("MlpPolicy", env, buffer_size=8, policy_kwargs=kwargs)
+    model.save(tmp_path / "own.zip")
+    again = rebuild(tmp_path / "own.zip", "crossq", env)
+    images = np.random.default_rng(0).integers(256, size=(8, 4, 36, 36)).astype(np.uint8)
+    expected, _ = model.predict(images, deterministic=True)
+    np.testing.assert_array_equal(again.predict(images, deterministic=True)[0], expected)
 
 
 def test_the_command_plays_a_zip(

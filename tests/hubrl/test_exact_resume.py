@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import click
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -93,6 +94,37 @@ def test_a_target_network_that_moves_within_a_rollout(
     stop_at([50], monkeypatch)
     assert run("--config", config, "--run-dir", "cut") == 143
     assert run("--resume", "cut") == 0
+    assert finals(Path("cut")) == finals(Path("whole"))
+
+
+class Breaking(TinyImage):
+    """Fails in the third step of a rollout of four, until it is mended."""
+
+    is_mended, n_steps = False, 0
+
+    def step(self, action: Any) -> Any:
+        Breaking.n_steps += 1
+        if Breaking.n_steps == 51 and not self.is_mended:
+            raise ZeroDivisionError
+        return super().step(action)
+
+
+def test_an_environment_that_fails_after_the_target_network_has_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    gym.registry.pop("Breaking-v0", None)
+    gym.register("Breaking-v0", Breaking)
+    monkeypatch.setattr(Breaking, "n_steps", 0)
+    target = {"algorithm__tau": 0.1, "algorithm__target_update_interval": 1, "env__n_envs": 1}
+    target |= {"train__save_freq": 20, "env__id": "Breaking-v0"}
+    config = write_small_config(tmp_path / "c.yaml", "dqn", hub__name="none", **target)
+    with pytest.raises(click.ClickException, match="environment 0 raised ZeroDivisionError"):
+        run("--config", config, "--run-dir", "cut")
+    assert read_json(Path("cut/checkpoints/last/state.json"))["num_timesteps"] == 40
+    monkeypatch.setattr(Breaking, "is_mended", True)
+    assert run("--resume", "cut") == 0
+    assert run("--config", config, "--run-dir", "whole") == 0
     assert finals(Path("cut")) == finals(Path("whole"))
 
 

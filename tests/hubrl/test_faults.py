@@ -169,6 +169,25 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert run("--resume", "r") == 0
 
 
+def test_a_policy_whose_answer_is_no_number_is_rolled_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights are finite, but what they make of an observation isn't."""
+    is_spoiled = iter([True, False])
+
+    class Spoiler(train.EpisodesCallback):
+        def _on_step(self) -> bool:
+            if self.num_timesteps == 70 and next(is_spoiled):
+                self.model.policy.action_net.weight.data.fill_(3e38)
+            return super()._on_step()
+
+    monkeypatch.setattr(train, "EpisodesCallback", Spoiler)
+    config = write_small_config(tmp_path / "c.yaml", train__save_freq=32, train__n_rollbacks=1)
+    assert run("--config", config, "--run-dir", "r") == 0
+    message = "step 70: the policy's answer is not finite: back to step 64 at half the learning"
+    assert message in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "dqn"])
 def test_no_best_checkpoint_of_weights_that_are_not_finite(
     algorithm: str,

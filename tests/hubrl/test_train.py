@@ -343,6 +343,7 @@ HUB_MESSAGES = [
         (["--sticky", "2"], "env.sticky is '2', allowed: a number at least 0 and at most 1"),
         (["--top-k", "0", "--hub", "none"], "--top-k has no meaning with --hub none"),
         (["--random-init", "--hub", "none"], "--random-init has no meaning with --hub none"),
+        (["--config", "c.yaml", "--freeze", "a"], "--freeze has no meaning with --hub none"),
         (["--device", "gpu"], "train.device is 'gpu', allowed on this machine: auto, cpu"),
         (["--config", "missing.yaml"], "'--config': File 'missing.yaml' does not exist"),
         (["--seeed", "1"], "No such option"),

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 from gymnasium import spaces
+from sb3_contrib import MaskablePPO
+from sb3_contrib.common.envs import (
+    InvalidActionEnvDiscrete,
+    InvalidActionEnvMultiBinary,
+    InvalidActionEnvMultiDiscrete,
+)
+from sb3_contrib.common.maskable.utils import get_action_masks
 from small_runs import small_env
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from envs import ImageFormat, make_vec_env
 from hubrl.exporting.play import Games, agents_play, half_random
@@ -65,3 +74,27 @@ def test_every_second_game_is_random() -> None:
     actions = np.array([act([np.zeros((4, 1))]) for _ in range(50)])
     assert (actions[:, 1::2] == 3).all()
     assert set(actions[:, ::2].flat) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("game", "widths"),
+    [
+        (partial(InvalidActionEnvDiscrete, 6, n_invalid_actions=3), [6]),
+        (partial(InvalidActionEnvMultiDiscrete, [4, 3], n_invalid_actions=3), [4, 3]),
+        (partial(InvalidActionEnvMultiBinary, 3, n_invalid_actions=2), [2, 2, 2]),
+    ],
+)
+def test_masked_actions_are_not_played(game: Any, widths: list[int]) -> None:
+    agent = MaskablePPO("MlpPolicy", DummyVecEnv([game] * 4), seed=0)
+    env = agent.get_env()
+    assert env is not None
+    starts, seen = np.cumsum([0, *widths[:-1]]), set()
+    for act in (half_random(agent), agents_play(agent, 0)):
+        observations: Any = env.reset()
+        for _ in range(50):
+            actions = act([observations])
+            places = starts + actions.reshape(4, -1)
+            assert np.take_along_axis(get_action_masks(env), places, axis=1).all()
+            seen.update(map(tuple, places.tolist()))
+            observations, *_ = env.step(actions)
+    assert len(seen) >= 6
