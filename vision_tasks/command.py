@@ -27,11 +27,11 @@ from vision_tasks.config import BUILT_IN_CONFIGS, VisionConfig, dump_config, loa
 from vision_tasks.data import Data
 from vision_tasks.data.images import UnreadableImageError
 from vision_tasks.hubs import load_vision_hub
-from vision_tasks.methods import METHODS
+from vision_tasks.methods import METHODS, USED_BY, check_method
 from vision_tasks.methods.method import Method
 from vision_tasks.runs import build, check_data, load_data, note_data, open_run
 from vision_tasks.swap import SWAP_FOLDER
-from vision_tasks.training import RESULTS_FILE, Trainer
+from vision_tasks.training import RESULTS_FILE, ProcessesError, Trainer
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -138,6 +138,8 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
     config = _resolved(load_config(file, overrides))
     _check_task(config, task, file)
+    check_method(config.method)
+    _check_used(given, config.method)
     folder = cli.run_to_continue(
         given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
     )
@@ -167,6 +169,19 @@ def _resolved(config: VisionConfig) -> VisionConfig:
 def _check_task(config: VisionConfig, task: str, place: Path) -> None:
     if config.task != task:
         raise ValueError(f"{place} is of {config.task}, not of {task}")
+
+
+def _check_used(given: Iterable[str], method: str) -> None:
+    """
+    :raises ValueError: if an option means nothing to the method
+    """
+    for name in given:
+        users = USED_BY.get(KEYS.get(name, ""))
+        if users is not None and method.partition(":")[0] not in users:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no meaning with method {method!r}: leave it out; "
+                f"it is for {', '.join(users)}"
+            )
 
 
 def _is_complete(folder: Path) -> bool:
@@ -211,7 +226,10 @@ def _train(built: list[_Built], config: VisionConfig, folder: Path) -> int:
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
-        with stop.caught(), cli.failures(DamagedFileError, UnreadableImageError, OSError):
+        with (
+            stop.caught(),
+            cli.failures(DamagedFileError, ProcessesError, UnreadableImageError, OSError),
+        ):
             number = _learn(built, config, folder, stop)
     finally:
         shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)

@@ -78,30 +78,36 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
     console.print(_counts_table(setup, counts))
     figures: dict[str, Any] = {"setup": setup._asdict(), "machine": machine(setup.device)}
     figures["counts"] = {name: cost._asdict() for name, cost in counts.items()}
-    if only is None:
-        figures |= _measure(hub, setup, counts, console)
-    if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1))
+    try:
+        if only is None:
+            with cli.failures(RuntimeError):  # as for lack of memory
+                _measure(hub, setup, counts, console, figures)
+    finally:
+        if json_file is not None:
+            json_file.write_text(json.dumps(figures, indent=1))
 
 
 def _measure(
-    hub: HubSpec, setup: Setup, counts: Mapping[str, Cost], console: Console
-) -> dict[str, Any]:
+    hub: HubSpec,
+    setup: Setup,
+    counts: Mapping[str, Cost],
+    console: Console,
+    figures: dict[str, Any],
+) -> None:
+    """What is measured joins the figures one after the other: it takes minutes, and may fail."""
     speed = measure_speed(hub, setup)
     console.print(_single_image_table(speed))
+    figures["speed"] = speed._asdict()
     memory = {mode: measure_memory(setup, mode) for mode in MODES}
     for mode, by_model in memory.items():
         console.print(_memory_table(mode, by_model))
     console.print(_costs_table(setup, counts, speed, memory))
     ratios = _ratios(setup, speed, memory)
     console.print(_ratio_table(ratios))
-    return {
-        "speed": speed._asdict(),
-        "memory": {
-            mode: {n: m._asdict() for n, m in each.items()} for mode, each in memory.items()
-        },
-        "ratios": [ratio._asdict() | {"ratio": ratio.ratio} for ratio in ratios],
+    figures["memory"] = {
+        mode: {n: m._asdict() for n, m in each.items()} for mode, each in memory.items()
     }
+    figures["ratios"] = [ratio._asdict() | {"ratio": ratio.ratio} for ratio in ratios]
 
 
 def _ratios(setup: Setup, speed: Speed, memory: Mapping[str, Mapping[str, Memory]]) -> list[Ratio]:

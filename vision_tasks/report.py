@@ -15,6 +15,7 @@ from hubrl.plots import import_matplotlib
 from hubrl.run_folder import cell_number, read_rows
 from hubrl.specs import TIMM_PREFIX
 from vision_tasks.figures import draw_curves, draw_exploration, draw_routing, draw_scores
+from vision_tasks.methods import USED_BY
 from vision_tasks.metrics import Interval, mean_over_seeds, paired_difference
 from vision_tasks.routing import Routing, routing
 from vision_tasks.runs import open_run
@@ -41,13 +42,6 @@ IGNORED = (
 COEFFICIENT = "hub.exploration_coef"
 #: Methods whose runs give models of single encoders besides.
 OF_SINGLES = ("ensemble-i", "logme")
-#: Settings that some methods alone make use of.
-USED_BY = {
-    "hub.top_k": (OURS,),
-    "hub.generator": (OURS,),
-    COEFFICIENT: (OURS,),
-    "hub.exploitation_coef": (OURS, "uniform"),
-}
 #: What names a data set of the user's own, while others are the same wherever they lie.
 FOLDER = "folder"
 
@@ -299,10 +293,12 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _curves(runs: Sequence[Run]) -> Curves:
-    """Validation scores by data set, method and seed: what ``epochs.csv`` of each run says."""
+    """Validation scores by data set, method and seed, of the last phase of each run."""
     curves: Curves = {}
     for run in runs:
         rows = read_rows(run.folder / EPOCHS_FILE)
+        # Before its last phase a method may be another model: of distillation its teachers.
+        rows = [row for row in rows if row.get("phase") == rows[-1].get("phase")]
         column = "/".join(filter(None, ("validation", run.member, run.metric)))
         points = [_point(row, column, run.folder / EPOCHS_FILE) for row in rows if row.get(column)]
         if points:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from vision_tasks.hubs import load_vision_hub
 from vision_tasks.methods import Method, Settings, build_method
 from vision_tasks.swap import Swap
 from vision_tasks.tasks import Classification, Landmarks, Task
-from vision_tasks.training import BEST
+from vision_tasks.training import BEST, batches_of
 
 #: Which images a run has.
 DATA_FILE = "data.json"
@@ -59,13 +60,17 @@ def load_run(folder: Path) -> LoadedRun:
     )
     method = build(config, hub, task, folder)
     name = BEST if config.train.patience else "last"
+    # As when it was trained: some methods have other modules from then on.
+    method.begin(method.phases[-1], partial(batches_of, data.train, config.train.n_workers))
     load_parts({"method": method}, folder / "checkpoints" / name)
     return LoadedRun(config, data, method)
 
 
 def note_data(folder: Path, data: Data) -> None:
     """Write down which images a new run learns from, is chosen by and is tested on."""
-    (folder / DATA_FILE).write_text(json.dumps(_identity(data), indent=1) + "\n")
+    new = folder / f".{DATA_FILE}.new"
+    new.write_text(json.dumps(_identity(data), indent=1) + "\n")
+    new.replace(folder / DATA_FILE)  # other processes of the run may be reading it
 
 
 def check_data(folder: Path, data: Data) -> None:

@@ -71,6 +71,9 @@ class SwappedEncoders(EncoderList):
         swap.folder.mkdir(parents=True)
         try:
             super().__init__(hub, frozen, pretrained)
+        except NotFiniteError as error:  # of a file that is swapped out as it was read
+            self.remove()
+            raise ValueError(str(error)) from None
         except ValueError:
             self.remove()
             raise

@@ -83,6 +83,10 @@ class EpochLosses(TypedDict):
     n_steps: StoredCount
 
 
+class ProcessesError(ValueError):
+    """A run is gone on with by another number of processes than it began with."""
+
+
 class Checkpoint(TypedDict):
     """``state.json`` of a run."""
 
@@ -90,6 +94,8 @@ class Checkpoint(TypedDict):
     scores: Scores
     losses: NotRequired[EpochLosses]
     n_rollbacks: NotRequired[Rollbacks]
+    n_processes: NotRequired[StoredCount]
+    """How many share a step."""
 
 
 class Results(TypedDict):
@@ -144,6 +150,7 @@ class Trainer:
         _repair(self._last)
         if has_state(self._last):
             state = read_state(self._last, Checkpoint)
+            _check_processes(state, self._last)
             self._position, self._scores = state["position"], state["scores"]
             self._losses = state.get("losses", self._losses)
             self.n_rollbacks = state.get("n_rollbacks", 0)
@@ -338,7 +345,7 @@ class Trainer:
         return self._on_device(self._data.validation)
 
     def _on_device(self, dataset: Dataset[Any]) -> Iterator[Batch]:
-        batches = _batches(dataset, self._config.train.n_workers)
+        batches = batches_of(dataset, self._config.train.n_workers)
         return ((images.to(self._device), targets.to(self._device)) for images, targets in batches)
 
     def _end_epoch(self, phase: str, optimizer: Optimizer) -> None:
@@ -415,6 +422,7 @@ class Trainer:
                 "scores": self._scores,
                 "losses": self._losses,
                 "n_rollbacks": self.n_rollbacks,
+                "n_processes": distributed.n_processes(),
             }
             files = () if self._swapped is None else self._swapped.files()
             save_state(self._parts(optimizer), state, folder, files)
@@ -437,7 +445,7 @@ def evaluate(
     method.eval()
     outputs: dict[str, list[Tensor]] = {}
     targets = []
-    for images_BCHW, targets_B in _batches(dataset, n_workers):
+    for images_BCHW, targets_B in batches_of(dataset, n_workers):
         targets.append(targets_B)
         for name, outputs_BO in method.results(images_BCHW.to(device)).items():
             outputs.setdefault(name, []).append(outputs_BO.cpu())
@@ -511,8 +519,19 @@ def _repair(folder: Path) -> None:
     distributed.wait()
 
 
-def _batches(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:
+def batches_of(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:
+    """Images and targets in their order, as methods look at them and evaluation does."""
     return DataLoader(dataset, EVALUATION_BATCH, num_workers=n_workers)
+
+
+def _check_processes(state: Checkpoint, checkpoint: Path) -> None:
+    """Others would count the steps of an epoch otherwise."""
+    before, now = state.get("n_processes", distributed.n_processes()), distributed.n_processes()
+    if before != now:
+        raise ProcessesError(
+            f"{checkpoint} is of a run of {before} processes, but {now} would go on with it: start "
+            + ("it without torchrun" if before == 1 else f"torchrun --nproc-per-node {before}")
+        )
 
 
 def _length(dataset: Dataset[Any]) -> int:

@@ -85,6 +85,10 @@ def test_a_run_leaves_its_files(
         (("--epochs", "0"), r"train.epochs is '0', allowed: a whole number at least 1"),
         (("--device", "cuda:7"), r"train.device is 'cuda:7', allowed on this machine: auto, cpu"),
         (("--generator", "big"), r"generator is 'big'"),
+        (
+            ("--method", "ensemble-j", "--top-k", "1"),
+            r"--top-k has no meaning with method 'ensemble-j': leave it out; it is for hub-pathway",
+        ),
     ],
 )
 def test_what_users_get_wrong(

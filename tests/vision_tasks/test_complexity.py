@@ -98,6 +98,22 @@ def test_a_model_that_cant_be_counted(tmp_path: Path, capsys: pytest.CaptureFixt
     assert message in error
 
 
+def test_what_was_measured_before_a_lack_of_memory_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("ensemble-j, training: exits -9: ")
+
+    monkeypatch.setattr(complexity, "measure_memory", fail)
+    sizes = ("--image-size", SIZE, "--n-outputs", 4, "--batch-size", 3, "--generator", "small")
+    file = tmp_path / "costs.json"
+    assert run("--hub", write_rgb_hub(tmp_path / "rgb"), *sizes, "--json", file) == 1
+    assert "error: ensemble-j, training: exits -9:" in capsys.readouterr().err
+    figures = json.loads(file.read_text())
+    assert figures["counts"]["single"]["parameters"] > 0
+    assert figures["speed"]["training"]["hub-pathway"] > 0
+
+
 def test_costs_of_a_hub_with_an_encoder_that_is_always_active(tmp_path: Path) -> None:
     specs = load_hub(write_rgb_hub(tmp_path / "rgb")).encoders
     save_hub(HubSpec(name="rgb", encoders=specs, always_active=("a",)), tmp_path / "rgb")

@@ -173,6 +173,16 @@ def test_single_models_out_of_another_run(method: str, tmp_path: Path) -> None:
     assert report._curves([found[label]]) == {"fashion-mnist": {label: {1: [(3, 0.3)]}}}
 
 
+def test_a_curve_is_of_the_model_that_is_tested(tmp_path: Path) -> None:
+    """Of distillation the student's, not its teachers'."""
+    _write(tmp_path, "distill", 1, 0.7)
+    (tmp_path / "epochs.csv").write_text(
+        "step,phase,validation/accuracy\n3,teachers,0.8\n6,student,0.2\n9,student,0.7\n"
+    )
+    curves = report._curves(report.read_runs(tmp_path))
+    assert curves == {"fashion-mnist": {"distill": {1: [(6, 0.2), (9, 0.7)]}}}
+
+
 def test_members_that_stopped_together_are_no_single_models(tmp_path: Path) -> None:
     _write(tmp_path, "ensemble-i", 1, 0.7, train__patience=3)
     results = json.loads((tmp_path / "results.json").read_text())

@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from hubrl import state_folder
 from hubrl.encoders import build_encoder
-from hubrl.files import DamagedFileError
+from hubrl.files import DamagedFileError, file_sha256
 from hubrl.finite import NotFiniteError
 from hubrl.sections import Schedule
 from hubrl.signals import StopSignal
@@ -383,6 +383,23 @@ def test_a_hub_without_its_files_leaves_nothing(hub: HubSpec, tmp_path: Path) ->
     (hub.folder / "d.safetensors").unlink()
     with pytest.raises(ValueError, match=r"d\.safetensors is missing"):
         method_of(hub, Swap(2, tmp_path / "run" / "swap"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_weight_file_that_is_not_finite_leaves_nothing(hub: HubSpec, tmp_path: Path) -> None:
+    """It is noticed as it is swapped out, before a step."""
+    assert hub.folder is not None
+    file = hub.folder / "d.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, file)
+    specs = [
+        dataclasses.replace(spec, sha256=file_sha256(file)) if spec.name == "d" else spec
+        for spec in hub.encoders
+    ]
+    damaged = dataclasses.replace(hub, encoders=tuple(specs))
+    with pytest.raises(ValueError, match=r"weight .* of encoder d holds NaN"):
+        method_of(damaged, Swap(2, tmp_path / "run" / "swap"))
     assert not (tmp_path / "run").exists()
 
 

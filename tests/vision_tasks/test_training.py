@@ -34,7 +34,7 @@ from vision_tasks import runs, training
 from vision_tasks.config import VisionConfig, dump_config
 from vision_tasks.methods import Losses, Settings, build_method
 from vision_tasks.tasks import Classification
-from vision_tasks.training import Position, Trainer, augment
+from vision_tasks.training import Position, ProcessesError, Trainer, augment
 
 
 @pytest.fixture
@@ -211,6 +211,35 @@ def test_a_loaded_run_has_the_weights_of_its_results(
     last = last_weights(tmp_path / "run")
     assert all(torch.equal(loaded[key], best[key]) for key in best)
     assert not all(torch.equal(loaded[key], last[key]) for key in last)
+
+
+@pytest.mark.parametrize("name", ["distill", "knowledge-flow", "logme", "hub-pathway"])
+def test_a_loaded_run_has_the_modules_that_training_left(
+    name: str, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "load_data", lambda _: (quadrant_data(), Classification(4)))
+    config = small_vision_config(hub, name, train__epochs=1)
+    create_folder(tmp_path / "run", dump_config(config))
+    trained = trainer(config, tmp_path / "run")
+    trained.run(StopSignal())
+    images = quadrant_data().test.tensors[0]
+    loaded = runs.load_run(tmp_path / "run").method.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), trained._method.eval()(images))
+
+
+def test_another_number_of_processes_is_refused(hub: Path, tmp_path: Path) -> None:
+    """It would count the steps of an epoch otherwise."""
+    config = small_vision_config(hub)
+    assert trainer(config, tmp_path).run(StopsAfter(4)) == 15
+    last = tmp_path / "checkpoints" / "last"
+    state = json.loads((last / "state.json").read_text())
+    assert state["n_processes"] == 1
+    (last / "state.json").write_text(json.dumps(state | {"n_processes": 2}))
+    (last / "manifest.json").unlink()
+    message = r"of 2 processes, but 1 would go on with it: start torchrun --nproc-per-node 2"
+    with pytest.raises(ProcessesError, match=message):
+        trainer(config, tmp_path)
 
 
 def test_a_soup_is_chosen_at_the_end_of_each_epoch(hub: Path, tmp_path: Path) -> None:

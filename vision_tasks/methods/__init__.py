@@ -16,7 +16,7 @@ from vision_tasks.methods.uniform import Uniform
 from vision_tasks.methods.zoo_tuning import ZooTuning
 from vision_tasks.tasks import Task
 
-__all__ = ["METHODS", "Losses", "Method", "Settings", "build_method"]
+__all__ = ["METHODS", "USED_BY", "Losses", "Method", "Settings", "build_method"]
 
 #: By name; ``single`` takes an encoder, as ``single:ENCODER``.
 METHODS: dict[str, type[Method]] = {
@@ -31,6 +31,13 @@ METHODS: dict[str, type[Method]] = {
     "zoo-tuning": ZooTuning,
     "model-soup": ModelSoup,
     "logme": LogMe,
+}
+#: Settings that some methods alone make use of, by key path.
+USED_BY = {
+    "hub.top_k": ("hub-pathway",),
+    "hub.generator": ("hub-pathway",),
+    "hub.exploration_coef": ("hub-pathway",),
+    "hub.exploitation_coef": ("hub-pathway", "uniform"),
 }
 
 

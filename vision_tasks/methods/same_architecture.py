@@ -5,7 +5,9 @@ from __future__ import annotations
 from hubrl.specs import HubSpec
 
 #: What encoders must have in common for their weights to mean the same.
-COMMON = ("architecture", "image_size", "channels", "mean", "std", "frames", "n_frames")
+COMMON = (
+    "architecture", "features_dim", "image_size", "channels", "mean", "std", "frames", "n_frames",
+)  # fmt: skip
 
 
 def check_same_architecture(method: str, hub: HubSpec) -> None:

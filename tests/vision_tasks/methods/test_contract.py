@@ -135,6 +135,11 @@ def test_hubs_of_one_architecture_alone(name: str, hub: Path) -> None:
         build_method(
             name, HubSpec(name="m", encoders=(*others, wide)), TASKS["landmarks"], Settings(0, SIZE)
         )
+    wider = dataclasses.replace(first, architecture="nature_cnn", features_dim=32)
+    wide = dataclasses.replace(wider, name="wide", features_dim=64)
+    widths = HubSpec(name="m", encoders=(wider, wide))
+    with pytest.raises(ValueError, match=r"of different features_dim \(a: 32, wide: 64\)"):
+        build_method(name, widths, TASKS["landmarks"], Settings(0, SIZE, pretrained=False))
     brighter = dataclasses.replace(first, mean=(0.5,))
     with pytest.raises(ValueError, match=r"of different mean .* python -m vision_tasks.pretrain"):
         build_method(
