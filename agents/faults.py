@@ -21,7 +21,7 @@ ROLLOUT_ARRAYS = ("observations", "rewards", "values", "log_probs", "advantages"
 #: What torch says on a CPU that has no memory left; on a GPU it has an exception of its own.
 NO_MEMORY = ("can't allocate memory", "not enough memory")
 #: What torch's distributions say of parameters that are NaN or infinite.
-INVALID_ANSWER = "but found invalid values"
+INVALID_ANSWER = ("Expected parameter", "but found invalid values")
 MEMORY_FILE = Path("/proc/meminfo")
 
 
@@ -67,16 +67,16 @@ def check_weights(model: BaseAlgorithm) -> None:
 @contextlib.contextmanager
 def policy_errors(model: BaseAlgorithm) -> Iterator[None]:
     """
-    Inside, an answer of the policy that is not finite, though its weights are, is a
-    ``NotFiniteError`` in the place of what torch says of its distribution.
+    Inside, an answer of the policy that is not finite is a ``NotFiniteError`` in the place of what
+    torch says of its distribution.
     """
     try:
         yield
     except ValueError as error:
-        if INVALID_ANSWER not in str(error):
+        if not all(text in str(error) for text in INVALID_ANSWER):
             raise
-        step = f"step {model.num_timesteps:,}"
-        raise NotFiniteError(f"{step}: the policy's answer is not finite") from error
+        origin = _bad_weight(model) or "the policy's answer is not finite"
+        raise NotFiniteError(f"step {model.num_timesteps:,}: {origin}") from error
 
 
 @contextlib.contextmanager

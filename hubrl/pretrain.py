@@ -35,7 +35,7 @@ cli.refuse_foreign_modules("agents", "envs")
 
 from agents.algorithms import build_model  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
-from agents.config import MaskablePPOSection, RecurrentPPOSection, RunConfig  # noqa: E402
+from agents.config import RecurrentPPOSection, RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
 from agents.runs import (  # noqa: E402
     PROGRESS_FILE,
@@ -145,12 +145,12 @@ def command(out: Path, name: str | None, device: str, **options: Any) -> int:
     with cli.user_errors():
         is_agent = options["objective"] == "ppo"
         is_trained = is_agent and options["play"] != "random"
-        if is_trained and (options["n_frames"] is not None or options["seed"] != 0):
+        if is_trained and any(options[name] for name in ("n_frames", "minutes", "seed")):
             raise ValueError(
-                f"play is {options['play']}, an agent that is taken as it is: leave out --n-frames "
-                "and --seed"
+                f"play is {options['play']}, an agent that is taken as it is: leave out "
+                "--n-frames, --minutes and --seed"
             )
-        if options["n_frames"] is None and options["minutes"] is None and not is_trained:
+        if options["n_frames"] is None and options["minutes"] is None:
             options["n_frames"] = DEFAULT_AGENT_FRAMES if is_agent else DEFAULT_FRAMES
         settings = Settings(**options)
         check_device("device", device)
@@ -351,10 +351,10 @@ def _policy(settings: Settings) -> Policy:
         if its actions follow from more than those
     """
     config = _player_config(settings)
-    if isinstance(config.algorithm, MaskablePPOSection | RecurrentPPOSection):
+    if isinstance(config.algorithm, RecurrentPPOSection):
         raise ValueError(
-            f"play is {settings.play}, an agent of {config.algorithm.name}, whose actions follow "
-            "from more than the images; give a run of another algorithm"
+            f"play is {settings.play}, an agent of recurrent_ppo, whose actions follow from more "
+            "than the images; give a run of another algorithm"
         )
     model = _load_player(settings, config)
     seen, played = model.observation_space.shape, (FRAME_STACK, *IMAGE_SIZE)

@@ -6,7 +6,7 @@ import contextlib
 import fcntl
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -85,6 +85,7 @@ def command(
         if engine == "ray":
             import_ray()
         left = _unfinished(study, out)
+        _check_devices(left.values(), engine)
         _check(left)
         cli.check_output_folder("--out", out)
         if only != "run":
@@ -201,6 +202,15 @@ def _check(configs: Mapping[Run, RunConfig]) -> None:
         env.close()
         variants.add(run.variant)
         games.add(run.game)
+
+
+def _check_devices(configs: Iterable[RunConfig], engine: str) -> None:
+    for config in configs:
+        if engine == "ray" and config.train.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(
+                f"train.device is {config.train.device!r}, allowed with --engine ray, which gives "
+                "each run a GPU of its own: auto, cpu, cuda"
+            )
 
 
 def _train(

@@ -31,7 +31,7 @@ from vision_tasks.methods import METHODS, USED_BY, check_method
 from vision_tasks.methods.method import Method
 from vision_tasks.runs import build, check_data, load_data, note_data, open_run
 from vision_tasks.swap import SWAP_FOLDER
-from vision_tasks.training import RESULTS_FILE, ProcessesError, Trainer
+from vision_tasks.training import RESULTS_FILE, Trainer, epoch_steps
 
 #: The keys of the configuration that options override.
 KEYS = {
@@ -104,12 +104,13 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
                     print(f"{folder} is complete")
                     return 0
                 built = [_build(config, folder)]
-                check_data(folder, built[0].data)
+                n_steps = epoch_steps(built[0].data, config.train.batch_size)
+                check_data(folder, built[0].data, n_steps)
                 if is_new and is_leader:
                     create_folder(folder, dump_config(config))
                     stack.enter_context(held(folder))
                 if is_leader and not (folder / "checkpoints").exists():
-                    note_data(folder, built[0].data)
+                    note_data(folder, built[0].data, n_steps)
             return _train(built, config, folder)
 
     return command
@@ -226,10 +227,7 @@ def _train(built: list[_Built], config: VisionConfig, folder: Path) -> int:
         print(f"run folder: {folder}", flush=True)
     stop = StopSignal()
     try:
-        with (
-            stop.caught(),
-            cli.failures(DamagedFileError, ProcessesError, UnreadableImageError, OSError),
-        ):
+        with stop.caught(), cli.failures(DamagedFileError, UnreadableImageError, OSError):
             number = _learn(built, config, folder, stop)
     finally:
         shutil.rmtree(folder / SWAP_FOLDER, ignore_errors=True)

@@ -78,13 +78,16 @@ def command(only: str | None, json_file: Path | None, **options: Any) -> None:
     console.print(_counts_table(setup, counts))
     figures: dict[str, Any] = {"setup": setup._asdict(), "machine": machine(setup.device)}
     figures["counts"] = {name: cost._asdict() for name, cost in counts.items()}
-    try:
-        if only is None:
-            with cli.failures(RuntimeError):  # as for lack of memory
-                _measure(hub, setup, counts, console, figures)
-    finally:
-        if json_file is not None:
-            json_file.write_text(json.dumps(figures, indent=1))
+    failed = None
+    if only is None:
+        try:
+            _measure(hub, setup, counts, console, figures)
+        except RuntimeError as error:  # as for lack of memory; what was measured before is whole
+            failed = error
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1))
+    if failed is not None:
+        raise click.ClickException(str(failed)) from failed
 
 
 def _measure(
@@ -98,15 +101,14 @@ def _measure(
     speed = measure_speed(hub, setup)
     console.print(_single_image_table(speed))
     figures["speed"] = speed._asdict()
-    memory = {mode: measure_memory(setup, mode) for mode in MODES}
-    for mode, by_model in memory.items():
-        console.print(_memory_table(mode, by_model))
+    memory, figures["memory"] = {}, {}
+    for mode in MODES:
+        memory[mode] = measure_memory(setup, mode)
+        console.print(_memory_table(mode, memory[mode]))
+        figures["memory"][mode] = {name: m._asdict() for name, m in memory[mode].items()}
     console.print(_costs_table(setup, counts, speed, memory))
     ratios = _ratios(setup, speed, memory)
     console.print(_ratio_table(ratios))
-    figures["memory"] = {
-        mode: {n: m._asdict() for n, m in each.items()} for mode, each in memory.items()
-    }
     figures["ratios"] = [ratio._asdict() | {"ratio": ratio.ratio} for ratio in ratios]
 
 

@@ -24,6 +24,7 @@ from vision_tasks.training import BEST, batches_of
 
 #: Which images a run has.
 DATA_FILE = "data.json"
+EPOCH_STEPS = "epoch_steps"
 
 
 class LoadedRun(NamedTuple):
@@ -60,24 +61,30 @@ def load_run(folder: Path) -> LoadedRun:
     )
     method = build(config, hub, task, folder)
     name = BEST if config.train.patience else "last"
-    # As when it was trained: some methods have other modules from then on.
-    method.begin(method.phases[-1], partial(batches_of, data.train, config.train.n_workers))
+    if method.begins_anew:
+        method.begin(method.phases[-1], partial(batches_of, data.train, config.train.n_workers))
     load_parts({"method": method}, folder / "checkpoints" / name)
     return LoadedRun(config, data, method)
 
 
-def note_data(folder: Path, data: Data) -> None:
-    """Write down which images a new run learns from, is chosen by and is tested on."""
+def note_data(folder: Path, data: Data, n_steps: int) -> None:
+    """
+    Write down which images a new run learns from, is chosen by and is tested on.
+
+    :param n_steps: of an epoch
+    """
     new = folder / f".{DATA_FILE}.new"
-    new.write_text(json.dumps(_identity(data), indent=1) + "\n")
+    new.write_text(json.dumps(_identity(data) | {EPOCH_STEPS: n_steps}, indent=1) + "\n")
     new.replace(folder / DATA_FILE)  # other processes of the run may be reading it
 
 
-def check_data(folder: Path, data: Data) -> None:
+def check_data(folder: Path, data: Data, n_steps: int | None = None) -> None:
     """
     A run must not go on with another split: what it has learned from may be in its test.
 
-    :raises ValueError: if its images or targets are others than those noted; older runs noted none
+    :param n_steps: of an epoch, if the run goes on
+    :raises ValueError: if its images or targets are others than those noted, or its epochs have
+        other steps; older runs noted none
     """
     file = folder / DATA_FILE
     if not file.exists():
@@ -90,6 +97,13 @@ def check_data(folder: Path, data: Data) -> None:
                 f"{folder} began with other images: its {part} part is another one ({n} images "
                 f"then, {now['n_images']} now); put them back as they were, or train anew"
             )
+    before = noted.get(EPOCH_STEPS, n_steps)
+    if n_steps is not None and before != n_steps:
+        raise ValueError(
+            f"{folder} began with {before} steps in an epoch, but would go on with {n_steps}: "
+            "several processes leave the last images of an epoch out, one doesn't; start as many "
+            "as it began with"
+        )
 
 
 def _identity(data: Data) -> dict[str, dict[str, Any]]:

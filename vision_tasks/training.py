@@ -83,10 +83,6 @@ class EpochLosses(TypedDict):
     n_steps: StoredCount
 
 
-class ProcessesError(ValueError):
-    """A run is gone on with by another number of processes than it began with."""
-
-
 class Checkpoint(TypedDict):
     """``state.json`` of a run."""
 
@@ -94,8 +90,6 @@ class Checkpoint(TypedDict):
     scores: Scores
     losses: NotRequired[EpochLosses]
     n_rollbacks: NotRequired[Rollbacks]
-    n_processes: NotRequired[StoredCount]
-    """How many share a step."""
 
 
 class Results(TypedDict):
@@ -150,7 +144,6 @@ class Trainer:
         _repair(self._last)
         if has_state(self._last):
             state = read_state(self._last, Checkpoint)
-            _check_processes(state, self._last)
             self._position, self._scores = state["position"], state["scores"]
             self._losses = state.get("losses", self._losses)
             self.n_rollbacks = state.get("n_rollbacks", 0)
@@ -195,9 +188,7 @@ class Trainer:
 
     @property
     def _epoch_steps(self) -> int:
-        n, size = _length(self._data.train), self._config.train.batch_size
-        # Processes have equal shares of a step, so the last images of an epoch may be left out.
-        return n // size if distributed.n_processes() > 1 else math.ceil(n / size)
+        return epoch_steps(self._data, self._config.train.batch_size)
 
     @property
     def _phase_steps(self) -> int:
@@ -422,7 +413,6 @@ class Trainer:
                 "scores": self._scores,
                 "losses": self._losses,
                 "n_rollbacks": self.n_rollbacks,
-                "n_processes": distributed.n_processes(),
             }
             files = () if self._swapped is None else self._swapped.files()
             save_state(self._parts(optimizer), state, folder, files)
@@ -519,19 +509,15 @@ def _repair(folder: Path) -> None:
     distributed.wait()
 
 
+def epoch_steps(data: Data, batch_size: int) -> int:
+    """Steps of an epoch; processes have equal shares of each, so its last images are left out."""
+    n = _length(data.train)
+    return n // batch_size if distributed.n_processes() > 1 else math.ceil(n / batch_size)
+
+
 def batches_of(dataset: Dataset[Any], n_workers: int) -> DataLoader[Any]:
     """Images and targets in their order, as methods look at them and evaluation does."""
     return DataLoader(dataset, EVALUATION_BATCH, num_workers=n_workers)
-
-
-def _check_processes(state: Checkpoint, checkpoint: Path) -> None:
-    """Others would count the steps of an epoch otherwise."""
-    before, now = state.get("n_processes", distributed.n_processes()), distributed.n_processes()
-    if before != now:
-        raise ProcessesError(
-            f"{checkpoint} is of a run of {before} processes, but {now} would go on with it: start "
-            + ("it without torchrun" if before == 1 else f"torchrun --nproc-per-node {before}")
-        )
 
 
 def _length(dataset: Dataset[Any]) -> int:

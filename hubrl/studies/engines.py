@@ -21,7 +21,6 @@ from agents.config import HubSection, load_config
 from agents.runs import checkpoint_dir
 from hubrl.files import reason
 from hubrl.origin import commit, same_code
-from hubrl.precision import check_device
 from hubrl.run_folder import CONFIG_FILE
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
@@ -129,7 +128,8 @@ def run_local(
 def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
     """
     Run jobs as tasks of a Ray cluster whose machines share the folders; one core for each, and a
-    GPU if the run's device is one: Ray hides GPUs from tasks that don't ask for them.
+    GPU, where the cluster has any, but for ``train.device: cpu``: Ray hides GPUs from tasks that
+    don't ask for them.
 
     The cluster is that of ``RAY_ADDRESS``; without it Ray starts one on this machine.
 
@@ -141,9 +141,13 @@ def run_ray(jobs: Sequence[Job], stop: StopSignal, on_end: OnEnd) -> None:
     if started_here:
         ray.init(log_to_driver=False, runtime_env={"env_vars": same_code()})
     task = ray.remote(num_cpus=1, max_retries=2)(run_job)
-    pending = {task.options(num_gpus=_n_gpus(job)).remote(job): job for job in jobs}
+    has_gpus = ray.cluster_resources().get("GPU", 0) >= 1
     # Ray sets handlers of its own as it starts.
     with stop.caught():
+        pending = {
+            task.options(num_gpus=int(has_gpus and _device(job) != "cpu")).remote(job): job
+            for job in jobs
+        }
         _await(ray, pending, stop, on_end)
     if started_here:
         ray.shutdown()
@@ -218,9 +222,8 @@ def weights(hub: HubSection) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:12]
 
 
-def _n_gpus(job: Job) -> int:
-    device = load_config(job.config).train.device
-    return int(check_device("train.device", device).type == "cuda")
+def _device(job: Job) -> str:
+    return load_config(job.config).train.device
 
 
 def _await(ray: Any, pending: dict[Any, Job], stop: StopSignal, on_end: OnEnd) -> None:

@@ -22,7 +22,7 @@ CONTROL_COLOUR = "#000000"
 N_COLUMNS = 3
 #: For curves: a bootstrap of every point.
 N_RESAMPLES = 2000
-INTERVALS = "bars: 95 % bootstrap intervals\narrow: without end\nhollow, no bar: 1 seed"
+INTERVALS = "bars: 95 % bootstrap intervals\narrow: without end\nhollow, no bar: 1 seed, or unknown"
 
 
 def draw(study: StudyConfig, tables: Mapping[Axis, Table], folder: Path) -> None:
@@ -184,10 +184,11 @@ def _intervals(
         if row is None or row.value is None:
             continue
         face = "white"
-        if row.low is not None and row.high is not None:
+        # NaN where a resample has a control and a variant that never scored.
+        if row.low is not None and row.high is not None and not np.isnan([row.low, row.high]).any():
             ends = [row.low, row.high]
             if not np.isfinite(row.high):
-                ends[1] = 2 * row.value - row.low
+                ends[1] = row.value + max(row.value - row.low, 0.2 * abs(row.value))
                 panel.plot(ends[1], y + offset, ">", color=colour, ms=7)
             panel.plot(ends, [y + offset] * 2, color=colour, lw=2.5)
             face = colour

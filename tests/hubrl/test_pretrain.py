@@ -422,12 +422,15 @@ def test_an_agent_that_sees_other_images_is_refused(hub5, tmp_path):
     assert not (tmp_path / "hub").exists()
 
 
-@pytest.mark.parametrize("option", [("-n", "4096"), ("--seed", "1")])
+@pytest.mark.parametrize("option", [("-n", "4096"), ("--minutes", "1"), ("--seed", "1")])
 def test_an_agent_that_is_taken_as_it_is_refuses_options(option, breakout_run, tmp_path):
     arguments = ["--env", "ALE/Breakout-v5", "--objective", "ppo", "--play", str(breakout_run)]
     result = CliRunner().invoke(command, [*arguments, *option, "--out", str(tmp_path / "hub")])
     assert result.exit_code == 2
-    assert "an agent that is taken as it is: leave out --n-frames and --seed" in result.output
+    assert (
+        "an agent that is taken as it is: leave out --n-frames, --minutes and --seed"
+        in result.output
+    )
 
 
 def test_a_player_that_needs_more_than_images_is_refused(breakout_run):

@@ -16,7 +16,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from small_runs import small_config, small_study, write_small_config
 
 from hubrl import cli, study
@@ -499,16 +498,19 @@ def test_an_interrupted_ray_task_leaves_a_checkpoint_to_its_training(
     assert job.log.read_text() == "stopped\n"
 
 
-@pytest.mark.parametrize(("device", "n_gpus"), [("cpu", 0), ("cuda", 1)])
+@pytest.mark.parametrize(
+    ("device", "cluster", "n_gpus"),
+    [("cpu", 4.0, 0), ("auto", 4.0, 1), ("cuda", 4.0, 1), ("auto", 0.0, 0)],
+)
 def test_ray_is_asked_for_the_gpus_that_runs_need(
-    device: str, n_gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, cluster: float, n_gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ray hides GPUs from tasks that don't ask for them."""
+    """It hides GPUs from tasks that don't ask, and tasks that ask wait where there are none."""
     job = engines.Job(Run("slow", GAME, 0), tmp_path)
     job.config.parent.mkdir(parents=True)
     write_small_config(job.config, train__device=device)
-    monkeypatch.setattr(engines, "check_device", lambda _, name: torch.device(name))
     ray = mock.MagicMock()
+    ray.cluster_resources.return_value = {"CPU": 8.0} | ({"GPU": cluster} if cluster else {})
     ray.wait.side_effect = lambda references, **_: (references, [])
     ray.get.return_value = 0
     monkeypatch.setattr(engines, "import_ray", lambda: ray)
@@ -517,6 +519,13 @@ def test_ray_is_asked_for_the_gpus_that_runs_need(
     assert ended == [(job, 0)]
     task = ray.remote.return_value.return_value
     task.options.assert_called_once_with(num_gpus=n_gpus)
+
+
+def test_ray_has_no_numbered_gpus() -> None:
+    config = small_config(overrides={"train.device": "cuda:1"})
+    with pytest.raises(ValueError, match=r"'cuda:1', allowed with --engine ray.*: auto, cpu, cuda"):
+        study._check_devices([config], "ray")
+    study._check_devices([config], "local")
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ from vision_tasks import runs, training
 from vision_tasks.config import VisionConfig, dump_config
 from vision_tasks.methods import Losses, Settings, build_method
 from vision_tasks.tasks import Classification
-from vision_tasks.training import Position, ProcessesError, Trainer, augment
+from vision_tasks.training import Position, Trainer, augment
 
 
 @pytest.fixture
@@ -228,18 +228,14 @@ def test_a_loaded_run_has_the_modules_that_training_left(
         torch.testing.assert_close(loaded(images), trained._method.eval()(images))
 
 
-def test_another_number_of_processes_is_refused(hub: Path, tmp_path: Path) -> None:
-    """It would count the steps of an epoch otherwise."""
-    config = small_vision_config(hub)
-    assert trainer(config, tmp_path).run(StopsAfter(4)) == 15
-    last = tmp_path / "checkpoints" / "last"
-    state = json.loads((last / "state.json").read_text())
-    assert state["n_processes"] == 1
-    (last / "state.json").write_text(json.dumps(state | {"n_processes": 2}))
-    (last / "manifest.json").unlink()
-    message = r"of 2 processes, but 1 would go on with it: start torchrun --nproc-per-node 2"
-    with pytest.raises(ProcessesError, match=message):
-        trainer(config, tmp_path)
+def test_another_number_of_steps_in_an_epoch_is_refused(tmp_path: Path) -> None:
+    """As where other processes go on with a run."""
+    data = quadrant_data()
+    runs.note_data(tmp_path, data, 3)
+    runs.check_data(tmp_path, data, 3)
+    runs.check_data(tmp_path, data)
+    with pytest.raises(ValueError, match="began with 3 steps in an epoch, but would go on with 2"):
+        runs.check_data(tmp_path, data, 2)
 
 
 def test_a_soup_is_chosen_at_the_end_of_each_epoch(hub: Path, tmp_path: Path) -> None:

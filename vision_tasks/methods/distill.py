@@ -26,6 +26,7 @@ class Distill(EnsembleI):
     """
 
     phases: ClassVar[tuple[str, ...]] = ("teachers", "student")
+    begins_anew = True
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__(hub, task, settings)

@@ -23,6 +23,8 @@ class LogMe(Ensemble):
     Its result has the encoder's name, too.
     """
 
+    begins_anew = True
+
     def begin(self, phase: str, batches: Batches) -> None:
         """Rank the encoders on the training images, keep the first and drop the others."""
         scores = logme_scores(self.predictors().items(), self.task, batches)

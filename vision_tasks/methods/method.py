@@ -80,6 +80,8 @@ class Method(nn.Module):
     progress: float = 0.0
     #: Whether ``settings.swap`` may be given.
     can_swap: ClassVar[bool] = False
+    #: Whether ``begin`` gives it other modules, which its checkpoint then has.
+    begins_anew: ClassVar[bool] = False
 
     def __init__(self, hub: HubSpec, task: Task, settings: Settings) -> None:
         super().__init__()

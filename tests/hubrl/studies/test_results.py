@@ -238,6 +238,18 @@ def test_an_interval_without_end_is_an_arrow(study: StudyConfig, tmp_path: Path)
         assert list(bar.get_xdata()) == [3.0, 9.0 if high == 9.0 else 5.0]
 
 
+def test_an_unknown_interval_is_a_hollow_marker(study: StudyConfig, tmp_path: Path) -> None:
+    done = write_runs(study, tmp_path)
+    table = results.collect(study, done, tmp_path, tmp_path / "results").tables["steps"]
+    row = table.row(GAME, "fast", "area_ratio")
+    assert row is not None
+    panel = new_figure(3, 3).add_subplot()
+    unknown = row._replace(value=4.0, low=np.nan, high=np.nan)
+    figures._intervals(panel, [unknown], ["red"], 0.0, "o", "area")
+    marker, _ = panel.lines
+    assert marker.get_markerfacecolor() == "white"
+
+
 def test_the_same_runs_give_the_same_bytes(
     study: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
