@@ -143,9 +143,9 @@ class Standardised(nn.Module):
     multiplied by ``SCALE``. (Or of a quarter of their mean, where most observations are the same.)
 
     Mean and deviation run over rows that were trained on, and come into use when training mode is
-    left: an update goes on with the policy of its rollout. Rows that are further than ``LIMIT``
-    deviations away, as the first of a game, whose frames before are black, are brought back to that
-    distance and count in neither, unless most of a batch are.
+    left, since an update goes on with the policy of its rollout, or by ``take_up``. Rows that are
+    further than ``LIMIT`` deviations away, as the first of a game, whose frames before are black,
+    are brought back to that distance and count in neither, unless most of a batch are.
 
     :param aggregator: as ``Concat`` and ``Sum``
     :param features_dims: the encoders' features_dim
@@ -172,7 +172,7 @@ class Standardised(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """In training mode the numbers of when it was entered are in use, else the newest."""
         if mode and not self.training:
-            self._begin()
+            self.take_up()
         return super().train(mode)
 
     def forward(
@@ -248,14 +248,15 @@ class Standardised(nn.Module):
         self.register_buffer(f"running_{name}", torch.zeros(n))
         self.register_buffer(f"start_{name}", torch.zeros(n), persistent=False)
 
-    def _begin(self) -> None:
+    def take_up(self) -> None:
+        """Have the newest numbers in use in training mode, too."""
         for name, start in self.named_buffers(recurse=False):
             if name.startswith("start_"):
                 start.copy_(self.get_buffer(name.replace("start_", "running_", 1)))
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._begin()
+        self.take_up()
 
 
 #: How features become one vector.

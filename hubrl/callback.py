@@ -33,7 +33,6 @@ class PathwayCallback(BaseCallback):
     def __init__(self, collapse_steps: int = 50_000) -> None:
         super().__init__()
         self._collapse_steps = collapse_steps
-        self._spread_at: dict[str, float] = {}
 
     def _on_training_start(self) -> None:
         """
@@ -47,6 +46,9 @@ class PathwayCallback(BaseCallback):
                 "HubFeaturesExtractor or HubCombinedExtractor, set in policy_kwargs"
             )
         self._places = places(self.model.policy)
+        for extractor in self._extractors:
+            if extractor.spread_at not in (None, math.inf):  # a run may count its steps anew
+                extractor.spread_at = min(extractor.spread_at, self.num_timesteps)
         self._tell_progress()
 
     def _on_rollout_start(self) -> None:
@@ -55,7 +57,7 @@ class PathwayCallback(BaseCallback):
             statistics = extractor.statistics()
             if statistics:
                 statistics["exploration_coef"] = extractor.exploration_coef
-                self._notice_collapse(place, extractor, statistics)
+                self._notice_collapse(extractor, statistics)
             for name, value in statistics.items():
                 self.logger.record_mean(f"pathway/{name}", value)
                 if len(self._places) > 1:
@@ -73,18 +75,20 @@ class PathwayCallback(BaseCallback):
             extractor.progress_remaining = None  # another run needs its own callback
 
     def _notice_collapse(
-        self, place: str, extractor: HubFeaturesExtractor, statistics: dict[str, float]
+        self, extractor: HubFeaturesExtractor, statistics: dict[str, float]
     ) -> None:
         hub = extractor.pathway.hub
         shares = {name: statistics[f"probability_{name}"] for name in hub.encoder_names}
         top = extractor.pathway.collapsed_to(shares)
         if top is None:
-            self._spread_at[place] = self.num_timesteps
+            extractor.spread_at = self.num_timesteps
             return
-        since = self._spread_at.setdefault(place, self.num_timesteps)
+        if extractor.spread_at is None:
+            extractor.spread_at = self.num_timesteps
+        since = extractor.spread_at
         if self.num_timesteps - since < self._collapse_steps:
             return
-        self._spread_at[place] = math.inf  # one warning is enough
+        extractor.spread_at = math.inf  # one warning is enough
         coef = extractor.exploration_coef
         warnings.warn(
             f"pathway collapse: encoder {top!r} has {shares[top]:.0%} of the pathway probability "

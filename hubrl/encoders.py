@@ -8,7 +8,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -64,14 +64,17 @@ class Encoder(nn.Module):
         self._forget_biases()
         # Each step of a rollout asks for them, and a walk through the modules takes 30 us.
         self.weights = tuple(trunk.parameters())
-        for weight in self.weights:
-            weight.is_encoder = True  # type: ignore[attr-defined]
+        self._mark_weights()
         shape = (1, -1, 1, 1)
         self.register_buffer("mean", torch.tensor(spec.mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(shape), persistent=False)
         self.mean: Tensor
         self.std: Tensor
         self._lay_out()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mark_weights()  # a deep copy's have lost it
 
     def forward(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """
@@ -89,6 +92,10 @@ class Encoder(nn.Module):
         if self.spec.n_frames > 1:
             features_BD = features_BD.reshape(-1, self.spec.features_dim)
         return features_BD
+
+    def _mark_weights(self) -> None:
+        for weight in self.weights:
+            weight.is_encoder = True  # type: ignore[attr-defined]
 
     def preprocess(self, images_BCHW: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """

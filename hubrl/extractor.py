@@ -18,6 +18,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
 
+from hubrl.aggregation import Standardised
 from hubrl.cuda_graphs import Recorded
 from hubrl.encoders import Casts, check_image_shape
 from hubrl.generators import BATCH_GENERATORS, GENERATORS
@@ -48,10 +49,11 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     of a rollout, and with it the activated encoders, until the next rollout begins (routing
     replay), so the update sees the routing of the rollout. Features of frozen encoders are kept as
     long: ``top_k`` times the encoder's features_dim numbers for each observation of a rollout.
-    ``predict`` is free of noise. Off-policy agents have noise only where they compute gradients.
-    CrossQ's critic sees observations and next observations in one batch: both have noise there, and
-    the exploration loss is that of the whole batch. The rows with which RecurrentPPO pads its
-    sequences activate no encoder and count in no mean.
+    ``predict`` is free of noise. Only SB3's own ``collect_rollouts`` counts as collecting: a loop
+    of your own collects without noise, as ``predict`` does. Off-policy agents have noise only where
+    they compute gradients. CrossQ's critic sees observations and next observations in one batch:
+    both have noise there, and the exploration loss is that of the whole batch. The rows with which
+    RecurrentPPO pads its sequences activate no encoder and count in no mean.
 
     On a GPU a hub whose encoders are all of hubrl's own architectures runs as CUDA graphs, for up
     to 8 sizes of a batch. All its encoders run on all rows then, with weight 0 where they are not
@@ -126,6 +128,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         )
         self.replay = RoutingReplay(len(hub.encoders))
         self.progress_remaining: float | None = None
+        #: When the pathway was last seen to use several encoders, in agent steps of the run;
+        #: ``PathwayCallback`` looks. Infinity once it has warned.
+        self.spread_at: float | None = None
         self._coef = _schedule(exploration_coef)
         self._statistics: deque[Tensor] = deque(maxlen=1000)
         self._casts = Casts()
@@ -169,7 +174,9 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
             return self._collect(observations_BCHW)
         elif self._fits_a_graph(observations_BCHW):
             return self._recorded_look(self, observations_BCHW)[0]
-        return self.pathway.route(observations_BCHW, noise_BE=None).features
+        # A trace has one batch's dispatch in it for ever.
+        dispatch = not torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        return self.pathway.route(observations_BCHW, noise_BE=None, dispatch=dispatch).features
 
     def train(self, mode: bool = True) -> Self:
         """SB3 collects in evaluation mode: entering it begins a new rollout."""
@@ -187,7 +194,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     def statistics(self) -> dict[str, float]:
         """
-        Means over the updates since the last call; empty if there were none.
+        Means over the updates since the last call, 1,000 at most; empty if there were none.
 
         ``usage_<encoder>`` is the encoder's share of all activations, ``probability_<encoder>`` its
         mean pathway probability, 0 for one that is always active, ``entropy`` that of a single
@@ -265,6 +272,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     def _learn(self, observations_BCHW: Tensor) -> PathwayOutput:
         hash_B = self.replay.hash(observations_BCHW)
         activated_BK = self.replay.recall(hash_B)
+        if activated_BK is None and isinstance(self.pathway.aggregator, Standardised):
+            self.pathway.aggregator.take_up()  # no rollout's features must stay as they were
         if self._fits_a_graph(observations_BCHW):
             if activated_BK is None:  # a recording takes tensors: the scores choose all
                 activated_BK = hash_B.new_full((len(hash_B), self.pathway.top_k), -1)
@@ -407,12 +416,12 @@ def _check_space(space: spaces.Space[Any], hub: HubSpec) -> None:
 
 
 def _check_range(observations: Tensor) -> bool:
-    """Whether they tell their range: black images don't."""
+    """Whether they tell their range: whole numbers, as black images are, don't."""
     if observations.dtype == torch.uint8:
         return True
     low, high = (bound.item() for bound in observations.aminmax())
     _refuse(low, high, "observations")
-    return high > 0.0
+    return bool((observations != observations.round()).any())
 
 
 def _refuse(low: float, high: float, what: str) -> None:

@@ -93,6 +93,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16 if slow / fast >= MIN_SPEED_UP else torch.float32
 
 
+@torch.inference_mode(False)
 @torch.enable_grad()  # the first to ask may be a rollout, which computes without
 def _probe(dtype: torch.dtype) -> float:
     """Best of five: seconds for NatureCNN's convolutions of 16 images, forward and backward."""

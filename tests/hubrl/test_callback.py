@@ -115,6 +115,24 @@ def test_a_collapse_is_warned_of_once(hub5: Path) -> None:
     assert len(caught) == 1
 
 
+def test_a_collapse_in_a_run_of_many_calls(hub5: Path) -> None:
+    """A new callback for each call of ``learn`` goes on where the last one was."""
+    kwargs = policy_kwargs(hub5, always_active=())
+    settings = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "policy_kwargs": kwargs}
+    model = PPO("CnnPolicy", small_env(), **settings)
+    with torch.no_grad():
+        model.policy.features_extractor.pathway.generator.scores.bias[2] = 50.0
+
+    def learn_in_parts() -> None:
+        for _ in range(6):
+            callback = PathwayCallback(collapse_steps=64)
+            model.learn(32, reset_num_timesteps=False, callback=callback)
+
+    with pytest.warns(UserWarning, match=r"of the pathway probability since step 32") as caught:
+        learn_in_parts()
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize(
     ("shares", "n_warnings"),
     [
@@ -136,7 +154,7 @@ def test_what_a_collapse_is(shares: list[float], n_warnings: int, hub5: Path) ->
             callback.num_timesteps = 100 * (i + 1)
             statistics = {f"probability_{name}": (1 - share) / 4 for name in rest}
             statistics["probability_c"] = share
-            callback._notice_collapse("pi", extractor, statistics)
+            callback._notice_collapse(extractor, statistics)
     assert len(caught) == n_warnings
 
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -360,6 +361,57 @@ def test_pixels_out_of_range_are_noticed(hub5: Path) -> None:
     extractor = hubrl.HubFeaturesExtractor(space, hub=hub5)
     with pytest.raises(ValueError, match=r"observations reach 255, but float images must lie in"):
         extractor(torch.full((1, 4, 36, 36), 255.0))
+
+
+def test_whole_numbers_do_not_tell_their_range(hub5: Path) -> None:
+    """A first frame that is nearly black may be of images in 0..255."""
+    space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    extractor = hubrl.HubFeaturesExtractor(space, hub=hub5)
+    extractor(torch.ones(1, 4, 36, 36))
+    with pytest.raises(ValueError, match=r"observations reach 255, but float images must lie in"):
+        extractor(torch.full((1, 4, 36, 36), 255.0))
+
+
+def test_learning_without_a_rollout_goes_on_with_the_features_it_learns_from(hub5: Path) -> None:
+    """As of demonstrations: what prediction sees was seen while it learned."""
+    model = make_agent("ppo", f"{hub5}:a", top_k=1, freeze="all")
+    extractor, policy = extractor_of(model), model.policy
+    images = torch.randint(0, 256, (64, 4, 36, 36), dtype=torch.uint8)
+    policy.set_training_mode(True)
+    for _ in range(40):
+        policy.evaluate_actions(images, torch.zeros(64))
+    with torch.no_grad():
+        learned_from = extractor.pathway.route(images, None).features
+        policy.set_training_mode(False)
+        predicted_from = extractor.pathway.route(images, None).features
+    torch.testing.assert_close(predicted_from, learned_from, atol=0.01, rtol=0.01)
+
+
+def test_a_rollout_is_learned_from_with_its_own_features(hub5: Path) -> None:
+    """Until the update is over, whatever is learned meanwhile."""
+    model = make_agent("ppo", hub5).learn(64)
+    extractor = extractor_of(model)
+    model.policy.set_training_mode(True)
+    mean = extractor.pathway.aggregator.start_mean_0.clone()
+    for data in model.rollout_buffer.get(16):
+        model.policy.evaluate_actions(data.observations, data.actions.flatten())
+    assert torch.equal(extractor.pathway.aggregator.start_mean_0, mean)
+    assert not torch.equal(extractor.pathway.aggregator.running_mean_0, mean)
+
+
+def test_a_trace_routes_each_observation(hub5: Path) -> None:
+    """And has not the dispatch of the batch that it was made of."""
+    model = make_agent("ppo", hub5, always_active=(), top_k=1)
+    spread_scores(model)
+    extractor = extractor_of(model).eval()
+    images = torch.randint(0, 256, (32, 4, 36, 36), dtype=torch.uint8)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(extractor, images[:1], check_trace=False)
+        expected = extractor(images)
+        found = torch.cat([traced(image[None]) for image in images])
+    assert len(extractor.pathway.route(images, None).activated.unique()) > 1
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_random_init_has_nothing_of_the_hub(hub5: Path) -> None:

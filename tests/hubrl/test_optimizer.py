@@ -90,6 +90,14 @@ def test_in_an_agent_encoders_alone_learn_slowly(name: str, hub5: Path) -> None:
     assert max(layers) > 1e-6
 
 
+def test_a_copied_policys_encoders_are_known(hub5: Path) -> None:
+    policy = make_agent("ppo", hub5).policy
+    for one in (policy, copy.deepcopy(policy)):
+        optimizer = hubrl.EncoderScaledAdam(one.parameters(), lr=0.5, encoder_lr_scale=0.1)
+        counts = {group["lr_scale"]: len(group["params"]) for group in optimizer.param_groups}
+        assert counts[0.1] == 5 * 6, "weights and biases of three layers of five encoders"
+
+
 def test_a_saved_agent_goes_on_with_the_scale(hub5: Path, tmp_path: Path) -> None:
     optimizer = {
         "optimizer_class": hubrl.EncoderScaledAdam,

@@ -41,6 +41,11 @@ def test_a_gain_that_is_worth_the_rounding(
     assert fast_dtype.__wrapped__("cpu") == getattr(torch, expected)
 
 
+def test_the_first_to_ask_may_be_in_inference_mode() -> None:
+    with torch.inference_mode():
+        assert precision._probe(torch.float32) > 0
+
+
 def test_devices_of_this_machine() -> None:
     assert check_device("--device", "cpu") == torch.device("cpu")
     kind = "cuda" if torch.cuda.is_available() else "cpu"
