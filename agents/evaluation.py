@@ -14,6 +14,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.faults import policy_errors
+
 N_RESAMPLES = 10_000
 
 
@@ -51,13 +53,14 @@ def evaluate(
     :param deterministic: take the best action; otherwise sample as in training
     :param seed: of games and actions
     :param is_stopped: asked at each step; None is returned once it is True
+    :raises NotFiniteError: if an answer of its policy is NaN or infinite
     """
 
     def check(*_: Any) -> None:
         if is_stopped():
             raise _Stopped
 
-    with contextlib.suppress(_Stopped), _own_randomness(model, seed):
+    with contextlib.suppress(_Stopped), _own_randomness(model, seed), policy_errors(model):
         env.seed(seed)
         # MaskablePPO plays by the rules that it learned by.
         play: Any = evaluate_masked if isinstance(model, MaskablePPO) else evaluate_policy

@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from hubrl import cli
+from hubrl.finite import NotFiniteError
 
 cli.refuse_foreign_modules("agents", "envs")
 
@@ -117,7 +118,7 @@ def _play_zip(file: Path, algo: str, env: str, episodes: int, seed: int) -> Epis
 def _play(
     model: BaseAlgorithm, games: VecEnv, episodes: int, deterministic: bool, seed: int
 ) -> Episodes:
-    with cli.failures(EnvironmentFaultError):
+    with cli.failures(EnvironmentFaultError, NotFiniteError):
         played = evaluate(model, games, episodes, deterministic=deterministic, seed=seed)
     assert played is not None  # nothing stops it
     return played

@@ -18,6 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 
 from hubrl import cli
 from hubrl.files import is_taken
+from hubrl.finite import NotFiniteError
 from hubrl.plots import import_matplotlib
 from hubrl.run_folder import CsvTable, note_command
 from hubrl.specs import load_hub
@@ -106,7 +107,7 @@ def command(
         if out is not None and not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: there is no folder {out.parent}")
     saved = checkpoint_dir(run, checkpoint)
-    with cli.failures(EnvironmentFaultError, OSError):
+    with cli.failures(EnvironmentFaultError, NotFiniteError, OSError):
         if form == "onnx":
             return _export_onnx(config, saved, out or run / "export" / "agent.onnx")
         folder = out or run / "export" / "distilled"

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from hubrl import cli
 from hubrl.files import with_prefix
+from hubrl.finite import NotFiniteError
 from hubrl.origin import command_line, commit
 from hubrl.plots import import_matplotlib
 from hubrl.precision import check_device
@@ -37,6 +38,7 @@ from agents.algorithms import build_model  # noqa: E402
 from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RecurrentPPOSection, RunConfig  # noqa: E402
 from agents.evaluation import bootstrap_interval, evaluate  # noqa: E402
+from agents.faults import policy_errors  # noqa: E402
 from agents.runs import (  # noqa: E402
     PROGRESS_FILE,
     checkpoint_dir,
@@ -161,7 +163,7 @@ def command(out: Path, name: str | None, device: str, **options: Any) -> int:
         prepare = _agent if settings.objective == "ppo" else _self_supervised
         run = prepare(member, settings, device)
         member.open()
-    with cli.holding(member.work), cli.failures(OSError):
+    with cli.holding(member.work), cli.failures(NotFiniteError, OSError):
         return run()
 
 
@@ -363,7 +365,12 @@ def _policy(settings: Settings) -> Policy:
             f"play is {settings.play}, an agent that sees images of {seen}, but encoders are "
             f"trained on {played}; give a run without a hub, or with one of such images"
         )
-    return lambda observations: model.predict(observations, deterministic=True)[0]
+
+    def best(observations: np.ndarray) -> np.ndarray:
+        with policy_errors(model):
+            return model.predict(observations, deterministic=True)[0]
+
+    return best
 
 
 def _player_config(settings: Settings) -> RunConfig:

@@ -14,6 +14,8 @@ from sb3_contrib.common.maskable.utils import get_action_masks
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
+from agents.faults import policy_errors
+
 Images = NDArray[np.uint8]
 #: Actions for the observations of each view.
 Act = Callable[[list[Images]], NDArray[Any]]
@@ -83,9 +85,11 @@ def agents_play(agent: BaseAlgorithm, view: int) -> Act:
 
 def _actions(agent: BaseAlgorithm, images: Images) -> NDArray[Any]:
     """Sampled, of those that are allowed."""
+    masks: dict[str, Any] = {}
     if isinstance(agent, MaskablePPO):
-        return agent.predict(images, action_masks=_masks(agent))[0]
-    return agent.predict(images)[0]
+        masks["action_masks"] = _masks(agent)
+    with policy_errors(agent):
+        return agent.predict(images, **masks)[0]
 
 
 def _random_action(agent: BaseAlgorithm, i: int) -> NDArray[Any]:

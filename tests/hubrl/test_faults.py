@@ -18,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import write_small_config
 from stable_baselines3.common.base_class import BaseAlgorithm
 
@@ -26,7 +27,7 @@ from agents.config import RunConfig
 from agents.runs import open_run
 from envs import episode_seed
 from envs.tiny import TinyImage
-from hubrl import cli, export, hubs, train
+from hubrl import cli, evaluate, export, hubs, train
 from hubrl.files import read_json
 
 
@@ -314,6 +315,30 @@ def test_the_first_bad_tensor_is_named(
     config = write_small_config(tmp_path / "c.yaml")
     assert run("--config", config, "--run-dir", "r") == 1
     assert re.search(origin, capsys.readouterr().err)
+
+
+def test_weights_that_are_no_numbers_are_said_in_one_line_by_commands_that_play(
+    hub5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a stranger's checkpoint may hold them; its checksums are a stranger's, too."""
+    config = write_small_config(tmp_path / "c.yaml", hub__name=str(hub5))
+    assert run("--config", config, "--run-dir", "r") == 0
+    file = Path("r/checkpoints/last/policy.safetensors")
+    tensors = load_file(file)
+    tensors["action_net.weight"].fill_(float("nan"))
+    save_file(tensors, file)
+    (file.parent / "manifest.json").unlink()
+    onnx, student = (["r", "--format", name] for name in ("onnx", "distilled"))
+    for command, arguments in (
+        (evaluate.command, ["r"]), (export.command, onnx), (export.command, student),
+    ):  # fmt: skip
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            cli.run(command, "hubrl", arguments)
+        assert exit.value.code == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert "weight action_net.weight holds NaN" in error
 
 
 @pytest.mark.parametrize(("kind", "fault"), FAULTS[:1])
