@@ -46,7 +46,7 @@ class Sample(NamedTuple):
 
 
 @click.command()
-@click.option("--minutes", default=60.0, show_default=True)
+@click.option("--minutes", type=click.FloatRange(min=5), default=60.0, show_default=True)
 @click.option("--hub", default="atari5", show_default=True)
 @click.option("--run-dir", type=click.Path(path_type=Path), default="runs/soak", show_default=True)
 @click.option("--json", "file", type=click.Path(path_type=Path), help="Where the figures go.")
