@@ -310,15 +310,6 @@ class CheckpointCallback(BaseCallback):
         self.save()
         gc.collect()  # the models of runs before this one in the same process
 
-    def save_after_fault(self) -> None:
-        """
-        The same when the environment failed, unless the model isn't what it was there any more; the
-        checkpoint before is whole.
-        """
-        started = self.num_timesteps if self._run is None else self._run.num_timesteps
-        if not self._is_collecting or not self._has_moved_target(self.num_timesteps - started):
-            self.save()
-
     def save(self) -> None:
         """Save where the last rollout started; nothing if there was none."""
         if self._run is None:
@@ -329,6 +320,15 @@ class CheckpointCallback(BaseCallback):
         folder, keep = checkpoint_dir(self._folder, "last"), self._train.n_checkpoints
         save_checkpoint(self.model, folder, self._extra, run=self._run, files=files, keep=keep)
         _give_memory_back()
+
+    def save_after_fault(self) -> None:
+        """
+        ``save``, when the environment failed within a rollout; nothing if the model is another one
+        by now than where the rollout started: the checkpoint before is whole.
+        """
+        started = self.num_timesteps if self._run is None else self._run.num_timesteps
+        if not self._is_collecting or not self._has_moved_target(self.num_timesteps - started):
+            self.save()
 
     def _has_moved_target(self, n_steps: int) -> bool:
         """

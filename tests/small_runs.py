@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import yaml
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -71,6 +72,12 @@ def small_env(n_envs: int = 2, algorithm: str = "ppo", **options: Any) -> VecEnv
     """TinyImage with observations of (4, 36, 36), and with actions that the algorithm takes."""
     env_id = (SMALL | SMALL_OF[algorithm])["env.id"]
     return make_vec_env(env_id, n_envs, image=ImageFormat(size=36), **options)
+
+
+def register_env(env_id: str, kind: type[gym.Env[Any, Any]]) -> None:
+    """Whatever had the id in a test before."""
+    gym.registry.pop(env_id, None)
+    gym.register(env_id, kind)
 
 
 def small_study(folder: Path, **changes: Any) -> Path:

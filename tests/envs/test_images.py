@@ -10,6 +10,7 @@ import cv2
 import gymnasium as gym
 import numpy as np
 import pytest
+from small_runs import register_env
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
@@ -151,8 +152,7 @@ def register(env_id: str, space: gym.Space[Any], channels: int = 3) -> None:
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
             return self.observation_space.sample(), {}
 
-    gym.registry.pop(env_id, None)
-    gym.register(env_id, Samples)
+    register_env(env_id, Samples)
 
 
 class TestBadInput:

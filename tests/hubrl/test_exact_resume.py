@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import gymnasium as gym
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from killing import last_hashes, survive
-from small_runs import SMALL_OF, write_small_config
+from small_runs import SMALL_OF, register_env, write_small_config
 
 import agents.callbacks
 from agents.config import built_in_config, dump_config, load_config
@@ -113,8 +112,7 @@ def test_an_environment_that_fails_after_the_target_network_has_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    gym.registry.pop("Breaking-v0", None)
-    gym.register("Breaking-v0", Breaking)
+    register_env("Breaking-v0", Breaking)
     monkeypatch.setattr(Breaking, "n_steps", 0)
     target = {"algorithm__tau": 0.1, "algorithm__target_update_interval": 1, "env__n_envs": 1}
     target |= {"train__save_freq": 20, "env__id": "Breaking-v0"}
@@ -146,8 +144,7 @@ def test_an_environment_that_does_not_replay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    gym.registry.pop("Forgetful-v0", None)
-    gym.register("Forgetful-v0", Forgetful)
+    register_env("Forgetful-v0", Forgetful)
     config = write_small_config(tmp_path / "c.yaml", env__id="Forgetful-v0")
     stop_at([50], monkeypatch)
     assert run("--config", config, "--run-dir", "cut") == 143

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import write_small_config
+from small_runs import register_env, write_small_config
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents import faults
@@ -113,8 +113,7 @@ def test_an_environments_fault_can_be_repeated(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    gym.registry.pop("Faulty-v0", None)
-    gym.register("Faulty-v0", kind)
+    register_env("Faulty-v0", kind)
     config = write_small_config(
         tmp_path / "c.yaml", algorithm, env__id="Faulty-v0", env__timeout=0.5
     )
@@ -135,8 +134,7 @@ def test_an_environments_fault_can_be_repeated(
 
     if kind is not Raising:  # what goes on doesn't depend on the fault
         return
-    gym.registry.pop("Faulty-v0")  # it was mended
-    gym.register("Faulty-v0", TinyImage)
+    register_env("Faulty-v0", TinyImage)  # it was mended
     assert run("--resume", "r") == 0
     assert last()["num_timesteps"] >= 100
 
@@ -350,12 +348,10 @@ def test_a_fault_is_said_in_one_line_by_commands_that_play(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    gym.registry.pop("Faulty-v0", None)
-    gym.register("Faulty-v0", TinyImage)
+    register_env("Faulty-v0", TinyImage)
     config = write_small_config(tmp_path / "c.yaml", env__id="Faulty-v0", hub__name=str(hub5))
     assert run("--config", config, "--run-dir", "r", "-n", 32) == 0
-    gym.registry.pop("Faulty-v0")
-    gym.register("Faulty-v0", kind)
+    register_env("Faulty-v0", kind)
     monkeypatch.setattr(Faulty, "reset", reset_of_any_seed)
     for command, args in (
         (hubs.command, ["rank", str(hub5), "--env", "Faulty-v0", "-n", "1024"]),
