@@ -124,11 +124,11 @@ def _export_onnx(config: RunConfig, saved: Path, file: Path) -> int:
         exact = _with(config, "train", device="cpu")
         agent = _agent(_with(exact, "hub", precision="float32"), saved)
         check_policy(agent.policy)
+    observations = _observations(agent, config.train.seed)  # first: the graph takes far longer
     file.parent.mkdir(exist_ok=True)
     temporary = file.with_name(f".{file.name}.new")
     try:
         write_graph(agent.policy, temporary)
-        observations = _observations(agent, config.train.seed)
         if not _is_same(agent, temporary, observations):
             return 1
         os.replace(temporary, file)
