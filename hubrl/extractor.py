@@ -44,16 +44,18 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
     Features of the activated encoders of a hub, for ``policy_kwargs`` of any SB3 agent.
 
     Pretrained weights survive SB3's ``ortho_init``. The exploration loss reaches the pathway
-    generator by itself: it is attached to the features wherever gradients are computed. On-policy
-    agents explore pathways while they collect: the generator's noise is fixed for each observation
-    of a rollout, and with it the activated encoders, until the next rollout begins (routing
-    replay), so the update sees the routing of the rollout. Features of frozen encoders are kept as
-    long: ``top_k`` times the encoder's features_dim numbers for each observation of a rollout.
-    ``predict`` is free of noise. Only SB3's own ``collect_rollouts`` counts as collecting: a loop
-    of your own collects without noise, as ``predict`` does. Off-policy agents have noise only where
-    they compute gradients. CrossQ's critic sees observations and next observations in one batch:
-    both have noise there, and the exploration loss is that of the whole batch. The rows with which
-    RecurrentPPO pads its sequences activate no encoder and count in no mean.
+    generator by itself: it is attached to the features wherever gradients are computed, once for
+    each backward pass and unscaled, so it counts again in each where gradients are accumulated.
+    On-policy agents explore pathways while they collect: the generator's noise is fixed for each
+    observation of a rollout, and with it the activated encoders, until the next rollout begins
+    (routing replay), so the update sees the routing of the rollout. Features of frozen encoders are
+    kept as long: ``top_k`` times the encoder's features_dim numbers for each observation of a
+    rollout. ``predict`` is free of noise. Only the ``forward`` of the agent's own policy in SB3's
+    own ``collect_rollouts`` counts as collecting: a loop of your own collects without noise, as
+    ``predict`` does. Off-policy agents have noise only where they compute gradients. CrossQ's
+    critic sees observations and next observations in one batch: both have noise there, and the
+    exploration loss is that of the whole batch. The rows with which RecurrentPPO pads its sequences
+    activate no encoder and count in no mean.
 
     On a GPU a hub whose encoders are all of hubrl's own architectures runs as CUDA graphs, for up
     to 8 sizes of a batch. All its encoders run on all rows then, with weight 0 where they are not
@@ -182,8 +184,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         """SB3 collects in evaluation mode: entering it begins a new rollout."""
         if self.training and not mode:
             self.replay.next_rollout()
-            self._casts = Casts()
-            self._cache.clear()
+            self._forget()
         return super().train(mode)
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
@@ -207,6 +208,17 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         encoders = self.pathway.hub.encoder_names
         names = [f"{what}_{name}" for what in ("usage", "probability") for name in encoders]
         return dict(zip([*names, "entropy", "exploration_loss"], means, strict=True))
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """A rollout that was cut short has no update, and other weights make other features."""
+        super()._load_from_state_dict(*args)
+        self.replay.forget()
+        self._forget()
+
+    def _forget(self) -> None:
+        """What weights were cast to, and the features of frozen encoders."""
+        self._casts = Casts()
+        self._cache.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -327,20 +339,23 @@ def _is_collecting() -> bool:
     Whether an on-policy agent collects a rollout, rather than predicts.
 
     Both happen in evaluation mode and without grad, and nothing but the callers tells them apart:
-    SB3 collects with the policy's ``forward`` in the algorithm's ``collect_rollouts``, and predicts
-    with the policy's ``get_distribution``. What is collected is kept until the next rollout; for
-    another loop over a policy that would be for ever.
+    SB3 collects with the ``forward`` of the algorithm's policy in its ``collect_rollouts``, and
+    predicts with the policy's ``get_distribution``; opponents that play within its environment are
+    other policies. What is collected is kept until the next rollout; for another loop over a policy
+    that would be for ever.
     """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and not isinstance(frame.f_locals.get("self"), BasePolicy):
+    policies: list[BasePolicy] = []
+    while frame is not None:
+        caller, name = frame.f_locals.get("self"), frame.f_code.co_name
+        if isinstance(caller, BaseAlgorithm):
+            own = getattr(caller.policy, "_orig_mod", caller.policy)  # within torch.compile's
+            return name == "collect_rollouts" and any(policy is own for policy in policies)
+        is_sampled = name == "forward" and not frame.f_locals.get("deterministic")
+        if is_sampled and isinstance(caller, BasePolicy):
+            policies.append(caller)
         frame = frame.f_back
-    while frame is not None and frame.f_code.co_name == "extract_features":
-        frame = frame.f_back
-    if frame is None or frame.f_code.co_name != "forward" or frame.f_locals.get("deterministic"):
-        return False
-    while frame is not None and not isinstance(frame.f_locals.get("self"), BaseAlgorithm):
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "collect_rollouts"
+    return False
 
 
 def _rows_without_padding() -> Tensor | None:

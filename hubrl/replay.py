@@ -41,17 +41,22 @@ class RoutingReplay(nn.Module):
     def next_rollout(self) -> None:
         """Forget the last rollout's routing and change the key."""
         self.key += 1
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget which encoders were activated."""
         self._collected.clear()
         self._table = None
 
     def hash(self, observations: Tensor) -> Tensor:
         """64-bit hash of each observation's bytes, (B,) int64; exact, so equal on any batch."""
         words_BN = _as_int64(observations.flatten(1))
-        index_N = torch.arange(1, words_BN.shape[1] + 1, device=words_BN.device)
-        factor_N = _mix(index_N * GOLDEN) | 1
-        # Products lose a word's upper bits, so these are added to the lower ones before.
+        index_2N = torch.arange(1, 2 * words_BN.shape[1] + 1, device=words_BN.device)
+        factor_N, upper_factor_N = (_mix(index_2N * GOLDEN) | 1).chunk(2)
+        # Products lose a word's upper bits, so these have a factor of their own.
         parts = [
-            (words >> 32).add_(words).mul_(factor_N).sum(dim=1) for words in words_BN.split(CHUNK)
+            (words >> 32).mul_(upper_factor_N).addcmul_(words, factor_N).sum(dim=1)
+            for words in words_BN.split(CHUNK)
         ]
         return _mix(torch.cat(parts))
 

@@ -51,8 +51,8 @@ class EncoderSpec:
     :param frames: what the encoder sees of a stack: ``stack`` (all grey frames, one channel each),
         ``last`` (the newest frame alone) or ``each`` (it runs on one frame after the other, and its
         features follow each other, the newest last). For ``last``, channels in threes are colour
-        frames, others grey ones. A grey frame feeds an encoder of colour as
-        three equal channels; a colour frame feeds a grey encoder as its luma
+        frames (6 grey frames would be taken for 2 of them), others grey ones. A grey frame feeds an
+        encoder of colour as three equal channels; a colour frame feeds a grey encoder as its luma
     :param n_frames: for ``each``, the frames of a stack: as many channels are grey frames, three
         times as many are colours; ``features_dim`` is that of all frames together
     :param license: SPDX identifier of the weights

@@ -7,15 +7,20 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 from safetensors.torch import load_file
-from sb3_agents import FirstMinibatch, extractors_of, make_agent, spread_scores
+from sb3_agents import AGENTS, FirstMinibatch, extractors_of, make_agent, spread_scores
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor
+from torch.distributions import Distribution
 
 import hubrl
 import hubrl.extractor
@@ -221,6 +226,93 @@ def test_evaluation_amid_a_rollout_does_not_disturb_it(hub5: Path) -> None:
     first = FirstMinibatch(model)
     model.learn(32, callback=lambda *_: model.predict(model.observation_space.sample()) and True)
     assert first.errors[0] <= 1e-5
+
+
+class Film(gymnasium.Env):
+    """The same images in each episode: what was seen in a rollout is seen again in the next."""
+
+    observation_space = spaces.Box(0, 255, (4, 36, 36), np.uint8)
+    action_space = spaces.Discrete(6)
+    images = np.random.default_rng(0).integers(256, size=(21, 4, 36, 36)).astype(np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.place = 0
+        return self.images[0], {}
+
+    def step(self, action: int) -> Any:
+        self.place += 1
+        return self.images[self.place], float(action == 0), self.place == 20, False, {}
+
+
+@pytest.mark.parametrize("options", [{"always_active": ()}, {"freeze": "all", "random_init": True}])
+def test_weights_that_are_loaded_amid_a_rollout_have_routing_and_features_of_their_own(
+    hub5: Path, options: dict[str, Any]
+) -> None:
+    settings = {"n_steps": 32, "batch_size": 32, "learning_rate": 1e-3}
+    model, other = (make_agent("ppo", hub5, settings, **options) for _ in range(2))
+    torch.manual_seed(1)
+    for agent in (model, other):
+        spread_scores(agent)
+        with torch.no_grad():
+            for weight in (agent.policy.action_net.weight, *extractor_of(agent).parameters()):
+                weight.add_(torch.randn_like(weight), alpha=0.1)
+    model.set_env(DummyVecEnv([Film]))
+    model.learn(64, callback=lambda *_: model.num_timesteps < 50)
+    model.set_parameters(other.get_parameters())
+    first = FirstMinibatch(model)
+    model.learn(32)
+    assert first.errors[0] <= 1e-5
+
+
+class OwnWords(ActorCriticCnnPolicy):
+    """Its ``forward`` sees features by way of its other methods."""
+
+    def forward(self, obs: Tensor, deterministic: bool = False) -> Any:
+        distribution = self.get_distribution(obs)
+        actions = distribution.get_actions(deterministic=deterministic)
+        return actions, self.predict_values(obs), distribution.log_prob(actions)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("kind", ["own", "compiled"])
+def test_policies_of_other_makes_collect_what_they_learn_from(
+    hub5: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kind == "own":
+        monkeypatch.setitem(AGENTS, "ppo", AGENTS["ppo"]._replace(policy=OwnWords))
+    model = make_agent("ppo", hub5, always_active=())
+    spread_scores(model)
+    with torch.no_grad():
+        model.policy.action_net.weight.mul_(30)
+    if kind == "compiled":
+        monkeypatch.setattr(Distribution, "_validate_args", True)  # Dynamo sets it to False
+        model.policy = torch.compile(model.policy, backend="eager")
+    first = FirstMinibatch(model)
+    model.learn(32)
+    assert first.errors[0] <= 1e-5
+
+
+def test_an_opponent_within_the_environment_does_not_collect(hub5: Path) -> None:
+    opponent = make_agent("ppo", hub5)
+    spread_scores(opponent)
+    opponent.policy.set_training_mode(False)
+    image = torch.randint(256, (1, 4, 36, 36), dtype=torch.uint8)
+    values: list[float] = []
+
+    def value() -> float:
+        with torch.no_grad():
+            return opponent.policy(image)[1].item()
+
+    class Match(Film):
+        def step(self, action: int) -> Any:
+            values.append(value())
+            return super().step(action)
+
+    model = make_agent("ppo", hub5)
+    model.set_env(DummyVecEnv([Match]))
+    model.learn(32)
+    assert set(values) == {value()}
+    assert not extractor_of(opponent).replay._collected
 
 
 @pytest.mark.parametrize("options", [{}, {"always_active": "b", "aggregation": "sum"}])

@@ -20,8 +20,8 @@ def python_mix(z: int) -> int:
 def test_hash_against_plain_integers(pixels: list[int]) -> None:
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
     words = [int.from_bytes(bytes(pixels[i : i + 8]), "little", signed=True) for i in (0, 8)]
-    words = [word + (word >> 32) for word in words]
-    weights = [python_mix((golden * (i + 1)) & mask) | 1 for i in range(2)]
+    words += [word >> 32 for word in words]
+    weights = [python_mix((golden * (i + 1)) & mask) | 1 for i in range(4)]
     total = sum(word * weight for word, weight in zip(words, weights, strict=True)) & mask
     observation = torch.tensor(pixels, dtype=torch.uint8).view(1, 1, 4, 4)
     assert RoutingReplay(3).hash(observation).item() & mask == python_mix(total)
@@ -51,6 +51,24 @@ def test_hash_tells_where_a_single_pixel_is(size: int, value: int) -> None:
     assert RoutingReplay(3).hash(255 - images).unique().numel() == len(places)
     planes = (images > 0)[:500, :1].float()
     assert RoutingReplay(3).hash(planes).unique().numel() == len(planes.flatten(1).unique(dim=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("height", [2, 8])
+@pytest.mark.parametrize("value", [64, 100, 255])
+def test_hash_tells_where_a_sprite_is(value: int, height: int, dtype: torch.dtype) -> None:
+    """Of several pixels: with one factor for both halves of a word, sums of them would coincide."""
+    size = 64
+    rows, columns = torch.meshgrid(
+        torch.arange(size - height + 1), torch.arange(size), indexing="ij"
+    )
+    images = torch.zeros(rows.numel(), 1, size, size, dtype=torch.uint8)
+    n = torch.arange(len(images))
+    for row in range(height):
+        images[n, 0, rows.flatten() + row, columns.flatten()] = value
+    if dtype == torch.float32:
+        images = images.float() / 255
+    assert RoutingReplay(3).hash(images).unique().numel() == len(images)
 
 
 def test_noise_is_standard_normal_and_independent() -> None:
