@@ -23,6 +23,7 @@ from agents.algorithms import ALGORITHMS, build_model, resolve, sb3_arguments
 from agents.config import PPOSection, RunConfig, built_in_config, load_config
 from agents.faults import watch_gradients
 from envs import AtariVecEnv
+from hubrl import HubFeaturesExtractor
 from hubrl.benches.measuring import Measure, Result, compare, interleave, timed
 from hubrl.benches.networks import save_random_hub
 from hubrl.games import make_env
@@ -44,6 +45,8 @@ PPO_HUBS: Mapping[str, Overrides] = {
     "ppo.frozen": FROZEN,
     "ppo.none": {"hub.name": "none"},
 }
+#: Of the extractor in a script.
+SCRIPT_HUB = "atari5"
 DQN_HUBS: Mapping[str, Overrides] = {"dqn.trained": TRAINED, "dqn.frozen": FROZEN}
 # Learning starts in the first round, which doesn't count.
 DQN_START: Overrides = {"algorithm.learning_starts": 128, "algorithm.buffer_size": 2048}
@@ -84,13 +87,13 @@ def measure_hub_size(
 def measure_ppo(
     overrides: Overrides = AS_SHIPPED, rounds: int = 4, device: str = "cpu"
 ) -> list[Result]:
-    """PPO end to end: hub trained, hub frozen, no hub; against plain SB3."""
+    """PPO end to end: hub trained, hub frozen, no hub, a script with a hub; against plain SB3."""
     overrides = {**overrides, "train.device": device}
     return _compare_agents("ppo", PPO_HUBS, overrides, _iteration_steps(overrides), rounds)
 
 
 def measure_dqn(n_steps: int = 256, rounds: int = 4, device: str = "cpu") -> list[Result]:
-    """QR-DQN after learning has started: hub trained, hub frozen; against plain sb3-contrib."""
+    """QR-DQN after learning has started: the same; against plain sb3-contrib."""
     return _compare_agents(
         "qrdqn", DQN_HUBS, {**DQN_START, "train.device": device}, n_steps, rounds
     )
@@ -118,7 +121,10 @@ def measure_env(n_steps: int = 256, rounds: int = 5) -> list[Result]:
 def _compare_agents(
     algorithm: str, hubs: Mapping[str, Overrides], overrides: Overrides, n_steps: int, rounds: int
 ) -> list[Result]:
-    """Agent steps per second of each hub, against the fastest plain agent."""
+    """
+    Agent steps per second of each hub, against the fastest plain agent; and of the extractor in a
+    user's script, against the same script without it.
+    """
     config = _config(algorithm, overrides)
     kinds: list[VecEnvKind] = [DummyVecEnv, SubprocVecEnv]
     if config.env.n_envs == 1:
@@ -129,10 +135,16 @@ def _compare_agents(
             models[name] = stack.enter_context(_our_agent(algorithm, {**overrides, **hub}))
         for kind in kinds:
             models[kind.__name__] = stack.enter_context(_plain_agent(config, kind))
+        models["script"] = stack.enter_context(_plain_agent(config, DummyVecEnv, SCRIPT_HUB))
         sides = {name: _learning(model, n_steps) for name, model in models.items()}
         seconds = interleave(sides, rounds, warm_up=1)
-    plain = n_steps / min(seconds[kind.__name__] for kind in kinds)
-    return [compare(name, n_steps / seconds[name], plain, "steps/s") for name in hubs]
+    speed = {name: n_steps / median for name, median in seconds.items()}
+    plain = max(speed[kind.__name__] for kind in kinds)
+    script = next(iter(hubs)).split(".")[0] + ".script"
+    return [
+        *(compare(name, speed[name], plain, "steps/s") for name in hubs),
+        compare(script, speed["script"], speed[DummyVecEnv.__name__], "steps/s"),
+    ]
 
 
 @contextlib.contextmanager
@@ -146,11 +158,19 @@ def _our_agent(algorithm: str, overrides: Overrides) -> Iterator[BaseAlgorithm]:
 
 
 @contextlib.contextmanager
-def _plain_agent(config: RunConfig, kind: VecEnvKind) -> Iterator[BaseAlgorithm]:
-    """What an SB3 user runs, with the same hyperparameters."""
+def _plain_agent(
+    config: RunConfig, kind: VecEnvKind, hub: str | None = None
+) -> Iterator[BaseAlgorithm]:
+    """What an SB3 user runs, with the same hyperparameters; with a hub, as README has it."""
     algorithm = ALGORITHMS[config.algorithm.name]
     with contextlib.closing(_plain_env(config.env.n_envs, kind)) as env:
         fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
+        if hub is not None:
+            policy_kwargs |= {
+                "features_extractor_class": HubFeaturesExtractor,
+                "features_extractor_kwargs": {"hub": hub, "top_k": 2},
+                "net_arch": [],
+            }
         device = config.train.device
         # With a seed, as ours: SB3 then asks the GPU's library for deterministic kernels.
         yield algorithm.model(

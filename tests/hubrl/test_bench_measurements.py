@@ -93,17 +93,19 @@ def test_hub_size(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_ppo(hub5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hubs = {name: use_hub(hub5, hub) for name, hub in training.PPO_HUBS.items()}
     monkeypatch.setattr(training, "PPO_HUBS", hubs)
+    monkeypatch.setattr(training, "SCRIPT_HUB", str(hub5))
     results = training.measure_ppo(SMALL, rounds=1)
-    check(results, ["ppo.trained", "ppo.frozen", "ppo.none"])
+    check(results, ["ppo.trained", "ppo.frozen", "ppo.none", "ppo.script"])
     assert len({result.theirs for result in results}) == 1, "plain SB3 is measured once"
 
 
 def test_dqn(hub5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hubs = {name: use_hub(hub5, hub) for name, hub in training.DQN_HUBS.items()}
     monkeypatch.setattr(training, "DQN_HUBS", hubs)
+    monkeypatch.setattr(training, "SCRIPT_HUB", str(hub5))
     start = {"algorithm.learning_starts": 4, "algorithm.buffer_size": 64}
     monkeypatch.setattr(training, "DQN_START", start)
-    check(training.measure_dqn(n_steps=8, rounds=1), ["dqn.trained", "dqn.frozen"])
+    check(training.measure_dqn(n_steps=8, rounds=1), ["dqn.trained", "dqn.frozen", "dqn.script"])
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "qrdqn"])
