@@ -23,8 +23,8 @@ from hubrl.specs import load_hub
 from hubrl.state_folder import has_state
 
 PROGRESS_FILE = "progress.csv"
-#: Its column with the seconds since the run's start, over all its processes.
-SECONDS = "time/seconds"
+#: Its columns with agent steps, and with seconds since the run's start, over all its processes.
+STEPS, SECONDS = "time/total_timesteps", "time/seconds"
 EVALUATIONS_FILE = "evaluations.csv"
 EPISODES_FILE = "episodes.csv"
 
@@ -96,7 +96,7 @@ class _ProgressCsv(KVWriter):
     """SB3's own CSV format starts its file anew, which would lose a resumed run's past."""
 
     def __init__(self, folder: Path, timesteps: int) -> None:
-        self._table = CsvTable(folder / PROGRESS_FILE, "time/total_timesteps", timesteps)
+        self._table = CsvTable(folder / PROGRESS_FILE, STEPS, timesteps)
 
     def write(
         self,

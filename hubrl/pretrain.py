@@ -100,8 +100,8 @@ class Settings:
             )
         if self.minutes is not None and not self.minutes > 0:
             raise ValueError(f"minutes is {self.minutes}, allowed: above 0")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, allowed: 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}, allowed: 0 or more, below {2**32}")
         if self.objective == "ppo":
             self._check_agent()
 
@@ -215,10 +215,10 @@ def _self_supervised(member: Member, settings: Settings, device: str) -> Callabl
 def _agent(member: Member, settings: Settings, device: str) -> Callable[[], int]:
     """Set up; what is returned trains an agent by ``hubrl train``, and takes its encoder."""
     if settings.play != "random":
-        config = _player_config(settings)
+        config, played = _player_config(settings), Path(settings.play)
         _check_taken(settings, config)
-        model = _load_player(settings, config)
-        return lambda: _add_agent(member, settings, config, model, Path(settings.play))
+        model = _load_player(played, config)
+        return lambda: _add_agent(member, settings, config, model, played)
     folder = member.work / "run"
     is_begun = has_state(checkpoint_dir(folder, "last"))
 
@@ -234,9 +234,8 @@ def _agent(member: Member, settings: Settings, device: str) -> Callable[[], int]
         if code:
             _draw_returns(member, settings, folder)
             return int(code)
-        played = dataclasses.replace(settings, play=str(folder))
-        config = _player_config(played)
-        return _add_agent(member, settings, config, _load_player(played, config), folder)
+        config = open_run(folder)
+        return _add_agent(member, settings, config, _load_player(folder, config), folder)
 
     return run
 
@@ -358,7 +357,7 @@ def _policy(settings: Settings) -> Policy:
             f"play is {settings.play}, an agent of recurrent_ppo, whose actions follow from more "
             "than the images; give a run of another algorithm"
         )
-    model = _load_player(settings, config)
+    model = _load_player(Path(settings.play), config)
     seen, played = model.observation_space.shape, (FRAME_STACK, *IMAGE_SIZE)
     if seen != played:
         raise ValueError(
@@ -398,9 +397,9 @@ def _check_taken(settings: Settings, config: RunConfig) -> None:
         )
 
 
-def _load_player(settings: Settings, config: RunConfig) -> BaseAlgorithm:
+def _load_player(run: Path, config: RunConfig) -> BaseAlgorithm:
     model = build_model(config, make_env(config, config.env.n_envs), learns=False)
-    load_checkpoint(model, checkpoint_dir(Path(settings.play), "last"))
+    load_checkpoint(model, checkpoint_dir(run, "last"))
     return model
 
 

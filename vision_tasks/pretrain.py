@@ -58,7 +58,7 @@ class Budget:
 @click.option("--epochs", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--limit", type=click.IntRange(min=10), default=20_000, show_default=True,
               help="Training images.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the data.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda ...")
 def command(out: Path, root: Path | None, device: str, **numbers: Any) -> None:

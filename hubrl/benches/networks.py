@@ -57,15 +57,14 @@ def measure_generator(batch: int = 256, rounds: int = 101, device: str = "cpu") 
     noise_BE = torch.randn(batch, N_ENCODERS, device=device)
     encoder_images_BCHW = images_BCHW.to(dtype)
     with torch.no_grad():
-        seconds = interleave(
-            {
-                "ours": timed(lambda: pathway.generator(images_BCHW, noise_BE)),
-                "theirs": timed(lambda: encoder(encoder_images_BCHW, dtype)),
-            },
+        result = _in_turns(
+            "generator",
+            lambda: pathway.generator(images_BCHW, noise_BE),
+            lambda: encoder(encoder_images_BCHW, dtype),
             rounds,
             warm_up=10,
         )
-    return [compare("generator", 1e3 * seconds["ours"], 1e3 * seconds["theirs"], "ms")]
+    return [result]
 
 
 def measure_cache(
@@ -92,12 +91,8 @@ def measure_cache(
             rollout.look_again(cache)
 
     with torch.no_grad():
-        sides = {
-            "ours": timed(lambda: iterate(FeatureCache())),
-            "theirs": timed(lambda: iterate(None)),
-        }
-        seconds = interleave(sides, rounds, warm_up=1)
-    return [compare("cache", 1e3 * seconds["ours"], 1e3 * seconds["theirs"], "ms")]
+        ours, theirs = (lambda: iterate(FeatureCache())), (lambda: iterate(None))
+        return [_in_turns("cache", ours, theirs, rounds, warm_up=1)]
 
 
 class Rollout(NamedTuple):
@@ -225,6 +220,16 @@ def _compare(
 ) -> Result:
     torch.manual_seed(0)
     ours, theirs = _routed(precision, device), _dense(precision, device)
-    sides = {"ours": timed(lambda: run(ours)), "theirs": timed(lambda: run(theirs))}
-    seconds = interleave(sides, rounds)
+    return _in_turns(name, lambda: run(ours), lambda: run(theirs), rounds)
+
+
+def _in_turns(
+    name: str,
+    ours: Callable[[], object],
+    theirs: Callable[[], object],
+    rounds: int,
+    warm_up: int = 2,
+) -> Result:
+    """Milliseconds of both sides."""
+    seconds = interleave({"ours": timed(ours), "theirs": timed(theirs)}, rounds, warm_up)
     return compare(name, 1e3 * seconds["ours"], 1e3 * seconds["theirs"], "ms")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
@@ -81,13 +82,13 @@ class Pretext(nn.Module):
         self.first_loudness: Tensor
         self.to(memory_format=torch.channels_last)
 
+    @abstractmethod
     def forward(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         """
         The loss of a batch.
 
         :param rng: draws what the objective leaves to chance
         """
-        return self._losses(batch, rng)
 
     @torch.no_grad()
     def loudness(self, images_BCHW: Tensor) -> Tensor:
@@ -112,11 +113,8 @@ class Pretext(nn.Module):
     def fit_returns(self, game: int, returns_B: Tensor) -> None:
         """Note the scale of a game's returns before training; most objectives need none."""
 
-    def _build_heads(self, n_actions: Sequence[int]) -> None:
-        raise NotImplementedError
-
-    def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
-        raise NotImplementedError
+    @abstractmethod
+    def _build_heads(self, n_actions: Sequence[int]) -> None: ...
 
     def _fast(self) -> contextlib.AbstractContextManager[None]:
         """For the networks; losses are computed outside, in float32."""
@@ -151,7 +149,7 @@ class ContrastPretext(Pretext):
         self.place_head = nn.Conv2d(64, 64, kernel_size=1)
         self.inverse = InverseHead(n_actions)
 
-    def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
+    def forward(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         assert batch.later_images is not None
         shape = _views(batch)
         with self._fast():
@@ -179,7 +177,7 @@ class InversePretext(Pretext):
         self.summary = _summary()
         self.inverse = InverseHead(n_actions)
 
-    def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
+    def forward(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         assert batch.later_images is not None
         images = torch.cat([batch.images, batch.later_images])
         with self._fast():
@@ -212,7 +210,7 @@ class ReconstructionPretext(Pretext):
         first = nn.Conv2d(64, N_HIDDEN, kernel_size=1)
         self.decoder = nn.Sequential(first, nn.ReLU(), last, nn.PixelShuffle(side))
 
-    def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
+    def forward(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         pixels_BCHW = self._pixels(batch.images)
         shape = (*pixels_BCHW.shape[:2], self.N_PATCHES, self.N_PATCHES)
         hidden_BCPQ = torch.from_numpy(rng.random(shape) < self.HIDDEN_SHARE).to(pixels_BCHW.device)
@@ -250,7 +248,7 @@ class ReturnsPretext(Pretext):
         self.mean[game] = returns_B.mean()
         self.std[game] = returns_B.std().clamp(min=1e-3)
 
-    def _losses(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
+    def forward(self, batch: Batch, rng: np.random.Generator) -> PretextOutput:
         with self._fast():
             logits = self.head(self.encoder(self._pixels(batch.images))).float()
         games = torch.tensor(batch.games, device=logits.device)

@@ -73,7 +73,7 @@ def write_report(
         _origin(study, done),
         *_notes(study, done),
         *(_axis(study, table) for table in results.tables.values()),
-        *([] if results.no_seconds is None else _without_seconds(results.no_seconds)),
+        *_without_seconds(results.no_seconds),
         "## How to read the numbers",
         HOW_TO_READ,
         f"All numbers are in [{SUMMARY_FILE}]({SUMMARY_FILE}), all curves in "
@@ -87,8 +87,8 @@ def write_report(
     (folder / REPORT_FILE).write_text("\n\n".join(parts) + "\n")
 
 
-def _without_seconds(why: str) -> list[str]:
-    return ["## At equal seconds", f"Not measured: {why}."]
+def _without_seconds(why: str | None) -> list[str]:
+    return [] if why is None else ["## At equal seconds", f"Not measured: {why}."]
 
 
 def _origin(study: StudyConfig, done: Sequence[Job]) -> str:
@@ -143,17 +143,18 @@ def _axis(study: StudyConfig, table: Table) -> str:
     unit = AXES[table.axis]
     parts = [f"## At equal {unit}"]
     if len(study.games) > 1:
-        parts += ["### All games", _table(study, table, ALL), _times(study, table, ALL)]
+        parts += ["### All games", _table(table, ALL), _times(study, table, ALL)]
     for game in study.games:
         end = f"{table.grids[game][-1]:,.0f} {unit}"
         heading = f"### {game}, {end}"
-        parts += [heading, _table(study, table, game), _times(study, table, game)]
+        parts += [heading, _table(table, game), _times(study, table, game)]
     parts += [f"![{title}]({name}_{table.axis}.png)" for name, (title, _) in FIGURES.items()]
     return "\n\n".join(parts)
 
 
-def _table(study: StudyConfig, table: Table, game: str) -> str:
-    columns = {k: v for k, v in COLUMNS.items() if any(r.metric == k for r in _of(table, game))}
+def _table(table: Table, game: str) -> str:
+    measured = {row.metric for row in table.rows if row.game == game}
+    columns = {metric: title for metric, title in COLUMNS.items() if metric in measured}
     lines = [["variant", "runs", *columns.values()]]
     for variant in table.variants(game):
         rows = [table.row(game, variant, metric) for metric in columns]
@@ -170,10 +171,6 @@ def _times(study: StudyConfig, table: Table, game: str) -> str:
         rows = [table.row(game, variant, f"time_to_{level:g}") for level in levels]
         lines.append([variant, *map(_text, rows)])
     return _markdown(lines)
-
-
-def _of(table: Table, game: str) -> list[Row]:
-    return [row for row in table.rows if row.game == game]
 
 
 def _markdown(lines: Sequence[Sequence[str]]) -> str:

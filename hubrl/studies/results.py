@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from agents.runs import EPISODES_FILE, PROGRESS_FILE, SECONDS
+from agents.runs import EPISODES_FILE, PROGRESS_FILE, SECONDS, STEPS
 from hubrl.run_folder import cell_number, read_rows
 from hubrl.studies import statistics
 from hubrl.studies.config import Run, StudyConfig
@@ -33,8 +33,10 @@ class Games(NamedTuple):
     """The same in seconds since the run's start."""
     returns: Floats
     """Unclipped return of each."""
+    n_steps: float
+    """Agent steps of the whole run."""
     n_seconds: float
-    """Of the whole run."""
+    """Seconds of it."""
 
 
 class Cell(NamedTuple):
@@ -145,14 +147,18 @@ def read_games(folder: Path) -> Games:
         np.array([cell_number(row, column, file) for row in rows])
         for column in ("timesteps", "seconds", "return")
     )
-    return Games(steps, seconds, returns, max(float(seconds[-1]), _n_seconds(folder)))
+    n_steps, n_seconds = _end(folder)
+    ends = max(float(steps[-1]), n_steps), max(float(seconds[-1]), n_seconds)
+    return Games(steps, seconds, returns, *ends)
 
 
-def _n_seconds(folder: Path) -> float:
-    """What the last row of ``progress.csv`` says; 0 if it is older than this column."""
+def _end(folder: Path) -> tuple[float, float]:
+    """Steps and seconds of ``progress.csv``'s last row; 0 if it is older than the latter."""
     file = folder / PROGRESS_FILE
     rows = [row for row in read_rows(file) if row.get(SECONDS)]
-    return cell_number(rows[-1], SECONDS, file) if rows else 0.0
+    if not rows:
+        return 0.0, 0.0
+    return cell_number(rows[-1], STEPS, file), cell_number(rows[-1], SECONDS, file)
 
 
 def measure(study: StudyConfig, episodes: Mapping[Run, Games], axis: Axis) -> Table:
@@ -187,10 +193,11 @@ def measure(study: StudyConfig, episodes: Mapping[Run, Games], axis: Axis) -> Ta
 def _within(games: Games, n_timesteps: int) -> Games:
     """A run that was trained for longer, cut there: the same games along both axes."""
     n = int(np.searchsorted(games.steps, n_timesteps, side="right"))
-    if n in (0, len(games.steps)):
+    if n == 0 or games.n_steps <= n_timesteps:
         return games
-    n_seconds = float(np.interp(n_timesteps, games.steps, games.seconds))
-    return Games(games.steps[:n], games.seconds[:n], games.returns[:n], n_seconds)
+    steps, seconds = [*games.steps, games.n_steps], [*games.seconds, games.n_seconds]
+    n_seconds = float(np.interp(n_timesteps, steps, seconds))
+    return Games(games.steps[:n], games.seconds[:n], games.returns[:n], n_timesteps, n_seconds)
 
 
 class _Curves(NamedTuple):

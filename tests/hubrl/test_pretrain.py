@@ -216,7 +216,8 @@ def test_the_card_has_the_losses_of_a_run_that_was_killed_at_its_end(tmp_path, m
         ({"n_frames": 10}, "n-frames is 10, allowed: at least"),
         ({"minutes": 0.0}, "minutes is 0.0, allowed: above 0"),
         ({"minutes": math.nan}, "minutes is nan, allowed: above 0"),
-        ({"seed": -1}, "seed is -1, allowed: 0 or more"),
+        ({"seed": -1}, "seed is -1, allowed: 0 or more, below 4294967296"),
+        ({"seed": 2**32}, "seed is 4294967296, allowed: 0 or more, below"),
         ({"objective": "ppo", "envs": GAMES}, "env is given 2 times, but objective ppo takes 1"),
         ({"objective": "ppo", "minutes": 1.0}, "minutes is 1.0, but objective ppo takes --n-fram"),
     ],
@@ -403,7 +404,7 @@ def test_the_frames_are_those_of_the_agents_actions(breakout_run):
     player.play_until(20)
     # The first environment has no random actions; a stack needs four frames to be read back.
     places = Places(np.arange(3, 20), np.zeros(17, dtype=np.int64))
-    model = pretrain._load_player(settings, pretrain._player_config(settings))
+    model = pretrain._load_player(breakout_run, pretrain._player_config(settings))
     best = model.predict(player.frames.observations(places), deterministic=True)[0]
     assert player.frames.actions(places).tolist() == best.tolist()
 

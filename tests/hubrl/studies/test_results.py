@@ -23,7 +23,8 @@ GAME, OTHER = "hubrl/TinyImage-v0", "hubrl/TinyImageContinuous-v0"
 def games(*returns: float, speed: float = 1.0) -> Games:
     """A game every 16 steps; ``speed`` steps in a second."""
     steps = 16.0 * np.arange(1, len(returns) + 1)
-    return Games(steps, steps / speed, np.array(returns, dtype=float), steps[-1] / speed)
+    end = steps[-1]
+    return Games(steps, steps / speed, np.array(returns, dtype=float), end, end / speed)
 
 
 def study_of(folder: Path, **changes: Any) -> StudyConfig:
@@ -87,7 +88,7 @@ def test_a_control_below_the_floor(tmp_path: Path) -> None:
 
 
 def test_no_game_at_the_start(tmp_path: Path) -> None:
-    late = Games(np.array([60.0]), np.array([60.0]), np.ones(1), 64)
+    late = Games(np.array([60.0]), np.array([60.0]), np.ones(1), 64, 64)
     episodes = {Run("none", GAME, 0): games(1, 1, 1, 1), Run("fast", GAME, 0): late}
     table = measure(study_of(tmp_path), episodes, "steps")
     assert value(table, "fast", "start") is None
@@ -131,6 +132,10 @@ def test_runs_that_are_longer_than_the_study(tmp_path: Path) -> None:
     between = study_of(tmp_path, n_timesteps=56)  # a game ends at 48 steps, one at 64
     table = measure(between, episodes, "seconds")
     assert table.grids[GAME].tolist() == [7, 14, 21, 28]
+    # Where no game ended after it, too: of the 48 s after its last game it has a third.
+    quiet = games(1, 2, 3, 4)._replace(n_steps=160, n_seconds=112)
+    table = measure(study_of(tmp_path, n_timesteps=96), {Run("none", GAME, 0): quiet}, "seconds")
+    assert table.grids[GAME].tolist() == [20, 40, 60, 80]
 
 
 def test_negative_transfer(tmp_path: Path) -> None:
