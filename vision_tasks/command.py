@@ -195,13 +195,13 @@ class _Built(NamedTuple):
 
 
 def _build(config: VisionConfig, folder: Path) -> _Built:
-    data, what = load_data(config)
+    data, task = load_data(config)
     _check_shares(config, data)
     hub = load_vision_hub(
         config.hub.name, config.data.image_size, pretrained=not config.hub.random_init
     )
     device = check_device("train.device", config.train.device)
-    return _Built(build(config, hub, what, folder / SWAP_FOLDER).to(device), data)
+    return _Built(build(config, hub, task, folder / SWAP_FOLDER).to(device), data)
 
 
 def _check_shares(config: VisionConfig, data: Data) -> None:

@@ -149,11 +149,12 @@ def random_batch(setup: Setup, n_images: int | None = None) -> tuple[Tensor, Ten
 
 def train_step(method: Method, images_BCHW: Tensor, targets_B: Tensor) -> None:
     """Forward and backward, without the optimizer, whose time and memory grow with the hub."""
-    method.zero_grad(set_to_none=True)
-    method.loss("train", images_BCHW, targets_B).total.backward()
+    method.train().zero_grad(set_to_none=True)
+    method.loss(images_BCHW, targets_B).total.backward()
 
 
 def predict(method: Method, images_BCHW: Tensor) -> None:
     """Forward in evaluation mode, without gradients."""
+    method.eval()
     with torch.no_grad():
         method(images_BCHW)

@@ -43,7 +43,7 @@ def count_costs(hub: HubSpec, setup: Setup) -> dict[str, Cost]:
     images_BCHW = torch.zeros(
         1, 3, setup.image_size, setup.image_size, dtype=torch.uint8, device="meta"
     )
-    predictors = [model for model in ensemble.models.values() if isinstance(model, Predictor)]
+    predictors = list(ensemble.predictors().values())
     flops = [_predictor_flops(predictor, images_BCHW) for predictor in predictors]
     return {
         SINGLE: Cost(count_parameters(predictors[0]), flops[0]),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ DASHES = ("-", "--", ":")
 def draw_scores(rows: Sequence[Row], file: Path) -> None:
     """Test score of each method with its interval: a panel for each data set."""
     names = list(dict.fromkeys(row.data for row in rows))
-    figure, panels = _panels(len(names), height=1.0 + 0.3 * max(_counts(rows, names)))
+    n_methods = max(Counter(row.data for row in rows).values())
+    figure, panels = _panels(len(names), height=1.0 + 0.3 * n_methods)
     for panel, name in zip(panels, names, strict=True):
         of_data = [row for row in rows if row.data == name][::-1]
         y = np.arange(len(of_data))
@@ -129,10 +131,6 @@ def _bars(intervals: Sequence[Interval]) -> NDArray[np.float64]:
     return np.array([lows, highs])
 
 
-def _counts(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
-    return [sum(row.data == name for row in rows) for name in names]
-
-
-def _panels(n: int, height: float, margin: float = 0.0) -> tuple[Figure, list[Any]]:
+def _panels(n: int, height: float, margin: float = 0.0) -> tuple[Figure, NDArray[np.object_]]:
     figure = new_figure(6.4 * n + margin, height)
-    return figure, list(np.atleast_1d(np.array(figure.subplots(1, n))))
+    return figure, figure.subplots(1, n, squeeze=False)[0]

@@ -59,26 +59,26 @@ def normalised_mean_error(
     return errors_B
 
 
-def failure_rate(errors_B: Tensor, threshold: float = FAILURE) -> float:
+def failure_rate(errors_B: Tensor) -> float:
     """
-    Share of the faces with a larger error than the threshold, 0..1.
+    Share of the faces with a larger error than ``FAILURE``, 0..1.
 
     :param errors_B: normalised mean errors
     """
-    return float((errors_B > threshold).double().mean())
+    return float((errors_B > FAILURE).double().mean())
 
 
-def area_under_error_curve(errors_B: Tensor, threshold: float = FAILURE) -> float:
+def area_under_error_curve(errors_B: Tensor) -> float:
     """
-    Area under the share of faces up to an error, for errors up to the threshold, 0..1.
+    Area under the share of faces up to an error, for errors up to ``FAILURE``, 0..1.
 
     The share is a step function, whose area is computed exactly: a face with the error e adds
-    max(0, 1 - e / threshold). Benchmarks that sample the curve at 1,000 places or join its steps
+    max(0, 1 - e / FAILURE). Benchmarks that sample the curve at 1,000 places or join its steps
     by lines differ in the third digit.
 
     :param errors_B: normalised mean errors
     """
-    return float((1 - errors_B.double() / threshold).clamp_min(0).mean())
+    return float((1 - errors_B.double() / FAILURE).clamp_min(0).mean())
 
 
 def mean_over_seeds(scores: ArrayLike) -> Interval:

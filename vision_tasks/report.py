@@ -367,9 +367,13 @@ def _draw(
 
 
 def _routed(rows: Sequence[Row], runs: Sequence[Run]) -> dict[str, Run]:
-    """For each data set a run of hub-pathway: of that with the most seeds, the first."""
+    """For each data set of labelled images a run of hub-pathway: of most seeds, the first."""
     n_seeds = {(row.data, row.method): len(row.seeds) for row in rows}
-    ours = [run for run in runs if run.config["method"] == OURS]
+    ours = [
+        run
+        for run in runs
+        if run.config["method"] == OURS and run.config["task"] == "classification"
+    ]
     ours.sort(key=lambda run: (n_seeds[run.data, run.method], -run.seed))
     return {run.data: run for run in ours}
 

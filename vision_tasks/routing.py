@@ -8,12 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
 
 from vision_tasks.data import ImageData
 from vision_tasks.methods.hub_pathway import HubPathwayMethod
 from vision_tasks.runs import load_run
-from vision_tasks.training import EVALUATION_BATCH
+from vision_tasks.training import batches_of
 
 # Shape letters: C classes, E encoders, K top k, H W image.
 
@@ -35,15 +34,15 @@ def routing(folder: Path) -> Routing:
     Route the validation images of a run.
 
     :param folder: of a finished run of hub-pathway on labelled images
-    :raises ValueError: if it is another run, or its data or its hub are missing
+    :raises ValueError: as ``load_run`` does
     """
     run = load_run(folder)
-    if not (isinstance(run.method, HubPathwayMethod) and isinstance(run.data, ImageData)):
-        raise ValueError(f"{folder} is no run of hub-pathway on labelled images")
+    assert isinstance(run.method, HubPathwayMethod)
+    assert isinstance(run.data, ImageData)
     pathway, names = run.method.model.pathway.eval(), run.data.names
     usage_CE = torch.zeros(len(names), len(pathway.encoders), dtype=torch.float64)
     examples: dict[int, NDArray[np.uint8]] = {}
-    for images_BCHW, targets_B in DataLoader(run.data.validation, EVALUATION_BATCH):
+    for images_BCHW, targets_B in batches_of(run.data.validation, 0):
         activated_BK = run.method.model.route(images_BCHW)[0].activated
         ones_BK = torch.ones_like(activated_BK, dtype=torch.float64)
         activated_BE = torch.zeros(len(targets_B), len(pathway.encoders), dtype=torch.float64)

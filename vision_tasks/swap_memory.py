@@ -221,9 +221,9 @@ def _watch(method: Method) -> list[float]:
     starts: list[float] = []
     loss = method.loss
 
-    def timed_loss(phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def timed_loss(images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         starts.append(time.perf_counter())
-        return loss(phase, images_BCHW, targets_B)
+        return loss(images_BCHW, targets_B)
 
     method.loss = timed_loss  # type: ignore[method-assign]
     return starts

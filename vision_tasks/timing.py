@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from hubrl.benches.measuring import Measure, interleave, timed
 from hubrl.specs import HubSpec
@@ -60,13 +59,13 @@ def measure_speed(hub: HubSpec, setup: Setup, rounds: int = ROUNDS) -> Speed:
 
 def _inference(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, _ = random_batch(setup)
-    return {name: timed(partial(_predict, method, images_BCHW)) for name, method in methods.items()}
+    return {name: timed(partial(predict, method, images_BCHW)) for name, method in methods.items()}
 
 
 def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, targets_B = random_batch(setup)
     return {
-        name: timed(partial(_train, method, images_BCHW, targets_B))
+        name: timed(partial(train_step, method, images_BCHW, targets_B))
         for name, method in methods.items()
     }
 
@@ -74,7 +73,7 @@ def _training(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
 def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure]:
     images_BCHW, _ = random_batch(setup, n_images=1)
     sides = {
-        name: timed(partial(_predict, methods[name], images_BCHW))
+        name: timed(partial(predict, methods[name], images_BCHW))
         for name in (SINGLE, ENSEMBLE, PATHWAY)
     }
     pathway = methods[PATHWAY]
@@ -86,11 +85,3 @@ def _single_image(methods: dict[str, Method], setup: Setup) -> dict[str, Measure
             generator.eval()(images_BCHW, None)
 
     return {**sides, GENERATOR: timed(generate)}
-
-
-def _predict(method: Method, images_BCHW: Tensor) -> None:
-    predict(method.eval(), images_BCHW)
-
-
-def _train(method: Method, images_BCHW: Tensor, targets_B: Tensor) -> None:
-    train_step(method.train(), images_BCHW, targets_B)

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired
 
@@ -174,7 +175,7 @@ class Trainer:
                 self._method.train(self._position.step > 0)
                 self._load(self._parts(optimizer), self._last)
             while self._position.epoch < self._config.train.epochs:
-                self._train_epoch(phase, optimizer, stop)
+                self._train_epoch(optimizer, stop)
                 if self._stopped_by is not None:
                     self._save(self._last, optimizer)
                     return self._stopped_by
@@ -203,7 +204,7 @@ class Trainer:
         return self._position.epoch * self._epoch_steps + self._position.step
 
     def _begin(self, phase: str) -> AdamW:
-        self._method.begin(phase, self._training_batches)
+        self._method.begin(phase, partial(self._on_device, self._data.train))
         if self._swapped is not None:
             self._swapped.learn(self._optimizer, self._schedule)
         optimizer = self._optimizer(self._method.parameters())
@@ -235,12 +236,12 @@ class Trainer:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"] * self._lr_scale()
 
-    def _train_epoch(self, phase: str, optimizer: Optimizer, stop: StopSignal) -> None:
+    def _train_epoch(self, optimizer: Optimizer, stop: StopSignal) -> None:
         sums = self._losses["sums"]
         start, first = time.perf_counter(), self._position.step
         self._method.train()
         for step, (images_BCHW, targets_B) in enumerate(self._epoch_batches(), first):
-            for name, value in self._step(phase, optimizer, images_BCHW, targets_B).items():
+            for name, value in self._step(optimizer, images_BCHW, targets_B).items():
                 sums[name] = sums.get(name, 0.0) + value
             self._losses["n_steps"] += 1
             self._position = self._position._replace(step=step + 1)
@@ -261,13 +262,13 @@ class Trainer:
         return now
 
     def _step(
-        self, phase: str, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor
+        self, optimizer: Optimizer, images_BCHW: Tensor, targets_B: Tensor
     ) -> dict[str, float]:
-        self._seed(distributed.rank())
+        torch.manual_seed(self._seed_of(*self._position, distributed.rank()))
         data = self._config.data
         images_BCHW = augment(images_BCHW, flip=data.flip, shift=data.shift)
         self._method.progress = self._phase_steps_done() / self._phase_steps
-        losses = self._method.loss(phase, images_BCHW.to(self._device), targets_B.to(self._device))
+        losses = self._method.loss(images_BCHW.to(self._device), targets_B.to(self._device))
         self._check_losses(losses)
         self._schedule(optimizer)
         optimizer.zero_grad()
@@ -310,15 +311,14 @@ class Trainer:
             return (done + 1) / (warmup + 1)
         return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (total - warmup)))
 
-    def _seed(self, *purpose: int) -> None:
-        seed = np.random.SeedSequence((self._config.train.seed, *self._position, *purpose))
-        torch.manual_seed(int(seed.generate_state(1)[0]))
+    def _seed_of(self, *place: int) -> int:
+        seed = np.random.SeedSequence((self._config.train.seed, *place))
+        return int(seed.generate_state(1)[0])
 
     def _epoch_batches(self) -> Iterator[Batch]:
         """What is left of an epoch, in its random order; of each step this process' share."""
         train, dataset = self._config.train, self._data.train
-        seed = np.random.SeedSequence((train.seed, *self._position[:2]))
-        generator = torch.Generator().manual_seed(int(seed.generate_state(1)[0]))
+        generator = torch.Generator().manual_seed(self._seed_of(*self._position[:2]))
         steps = torch.randperm(_length(dataset), generator=generator).split(train.batch_size)
         n, rank = distributed.n_processes(), distributed.rank()
         rows = [step.chunk(n)[rank].tolist() for step in steps[: self._epoch_steps]]
@@ -328,12 +328,6 @@ class Trainer:
         label = f"epoch {self._position.epoch + 1}/{train.epochs}"
         bar = tqdm(loader, label, leave=False, disable=not sys.stdout.isatty() or rank > 0)
         return iter(bar)
-
-    def _training_batches(self) -> Iterator[Batch]:
-        return self._on_device(self._data.train)
-
-    def _validation_batches(self) -> Iterator[Batch]:
-        return self._on_device(self._data.validation)
 
     def _on_device(self, dataset: Dataset[Any]) -> Iterator[Batch]:
         batches = batches_of(dataset, self._config.train.n_workers)
@@ -346,7 +340,7 @@ class Trainer:
         train, task = self._config.train, self._method.task
         distributed.average_buffers(self._method)
         self._method.eval()
-        self._method.choose(self._validation_batches)
+        self._method.choose(partial(self._on_device, self._data.validation))
         scores = distributed.agreed(self._evaluate(self._data.validation))
         score, best = scores[""][task.metric], self._scores["best"]
         is_better = best is None or (score > best if task.is_more_better else score < best)

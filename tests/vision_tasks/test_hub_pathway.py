@@ -63,7 +63,7 @@ def test_losses_and_gradients_are_the_papers(kind: str, hub: Path) -> None:
         images, targets = landmark_data(16).train.tensors
     method = build_method("hub-pathway", load_hub(hub), task, SETTINGS).eval()
     spread(method)
-    losses = method.loss("train", images, targets)
+    losses = method.loss(images, targets)
     expected = dense_losses(method, images, targets)
     for name, value in expected.items():
         torch.testing.assert_close(losses.parts[name], value)
@@ -85,7 +85,7 @@ def test_the_exploration_coefficient_may_move(hub: Path) -> None:
     images, targets = quadrant_images(16, seed=3)
     for progress, coef in ((0.0, 0.4), (0.5, 0.25), (1.0, 0.1)):
         method.progress = progress
-        total, parts = method.loss("train", images, targets)
+        total, parts = method.loss(images, targets)
         expected = parts["task"] + coef * parts["exploration"] + 0.7 * parts["exploitation"]
         torch.testing.assert_close(total, expected)
 
@@ -150,7 +150,7 @@ def test_training_is_noisy_and_evaluation_is_not(hub: Path) -> None:
     method = build_method("hub-pathway", load_hub(hub), Classification(4), SETTINGS)
     images, targets = quadrant_images(16, seed=3)
     method.train()
-    a, b = (method.loss("train", images, targets).total for _ in range(2))
+    a, b = (method.loss(images, targets).total for _ in range(2))
     assert not torch.equal(a, b)
     method.eval()
     assert torch.equal(method(images), method(images))

@@ -259,13 +259,19 @@ def test_folders_of_images_are_other_data(finished: Path) -> None:
     assert "folder" in {run.data for run in report.read_runs(finished)}
 
 
+def _write_landmarks(folder: Path, method: str, nme: float) -> None:
+    _write(folder, method, 1, 0.0)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("task: classification", "task: landmarks"))
+    scores = {"": {"nme": nme, "failure_rate": 0.25, "auc": 0.5, "loss": 1.0}}
+    results = json.loads((folder / "results.json").read_text())
+    results |= {"task": "landmarks", "validation": scores, "test": scores}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
 def test_landmarks_have_three_scores_and_less_error_is_better(tmp_path: Path) -> None:
     for method, nme in (("hub-pathway", 0.05), ("single:a", 0.06)):
-        _write(tmp_path / method, method, 1, 0.0)
-        scores = {"": {"nme": nme, "failure_rate": 0.25, "auc": 0.5, "loss": 1.0}}
-        results = json.loads((tmp_path / method / "results.json").read_text())
-        results |= {"task": "landmarks", "validation": scores, "test": scores}
-        (tmp_path / method / "results.json").write_text(json.dumps(results))
+        _write_landmarks(tmp_path / method, method, nme)
     found = report.read_runs(tmp_path)
     rows = report.summarise(found)
     assert [row.method for row in rows] == ["hub-pathway", "single:a"]
@@ -273,6 +279,14 @@ def test_landmarks_have_three_scores_and_less_error_is_better(tmp_path: Path) ->
     text = report._markdown(rows, found)
     assert "| method | seeds | test nme | failure_rate | auc | validation | hub-pathway" in text
     assert "| single:a | 1 | 6.00 | 25.00 | 50.00 | 6.00 | 1.00 | 10 |" in text
+
+
+def test_the_routing_of_landmarks_is_not_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _write_landmarks(tmp_path / "run", "hub-pathway", 0.05)
+    assert run(tmp_path) == 0
+    assert "no figure of the routing" not in capsys.readouterr().out
 
 
 def test_one_trained_by_itself_comes_first(tmp_path: Path) -> None:
@@ -411,15 +425,3 @@ def test_routing_is_what_the_method_does(tmp_path: Path, monkeypatch: pytest.Mon
     cells = report._routing_cells(found)
     assert [row["class"] for row in cells] == list(found.classes)
     assert [list(row) for row in cells] == [["class", "a", "b", "c"]] * len(found.classes)
-
-
-def test_routing_of_another_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "load_classification", lambda *_: quadrant_data())
-    hub = write_rgb_hub(tmp_path / "rgb")
-    config = small_vision_config(hub, "single:a", train__epochs=1)
-    data, task = load_data(config)
-    method = build(config, runs.load_vision_hub(str(hub), 36), task, tmp_path)
-    create_folder(tmp_path / "run", dump_config(config))
-    Trainer(method, data, config, tmp_path / "run").run(StopSignal())
-    with pytest.raises(ValueError, match=r"run is no run of hub-pathway on labelled images"):
-        routing(tmp_path / "run")

@@ -130,28 +130,11 @@ def load_classification(
     """
     source = _loader(name, CLASSIFICATION)(root)
     _compare_counts(name, source)
-    train, validation = source.train, source.validation or source.train
-    classes_N = train.targets.numpy()
-    if source.test is None:
-        _check_counts(classes_N, source.names, 3)
-        rows, validation_rows, test_rows = three_parts(classes_N)
-        test = train
-    else:
-        test, test_rows = source.test, _all_rows(source.test)
-        if source.validation is None:
-            _check_counts(classes_N, source.names, 2)
-            rows, validation_rows = held_out(classes_N)
-        else:
-            rows, validation_rows = _all_rows(train), _all_rows(validation)
-    if limit is not None:
-        rows = rows[limited(classes_N[rows], limit, seed)]
-    return ImageData(
-        ImageDataset(train, rows, image_size),
-        ImageDataset(validation, validation_rows, image_size),
-        ImageDataset(test, test_rows, image_size),
-        len(source.names),
-        source.names,
-    )
+    classes_N = source.train.targets.numpy()
+    if source.validation is None:
+        _check_counts(classes_N, source.names, 3 if source.test is None else 2)
+    datasets = _datasets(source, classes_N, image_size, limit, seed)
+    return ImageData(*datasets, len(source.names), source.names)
 
 
 def load_landmarks(
@@ -170,19 +153,10 @@ def load_landmarks(
     """
     source = _loader(name, LANDMARKS)(root)
     _compare_counts(name, source)
-    train, validation = source.train, source.validation or source.train
-    rows, validation_rows = _all_rows(train), _all_rows(validation)
-    if source.validation is None:
-        rows, validation_rows = held_out(np.zeros(len(train.images), dtype=np.int64))
-    if limit is not None:
-        rows = rows[limited(np.zeros(len(rows), dtype=np.int64), limit, seed)]
-    return LandmarkData(
-        ImageDataset(train, rows, image_size),
-        ImageDataset(validation, validation_rows, image_size),
-        ImageDataset(source.test, _all_rows(source.test), image_size),
-        2 * train.targets.shape[1],
-        source.eyes,
-    )
+    n_images, n_points, _ = source.train.targets.shape
+    classes_N = np.zeros(n_images, dtype=np.int64)
+    datasets = _datasets(source, classes_N, image_size, limit, seed)
+    return LandmarkData(*datasets, 2 * n_points, source.eyes)
 
 
 def _loader(
@@ -206,6 +180,30 @@ def _compare_counts(name: str, source: ClassSource | PointSource) -> None:
             "if all are unpacked",
             file=sys.stderr,
         )
+
+
+def _datasets(
+    source: ClassSource | PointSource,
+    classes_N: Ints,
+    image_size: int,
+    limit: int | None,
+    seed: int,
+) -> tuple[ImageDataset, ImageDataset, ImageDataset]:
+    """Training, validation and test; ``classes_N`` are equal where there are no classes."""
+    train = source.train
+    validation, test = source.validation or train, source.test or train
+    rows, validation_rows, test_rows = map(_all_rows, (train, validation, test))
+    if source.test is None:
+        rows, validation_rows, test_rows = three_parts(classes_N)
+    elif source.validation is None:
+        rows, validation_rows = held_out(classes_N)
+    if limit is not None:
+        rows = rows[limited(classes_N[rows], limit, seed)]
+    return (
+        ImageDataset(train, rows, image_size),
+        ImageDataset(validation, validation_rows, image_size),
+        ImageDataset(test, test_rows, image_size),
+    )
 
 
 def _all_rows(part: Part) -> Ints:

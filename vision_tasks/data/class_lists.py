@@ -9,6 +9,7 @@ tests compare them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,9 @@ def load_cifar100(root: Path | None) -> ClassSource:
     :param root: the folder of the binary version, or the one above it
     """
     folder = _inner(needed_root(root, "cifar-100", CIFAR_LAYOUT), "cifar-100-binary")
-    names_file = needed_file(folder, "fine_label_names.txt", "cifar-100", CIFAR_LAYOUT)
-    names = tuple(line for _, line in _lines(names_file))
-    parts = [
-        _read_cifar(needed_file(folder, f"{part}.bin", "cifar-100", CIFAR_LAYOUT), len(names))
-        for part in ("train", "test")
-    ]
+    find = partial(needed_file, folder, name="cifar-100", layout=CIFAR_LAYOUT)
+    names = tuple(line for _, line in _lines(find("fine_label_names.txt")))
+    parts = [_read_cifar(find(f"{part}.bin"), len(names)) for part in ("train", "test")]
     return ClassSource(names, *parts)
 
 
@@ -66,14 +64,10 @@ def load_stanford_cars(root: Path | None) -> ClassSource:
     :param root: torchvision's ``stanford_cars``, or the folder above it
     """
     folder = _inner(needed_root(root, "stanford-cars", CARS_LAYOUT), "stanford_cars")
-    meta_file = needed_file(folder, "devkit/cars_meta.mat", "stanford-cars", CARS_LAYOUT)
-    names = tuple(str(name) for name in _read_mat(meta_file, "class_names"))
+    find = partial(needed_file, folder, name="stanford-cars", layout=CARS_LAYOUT)
+    names = tuple(str(name) for name in _read_mat(find("devkit/cars_meta.mat"), "class_names"))
     train, test = (
-        _read_cars(
-            needed_file(folder, annotations, "stanford-cars", CARS_LAYOUT),
-            needed_file(folder, images, "stanford-cars", CARS_LAYOUT),
-            len(names),
-        )
+        _read_cars(find(annotations), find(images), len(names))
         for annotations, images in (
             ("devkit/cars_train_annos.mat", "cars_train"),
             ("cars_test_annos_withlabels.mat", "cars_test"),
@@ -96,15 +90,10 @@ def load_aircraft(root: Path | None) -> ClassSource:
     """
     folder = needed_root(root, "fgvc-aircraft", AIRCRAFT_LAYOUT)
     folder = _inner(_inner(folder, "fgvc-aircraft-2013b"), "data")
-    names_file = needed_file(folder, "variants.txt", "fgvc-aircraft", AIRCRAFT_LAYOUT)
-    names = tuple(line for _, line in _lines(names_file))
+    find = partial(needed_file, folder, name="fgvc-aircraft", layout=AIRCRAFT_LAYOUT)
+    names = tuple(line for _, line in _lines(find("variants.txt")))
     train, validation, test = (
-        _read_list(
-            needed_file(folder, f"images_variant_{part}.txt", "fgvc-aircraft", AIRCRAFT_LAYOUT),
-            needed_file(folder, "images", "fgvc-aircraft", AIRCRAFT_LAYOUT),
-            names,
-            _aircraft_line,
-        )
+        _read_list(find(f"images_variant_{part}.txt"), find("images"), names, _aircraft_line)
         for part in ("train", "val", "test")
     )
     return ClassSource(names, train, test, validation)
@@ -117,15 +106,11 @@ def load_mit_indoors(root: Path | None) -> ClassSource:
     Quattoni, Torralba: "Recognizing Indoor Scenes", CVPR 2009.
     """
     folder = needed_root(root, "mit-indoors", INDOORS_LAYOUT)
-    images = needed_file(folder, "Images", "mit-indoors", INDOORS_LAYOUT)
+    find = partial(needed_file, folder, name="mit-indoors", layout=INDOORS_LAYOUT)
+    images = find("Images")
     names = tuple(sorted(path.name for path in images.iterdir() if path.is_dir()))
     train, test = (
-        _read_list(
-            needed_file(folder, list_file, "mit-indoors", INDOORS_LAYOUT),
-            images,
-            names,
-            _indoors_line,
-        )
+        _read_list(find(list_file), images, names, _indoors_line)
         for list_file in ("TrainImages.txt", "TestImages.txt")
     )
     return ClassSource(names, train, test)

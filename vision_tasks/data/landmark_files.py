@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -100,12 +101,10 @@ def load_wflw(root: Path | None) -> PointSource:
     CVPR 2018. Errors are over the distance of the outer corners of the eyes.
     """
     folder = needed_root(root, "wflw", LAYOUT_WFLW)
-    images = needed_file(folder, "WFLW_images", "wflw", LAYOUT_WFLW)
+    find = partial(needed_file, folder, name="wflw", layout=LAYOUT_WFLW)
+    images = find("WFLW_images")
     lists = "WFLW_annotations/list_98pt_rect_attr_train_test/list_98pt_rect_attr"
-    train, test = (
-        _read_wflw(needed_file(folder, f"{lists}_{part}.txt", "wflw", LAYOUT_WFLW), images)
-        for part in ("train", "test")
-    )
+    train, test = (_read_wflw(find(f"{lists}_{part}.txt"), images) for part in ("train", "test"))
     return PointSource(EYES_WFLW, train, test)
 
 
@@ -136,12 +135,9 @@ def load_aflw(root: Path | None) -> PointSource:
     """
     folder = needed_root(root, "aflw", LAYOUT_AFLW)
     images = folder / "images" if (folder / "images").is_dir() else folder
-    train, test = (
-        _read_aflw(
-            needed_file(folder, f"face_landmarks_aflw_{part}.csv", "aflw", LAYOUT_AFLW), images
-        )
-        for part in ("train", "test")
-    )
+    find = partial(needed_file, folder, name="aflw", layout=LAYOUT_AFLW)
+    lists = (find(f"face_landmarks_aflw_{part}.csv") for part in ("train", "test"))
+    train, test = (_read_aflw(list_file, images) for list_file in lists)
     return PointSource(EYES_AFLW, train, test)
 
 

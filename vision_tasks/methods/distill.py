@@ -40,10 +40,10 @@ class Distill(EnsembleI):
             self.student = self._pretrained(self._student_name)
             self.models.requires_grad_(False)
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def loss(self, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """Of the teachers as in ``ensemble-i``; of the student the task's loss and imitation."""
         if self.student is None:
-            return super().loss(phase, images_BCHW, targets_B)
+            return super().loss(images_BCHW, targets_B)
         with torch.no_grad():
             teachers_BO = super().forward(images_BCHW)
         outputs_BO = self.student(images_BCHW)

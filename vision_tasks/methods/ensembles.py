@@ -39,7 +39,7 @@ class EnsembleI(Ensemble):
     do together. So their results count, too.
     """
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def loss(self, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """Sum of the models' losses; the part ``task`` is their mean."""
         outputs = self.outputs(images_BCHW).values()
         losses_M = torch.stack([self.task.losses(each, targets_B).mean() for each in outputs])

@@ -50,7 +50,7 @@ class HubPathwayMethod(Method):
         """Let the generator know the mean image and its features' statistics."""
         settle_generator(self.model.pathway, batches)
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def loss(self, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """Task + exploration_coef x exploration + exploitation_coef x exploitation."""
         output, activated = self.model.route(images_BCHW)
         task = self.task.losses(output.features, targets_B).mean()

@@ -74,7 +74,7 @@ class KnowledgeFlow(LogMe):
             for n_channels, sources in zip(student.values(), self._sources, strict=True)
         ).to(images_1CHW.device)
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def loss(self, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """The task's loss of the mixture + (1 - the teachers' part) x dependence."""
         task = self.task.losses(self.mixture(images_BCHW), targets_B).mean()
         dependence = dependence_loss(torch.stack([mixer.shares()[0] for mixer in self._mixers()]))

@@ -110,7 +110,7 @@ class Method(nn.Module):
         :param batches: validation images
         """
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def loss(self, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """
         Losses of a batch of uint8 images; unless a method says otherwise the task's loss of its
         outputs.

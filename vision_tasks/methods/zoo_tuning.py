@@ -86,7 +86,7 @@ class ZooTuning(Method):
             norm.momentum = momentum
             norm.eval()
 
-    def loss(self, phase: str, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
+    def loss(self, images_BCHW: Tensor, targets_B: Tensor) -> Losses:
         """The task's loss."""
         loss = self.task.losses(self.head(self._features(images_BCHW)), targets_B).mean()
         return Losses(loss, {"task": loss})

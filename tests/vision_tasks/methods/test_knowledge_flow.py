@@ -73,7 +73,7 @@ def test_mixture_and_gradients(method: Method) -> None:
     shares = [(10 * mixer.scores).softmax(dim=0) for mixer in method.mixers]
     task = F.cross_entropy(layers_mixed(method, shares, 0.5), TARGETS)
     dependence = -sum(each[0].log() for each in shares) / 3
-    losses = method.loss("train", IMAGES, TARGETS)
+    losses = method.loss(IMAGES, TARGETS)
     torch.testing.assert_close(losses.parts, {"task": task, "dependence": dependence})
     torch.testing.assert_close(losses.total, task + 0.5 * dependence)
     weights = list(method.parameters())
@@ -94,7 +94,7 @@ def test_the_student_is_alone_in_the_second_half(progress: float, method: Method
     method.progress = progress
     torch.testing.assert_close(method.mixture(IMAGES), alone_BO)
     alone = F.cross_entropy(alone_BO, TARGETS)
-    torch.testing.assert_close(method.loss("train", IMAGES, TARGETS).parts["task"], alone)
+    torch.testing.assert_close(method.loss(IMAGES, TARGETS).parts["task"], alone)
 
 
 def test_no_hook_is_left(method: Method) -> None:
@@ -171,4 +171,4 @@ def test_teachers_of_other_architectures(tmp_path: Path) -> None:
         del method.models["vit" if student == "conv" else "conv"]
         method.begin("train", lambda: [(IMAGES, TARGETS)])
         assert [len(mixer.transforms) for mixer in method.mixers] == sites
-        assert method.loss("train", IMAGES, TARGETS).total.isfinite()
+        assert method.loss(IMAGES, TARGETS).total.isfinite()

@@ -52,7 +52,7 @@ def test_uniform_is_the_mean_and_each_heads_loss(hub: HubSpec) -> None:
     mean_BO = sum(o @ block.T for o, block in zip(outputs, blocks, strict=True)) / 3
     each = sum(F.cross_entropy(o, TARGETS) for o in outputs)
     expected = F.cross_entropy(mean_BO + model.pathway.aggregator.bias, TARGETS) + 0.7 * each
-    losses = method.loss("train", IMAGES, TARGETS)
+    losses = method.loss(IMAGES, TARGETS)
     torch.testing.assert_close(losses.total, expected)
     assert_same_gradients(method, losses.total, expected)
 
@@ -79,7 +79,7 @@ def test_attention_is_scaled_dot_products(hub: HubSpec) -> None:
     mixed_BO = method.aggregator.bias + sum(
         (weights_BE[:, i, None] * o) @ blocks[i].T for i, o in enumerate(outputs)
     )
-    loss = method.loss("train", IMAGES, TARGETS).total
+    loss = method.loss(IMAGES, TARGETS).total
     assert_same_gradients(method, loss, F.cross_entropy(mixed_BO, TARGETS))
     assert not any("encoders" in key for key in method.state_dict())
 
@@ -92,7 +92,7 @@ def test_a_student_imitates_the_teachers_common_output(
     method = build_method("distill", hub, task, SETTINGS)
     method.begin("teachers", lambda: [(IMAGES, targets)])
     alone = build_method("ensemble-i", hub, task, SETTINGS)
-    losses = (each.loss("teachers", IMAGES, targets).total for each in (method, alone))
+    losses = (each.loss(IMAGES, targets).total for each in (method, alone))
     assert torch.equal(*losses)
     with torch.no_grad():
         method.models["a"].head.weight += 0.3  # the teachers have learned
@@ -101,7 +101,7 @@ def test_a_student_imitates_the_teachers_common_output(
     student_BO = method.student(IMAGES)
     expected = task.losses(student_BO, targets).mean()
     expected = expected + task.imitation_losses(student_BO, teachers_BO).mean()
-    losses = method.loss("student", IMAGES, targets)
+    losses = method.loss(IMAGES, targets)
     torch.testing.assert_close(losses.total, expected)
     assert_same_gradients(method, losses.total, expected)
     assert torch.equal(method(IMAGES), student_BO)

@@ -113,7 +113,7 @@ def test_models_of_libraries(architecture: str) -> None:
     hub = HubSpec(name="h", encoders=(spec, dataclasses.replace(spec, name="b")))
     method = build_method("zoo-tuning", hub, Classification(4), Settings(0, size, pretrained=False))
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8)
-    method.loss("train", images, torch.tensor([0, 1])).total.backward()
+    method.loss(images, torch.tensor([0, 1])).total.backward()
     learned = [layer.layer.weight for layer in method._layers]
     assert len(learned) > 10
     assert all(weight.grad is not None for weight in learned)
@@ -155,7 +155,7 @@ def test_batch_norm_learns_the_aggregated_statistics(
     torch.testing.assert_close(trunk.norm.running_var, maps_BCHW.var(dim=(0, 2, 3)).detach())
     before = {key: value.clone() for key, value in method.state_dict().items()}
     method.train()
-    method.loss("train", IMAGES, TARGETS)
+    method.loss(IMAGES, TARGETS)
     assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 
