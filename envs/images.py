@@ -37,7 +37,8 @@ class ImageFormat:
     The observations that an agent gets: (stack * channels, size, size) uint8, newest image last.
 
     :param size: height and width, in pixels
-    :param grey: one channel for an image instead of red, green and blue
+    :param grey: one channel for an image instead of red, green and blue, which are equal where the
+        environment observes grey images
     :param stack: number of successive images in an observation
     :param min_size: height and width below which the environment's own images are refused, in
         pixels; smaller ones would be blurs of ``size``
@@ -194,21 +195,21 @@ def _check_image(env_id: str, space: gym.Space[Any], image: ImageFormat) -> None
             f"least {image.min_size}x{image.min_size} px are needed, half of what the hub's "
             "encoders were trained on: render larger observations"
         )
-    if not image.grey and not _has_colour(space):
-        raise ValueError(f"grey is False, but env {env_id!r} observes grey images: use grey=True")
 
 
 def _to_format(env: gym.Env[Any, Any], image: ImageFormat) -> gym.Env[Any, Any]:
     """Gymnasium's wrappers from (H, W), (H, W, 1) or (H, W, 3) to the format."""
     if image.grey and _has_colour(env.observation_space):
         env = GrayscaleObservation(env)
+    own_channels = COLOUR_CHANNELS if _has_colour(env.observation_space) else GREY_CHANNELS
     channels = GREY_CHANNELS if image.grey else COLOUR_CHANNELS
+    shape = (channels, image.size, image.size)
     env = ResizeObservation(env, (image.size, image.size))
-    env = ReshapeObservation(env, (image.size, image.size, channels))
+    env = ReshapeObservation(env, (image.size, image.size, own_channels))
     env = TransformObservation(
         env,
-        lambda observation: observation.transpose(2, 0, 1),
-        gym.spaces.Box(0, 255, (channels, image.size, image.size), np.uint8),
+        lambda observation: np.broadcast_to(observation.transpose(2, 0, 1), shape),
+        gym.spaces.Box(0, 255, shape, np.uint8),
     )
     env = FrameStackObservation(env, image.stack, padding_type="zero")
     return ReshapeObservation(env, (image.stack * channels, image.size, image.size))

@@ -138,7 +138,6 @@ class HubPathway(nn.Module):
         self.generator = _generator_class(generator, self.hub, len(self._choices_M), self.top_k)(
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
-        self.pretrained = pretrained
         build = build_encoders or EncoderList
         self.encoders = build(self.hub, _frozen_names(freeze, self.hub), pretrained)
         if freeze_layers:

@@ -334,7 +334,7 @@ def _with_timm_config(card: EncoderSpec, config: Any, wishes: Wishes) -> Encoder
         }
         if "input_size" in config and wishes.image_size is None:
             changes["image_size"] = tuple(config["input_size"][-2:])
-        license = wishes.license or config.get("license") or ""
+        license = wishes.license or SPDX.get(config.get("license"), config.get("license") or "")
         return dataclasses.replace(card, **changes, license=license)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{card.source}: its config.json is wrong ({reason(error)})") from None

@@ -504,7 +504,8 @@ def _fetched(recipe: HubSpec, weights: bool) -> HubSpec:
     file = fetched_folder(recipe.name) / HUB_FILE
     if file.is_file():
         found = _read_hub(file)
-        if tuple(map(_as_recipe, found.encoders, recipe.encoders)) == recipe.encoders:
+        cards = tuple(map(_as_recipe, found.encoders, recipe.encoders))
+        if found.encoder_names == recipe.encoder_names and cards == recipe.encoders:
             return dataclasses.replace(recipe, encoders=found.encoders, folder=found.folder)
     if weights:
         raise _not_fetched(recipe.name)

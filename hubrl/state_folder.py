@@ -286,11 +286,11 @@ def _write(
 
 
 def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files; None if they are whole, or older than manifests."""
+    """What is wrong with a checkpoint's files; None if they are whole."""
     try:
         manifest = read_json(folder / MANIFEST_FILE)
     except FileNotFoundError:
-        return None
+        return f"{MANIFEST_FILE} is missing"
     except (OSError, ValueError):
         return f"{MANIFEST_FILE} can't be read"
     for name, sha256 in manifest.items():

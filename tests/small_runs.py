@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from agents.config import RunConfig, built_in_config, dump_config, load_config
 from envs import ImageFormat, make_vec_env
+from hubrl.files import file_sha256
 
 SMALL: dict[str, Any] = {
     "env.id": "hubrl/TinyImage-v0",
@@ -72,6 +73,13 @@ def small_env(n_envs: int = 2, algorithm: str = "ppo", **options: Any) -> VecEnv
     """TinyImage with observations of (4, 36, 36), and with actions that the algorithm takes."""
     env_id = (SMALL | SMALL_OF[algorithm])["env.id"]
     return make_vec_env(env_id, n_envs, image=ImageFormat(size=36), **options)
+
+
+def renew_manifest(folder: Path) -> None:
+    """Of a checkpoint whose files a test has changed, as a stranger would have it."""
+    file = folder / "manifest.json"
+    names = sorted(path.name for path in folder.iterdir() if path != file)
+    file.write_text(json.dumps({name: file_sha256(folder / name) for name in names}))
 
 
 def register_env(env_id: str, kind: type[gym.Env[Any, Any]]) -> None:

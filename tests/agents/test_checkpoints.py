@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sb3_agents import optimizers_of, parameters_of
 from small_hubs import nature_spec, write_hub
-from small_runs import small_config, small_env
+from small_runs import renew_manifest, small_config, small_env
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents.algorithms import ALGORITHMS, build_model
@@ -95,7 +95,7 @@ def test_a_checkpoint_with_a_number_that_equals_none(value: float | str, tmp_pat
     state = read_json(tmp_path / "last" / "state.json")
     state["episodes"][0][0] = value
     (tmp_path / "last" / "state.json").write_text(json.dumps(state))
-    (tmp_path / "last" / "manifest.json").unlink()
+    renew_manifest(tmp_path / "last")
     load_checkpoint(other, tmp_path / "last")
     assert other.num_timesteps == model.num_timesteps
     assert other.ep_info_buffer
@@ -180,18 +180,21 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path, hub5: Path) -> None:
 
     with pytest.raises(ValueError, match="has the encoders none, but the hub has a, b, c, d, e"):
         load_checkpoint(build("ppo", hub5), folder)
-    (folder / "manifest.json").unlink()  # as in runs that are older than manifests
     file = folder / "policy.safetensors"
     tensors = load_file(file)
     save_file({key: value for key, value in tensors.items() if "action_net" not in key}, file)
+    renew_manifest(folder)
     with pytest.raises(ValueError, match=r"can't be loaded: '?no tensor action_net"):
         load_checkpoint(model, folder)
     save_file(tensors | {"more": torch.zeros(1)}, file)
+    renew_manifest(folder)
     with pytest.raises(ValueError, match=r"can't be loaded: '?unknown tensor"):
         load_checkpoint(model, folder)
     file.write_bytes(file.read_bytes()[:1000])
+    renew_manifest(folder)
     with pytest.raises(ValueError, match=r"policy.safetensors can't be loaded: Error while des"):
         load_checkpoint(model, folder)
     file.unlink()
+    renew_manifest(folder)
     with pytest.raises(ValueError, match=r"policy.safetensors can't be loaded: No such file"):
         load_checkpoint(model, folder)

@@ -242,10 +242,25 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"'NoImage-v0' observes .*only images are allowed"):
             make_vec_env("NoImage-v0", 1)
 
-    def test_no_colour(self) -> None:
-        register("Grey-v0", gym.spaces.Box(0, 255, (40, 40, 1), np.uint8))
-        with pytest.raises(ValueError, match="grey is False, but env 'Grey-v0' observes grey"):
-            make_vec_env("Grey-v0", 1, image=ImageFormat(grey=False))
+    @pytest.mark.parametrize("shape", [(40, 40), (40, 40, 1)])
+    def test_grey_images_where_colours_are_wanted(self, shape: tuple[int, ...]) -> None:
+        image = np.random.default_rng(0).integers(256, size=shape).astype(np.uint8)
+
+        class Grey(gym.Env):
+            observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+            action_space = gym.spaces.Discrete(2)
+
+            def reset(self, *, seed: int | None = None, options: dict | None = None) -> Any:
+                return image, {}
+
+        register_env("Grey-v0", Grey)
+        grey, colour = (
+            make_vec_env("Grey-v0", 1, image=ImageFormat(size=36, grey=grey, stack=2)).reset()
+            for grey in (True, False)
+        )
+        assert grey.shape == (1, 2, 36, 36)
+        assert len(np.unique(grey[0, 1])) > 100
+        np.testing.assert_array_equal(colour, grey.repeat(3, axis=1))
 
     def test_an_atari_game_may_name_its_module(self) -> None:
         env = make_vec_env("ale_py:ALE/Pong-v5", 1, sticky=0.25)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_runs import register_env, write_small_config
+from small_runs import register_env, renew_manifest, write_small_config
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from agents import faults
@@ -325,7 +325,7 @@ def test_weights_that_are_no_numbers_are_said_in_one_line_by_commands_that_play(
     tensors = load_file(file)
     tensors["action_net.weight"].fill_(float("nan"))
     save_file(tensors, file)
-    (file.parent / "manifest.json").unlink()
+    renew_manifest(file.parent)
     onnx, student = (["r", "--format", name] for name in ("onnx", "distilled"))
     for command, arguments in (
         (evaluate.command, ["r"]), (export.command, onnx), (export.command, student),

@@ -473,7 +473,7 @@ def test_a_timm_model_of_a_repository(hugging_face: Service, tmp_path: Path) -> 
     outcome = call_hubs("add", hub, "--from-hf", "someone/Net.1")
     assert outcome.code == 0, outcome.err
     (card,) = load_hub(hub).encoders
-    assert (card.name, card.architecture, card.license) == ("net_1", "timm:test_resnet", "mit")
+    assert (card.name, card.architecture, card.license) == ("net_1", "timm:test_resnet", "MIT")
     assert (card.image_size, card.mean, card.std) == ((48, 48), (0.5,) * 3, (0.25,) * 3)
     assert card.source == "https://huggingface.co/someone/Net.1"
     own = ("--image-size", 36, "--name", "own", "--architecture", "timm:test_resnet")

@@ -117,6 +117,16 @@ def test_random_encoders_need_no_weights(built_in: Path, source: Source) -> None
     assert source.asked == []
 
 
+def test_a_recipe_that_was_fetched_with_more_encoders_is_of_another_version(
+    built_in: Path, source: Source
+) -> None:
+    first, _ = load_cards("pair").encoders
+    fetch_hub("pair")
+    save_recipe(built_in, first)
+    with pytest.raises(ValueError, match="hub 'pair' is not on this machine"):
+        load_hub("pair")
+
+
 def test_hubs_with_weights_are_loaded_alone(hub5: Path, source: Source) -> None:
     assert fetch_hub(hub5) == load_cards(hub5) == load_hub(hub5)
     assert source.asked == []
