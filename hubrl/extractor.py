@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self, SupportsFloat
@@ -344,9 +344,8 @@ def _is_collecting() -> bool:
     other policies. What is collected is kept until the next rollout; for another loop over a policy
     that would be for ever.
     """
-    frame: FrameType | None = sys._getframe(2)
     policies: list[BasePolicy] = []
-    while frame is not None:
+    for frame in _calls():
         caller, name = frame.f_locals.get("self"), frame.f_code.co_name
         if isinstance(caller, BaseAlgorithm):
             own = getattr(caller.policy, "_orig_mod", caller.policy)  # within torch.compile's
@@ -354,7 +353,6 @@ def _is_collecting() -> bool:
         is_sampled = name == "forward" and not frame.f_locals.get("deterministic")
         if is_sampled and isinstance(caller, BasePolicy):
             policies.append(caller)
-        frame = frame.f_back
     return False
 
 
@@ -365,26 +363,30 @@ def _rows_without_padding() -> Tensor | None:
     RecurrentPPO pads its sequences to one length and gives the policy no word of it: only its own
     minibatch has the mask.
     """
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
+    for frame in _calls():
         mask_B = getattr(frame.f_locals.get("rollout_data"), "mask", None)
         if mask_B is not None:
             rows_R: Tensor = mask_B.nonzero().flatten()
             return None if len(rows_R) == len(mask_B) else rows_R
-        frame = frame.f_back
     return None
 
 
 def _refuse_unfit_algorithm() -> None:
     """Nothing but the call stack tells an extractor for which algorithm it is built."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
+    for frame in _calls():
         algorithm = frame.f_locals.get("self")
         if isinstance(algorithm, BaseAlgorithm):
             for name in (base.__name__.lower() for base in type(algorithm).__mro__):
                 if name in UNFIT_ALGORITHMS:
                     raise ValueError(f"{name.upper()} can't train a hub: {UNFIT_ALGORITHMS[name]}")
             return
+
+
+def _calls() -> Iterator[FrameType]:
+    """What called the function that asks, the innermost first."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
         frame = frame.f_back
 
 
