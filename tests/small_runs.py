@@ -123,6 +123,7 @@ def write_complete_run(
     last = folder / "checkpoints" / "last"
     last.mkdir(parents=True)
     (last / "state.json").write_text(json.dumps({"num_timesteps": config.train.n_timesteps}))
+    renew_manifest(last)
     (folder / "config.yaml").write_text(dump_config(config))
     lines = [f"{steps},{score},8,{seconds}" for steps, score, seconds in games]
     (folder / "episodes.csv").write_text("\n".join(["timesteps,return,length,seconds", *lines, ""]))

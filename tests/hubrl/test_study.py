@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -48,6 +49,7 @@ last.mkdir(parents=True, exist_ok=True)
 if "--config" in arguments:
     (folder / "config.yaml").write_text(pathlib.Path(arguments[1]).read_text())
 (last / "state.json").write_text(json.dumps(dict(num_timesteps=64)))
+(last / "manifest.json").write_text("{}")
 (folder / "episodes.csv").write_text("timesteps,return,length,seconds\\n16,1,8,1\\n64,2,8,4\\n")
 """
 
@@ -94,6 +96,7 @@ def set_timesteps(folder: Path, timesteps: int) -> None:
     state = folder / "checkpoints" / "last" / "state.json"
     state.parent.mkdir(parents=True, exist_ok=True)
     state.write_text(json.dumps({"num_timesteps": timesteps}))
+    (state.parent / "manifest.json").write_text("{}")
 
 
 Calls = Callable[[], list[list[Any]]]
@@ -150,8 +153,7 @@ def test_complete_runs_are_skipped_and_unfinished_ones_resumed(
     file = small_study(tmp_path, variants=variants("none", "a", "b"))
     assert run(file, "--only", "run") == 0
     set_timesteps(folder_of("a"), 32)
-    (folder_of("b") / "checkpoints/last/state.json").unlink()
-    (folder_of("b") / "checkpoints/last").rmdir()
+    shutil.rmtree(folder_of("b") / "checkpoints/last")
     Path("calls").unlink()
     assert run(file, "--only", "run", "--jobs", 1) == 0
     resumed, anew = (arguments for arguments, *_ in calls())
