@@ -143,7 +143,7 @@ def from_timm(model: str, wishes: Wishes) -> Provided:
         image_size=size,
         mean=tuple(known.mean),
         std=tuple(known.std),
-        license=wishes.license or SPDX.get(known.license, known.license or ""),
+        license=wishes.license or _spdx(known.license),
     )
     return Provided(with_features_dim(card), trunk.state_dict())
 
@@ -334,10 +334,16 @@ def _with_timm_config(card: EncoderSpec, config: Any, wishes: Wishes) -> Encoder
         }
         if "input_size" in config and wishes.image_size is None:
             changes["image_size"] = tuple(config["input_size"][-2:])
-        license = wishes.license or SPDX.get(config.get("license"), config.get("license") or "")
+        license = wishes.license or _spdx(config.get("license"))
         return dataclasses.replace(card, **changes, license=license)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{card.source}: its config.json is wrong ({reason(error)})") from None
+
+
+def _spdx(license: str | None) -> str:
+    """The identifier of what timm calls a licence; empty for none."""
+    name = license or ""
+    return SPDX.get(name, name)
 
 
 def _card(wishes: Wishes, *, name: str, features_dim: int = 1, **fields: Any) -> EncoderSpec:

@@ -45,9 +45,9 @@ PPO_HUBS: Mapping[str, Overrides] = {
     "ppo.frozen": FROZEN,
     "ppo.none": {"hub.name": "none"},
 }
-#: Of the extractor in a script.
-SCRIPT_HUB = "atari5"
 DQN_HUBS: Mapping[str, Overrides] = {"dqn.trained": TRAINED, "dqn.frozen": FROZEN}
+#: Of the extractor in a user's script.
+SCRIPT_HUB = "atari5"
 # Learning starts in the first round, which doesn't count.
 DQN_START: Overrides = {"algorithm.learning_starts": 128, "algorithm.buffer_size": 2048}
 
@@ -89,14 +89,14 @@ def measure_ppo(
 ) -> list[Result]:
     """PPO end to end: hub trained, hub frozen, no hub, a script with a hub; against plain SB3."""
     overrides = {**overrides, "train.device": device}
-    return _compare_agents("ppo", PPO_HUBS, overrides, _iteration_steps(overrides), rounds)
+    n_steps = _iteration_steps(overrides)
+    return _compare_agents("ppo", PPO_HUBS, "ppo.script", overrides, n_steps, rounds)
 
 
 def measure_dqn(n_steps: int = 256, rounds: int = 4, device: str = "cpu") -> list[Result]:
-    """QR-DQN after learning has started: the same; against plain sb3-contrib."""
-    return _compare_agents(
-        "qrdqn", DQN_HUBS, {**DQN_START, "train.device": device}, n_steps, rounds
-    )
+    """QR-DQN after learning has started: hub trained, hub frozen, a script with a hub."""
+    overrides = {**DQN_START, "train.device": device}
+    return _compare_agents("qrdqn", DQN_HUBS, "dqn.script", overrides, n_steps, rounds)
 
 
 def measure_env(n_steps: int = 256, rounds: int = 5) -> list[Result]:
@@ -119,7 +119,12 @@ def measure_env(n_steps: int = 256, rounds: int = 5) -> list[Result]:
 
 
 def _compare_agents(
-    algorithm: str, hubs: Mapping[str, Overrides], overrides: Overrides, n_steps: int, rounds: int
+    algorithm: str,
+    hubs: Mapping[str, Overrides],
+    script: str,
+    overrides: Overrides,
+    n_steps: int,
+    rounds: int,
 ) -> list[Result]:
     """
     Agent steps per second of each hub, against the fastest plain agent; and of the extractor in a
@@ -140,7 +145,6 @@ def _compare_agents(
         seconds = interleave(sides, rounds, warm_up=1)
     speed = {name: n_steps / median for name, median in seconds.items()}
     plain = max(speed[kind.__name__] for kind in kinds)
-    script = next(iter(hubs)).split(".")[0] + ".script"
     return [
         *(compare(name, speed[name], plain, "steps/s") for name in hubs),
         compare(script, speed["script"], speed[DummyVecEnv.__name__], "steps/s"),

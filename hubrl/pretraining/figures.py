@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.runs import STEPS
 from hubrl.plots import COLOURS, new_figure, save_figure, tidy
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def draw_returns(table: Path, file: Path, title: str) -> None:
     if not played.any():
         return
     figure, (panel,) = _panels([3.4], title)
-    steps = columns["time/total_timesteps"]
+    steps = columns[STEPS]
     _lines(panel, steps[played], {"return": returns[played]}, COLOURS)
     panel.set(xlabel="agent steps", ylabel="mean return of the last 100 games")
     save_figure(figure, file)

@@ -17,7 +17,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from small_runs import small_config, small_study, write_small_config
+from small_runs import renew_manifest, small_config, small_study, write_small_config
 
 from hubrl import cli, study
 from hubrl.signals import StopSignal
@@ -96,7 +96,7 @@ def set_timesteps(folder: Path, timesteps: int) -> None:
     state = folder / "checkpoints" / "last" / "state.json"
     state.parent.mkdir(parents=True, exist_ok=True)
     state.write_text(json.dumps({"num_timesteps": timesteps}))
-    (state.parent / "manifest.json").write_text("{}")
+    renew_manifest(state.parent)
 
 
 Calls = Callable[[], list[list[Any]]]
