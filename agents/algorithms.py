@@ -34,7 +34,7 @@ from agents.rollout_buffer import DeviceRolloutBuffer
 from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor, steady_encoders
 from hubrl.optimizer import EncoderScaledAdam
-from hubrl.pathway import always_active_names
+from hubrl.pathway import TopK, always_active_names, number_activated
 from hubrl.precision import check_device, resolve_precision
 from hubrl.specs import HubSpec, lasting_name, load_hub
 
@@ -177,8 +177,9 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     The configuration that repeats the run from any folder, as fast as here.
 
-    ``precision: auto`` becomes what this machine's measurement chose, ``always_active: auto`` the
-    names in the hub's card, ``aggregation: auto`` what fits the hub, and a hub's path absolute.
+    ``precision: auto`` becomes what this machine's measurement chose, ``top_k: auto`` a number,
+    ``always_active: auto`` the names in the hub's card, ``aggregation: auto`` what fits the hub,
+    and a hub's path absolute.
 
     :raises ValueError: if there is no such device or hub, or ``always_active`` is out of its range
     """
@@ -187,10 +188,15 @@ def resolve(config: RunConfig) -> RunConfig:
     changes = {
         "precision": str(dtype).removeprefix("torch."),
         "name": config.hub.name if config.hub.name == "none" else lasting_name(config.hub.name),
+        "top_k": _top_k(config.hub),
         "always_active": _always_active(config.hub),
         "aggregation": _aggregation(config.hub),
     }
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
+
+
+def _top_k(hub: HubSection) -> TopK:
+    return hub.top_k if hub.name == "none" else number_activated(hub.top_k, _cards(hub))
 
 
 def _always_active(hub: HubSection) -> tuple[str, ...]:
@@ -198,7 +204,8 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
         return ()
     names = "auto" if hub.always_active == ("auto",) else hub.always_active
     cards = _cards(hub)
-    return always_active_names(steady_encoders(names, hub.top_k, cards), hub.top_k, cards)
+    top_k = number_activated(hub.top_k, cards)
+    return always_active_names(steady_encoders(names, top_k, cards), top_k, cards)
 
 
 def _aggregation(hub: HubSection) -> str:

@@ -79,7 +79,8 @@ class HubSection(Section):
     What turns images into features.
 
     :param name: ``none`` (SB3's NatureCNN), a hub, ``HUB:ENCODER``, a folder or a YAML file
-    :param top_k: encoders that run for an observation; nothing to choose for ``none``
+    :param top_k: encoders that run for an observation; ``auto``: 2, or 1 of a hub of one; nothing
+        to choose for ``none``
     :param always_active: encoders that are among them for each observation; ``auto``: as the
         hub's card says, or the first
     :param generator: where pathway weights come from; ``uniform``: all encoders weigh the same
@@ -95,7 +96,7 @@ class HubSection(Section):
     """
 
     name: str
-    top_k: Count
+    top_k: Count | Literal["auto"]
     always_active: Names
     generator: Literal["small", "uniform"]
     exploration_coef: Schedule

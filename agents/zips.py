@@ -21,6 +21,18 @@ from hubrl.saved_agents import agent_data, policy_tensors
 
 #: Names of SB3's policies for images, where it is not CnnPolicy.
 POLICIES = {"crossq": "MlpPolicy", "recurrent_ppo": "CnnLstmPolicy"}
+#: Whose policies a module has; of two algorithms that play alike, the one named here or the other.
+ALGORITHM_OF_MODULE = {
+    "stable_baselines3.common.policies": "ppo",
+    "sb3_contrib.common.maskable.policies": "maskable_ppo",
+    "sb3_contrib.common.recurrent.policies": "recurrent_ppo",
+    "stable_baselines3.dqn.policies": "dqn",
+    "sb3_contrib.qrdqn.policies": "qrdqn",
+    "stable_baselines3.sac.policies": "sac",
+    "stable_baselines3.td3.policies": "td3",
+    "sb3_contrib.tqc.policies": "tqc",
+    "sb3_contrib.crossq.policies": "crossq",
+}
 #: Arguments of a policy that decide what it does and are plain data, and their types.
 PLAIN: Mapping[str, Any] = {
     "net_arch": list | dict | None,
@@ -46,7 +58,7 @@ NATURE: Mapping[str, Any] = {"features_dim": int, "normalized_image": bool}
 #: Arguments of HubFeaturesExtractor.
 EXTRACTOR: Mapping[str, Any] = {
     "hub": str,
-    "top_k": int,
+    "top_k": int | str,
     "exploration_coef": int | float | dict,
     "features_dim": int,
     "aggregation": str,
@@ -73,6 +85,28 @@ def hub_of(file: Path) -> str:
     return str(_extractor_kwargs(file).get("hub", "atari5")) if _has_hub(file) else "none"
 
 
+def algorithm_of(file: Path) -> str:
+    """
+    What a saved agent was trained with: a key of ``agents.algorithms.ALGORITHMS``.
+
+    :raises ValueError: if it is no agent that SB3 saved, or has a policy of another's
+    """
+    data = agent_data(file)
+    policy = data.get("policy_class")
+    module = policy.get("__module__") if isinstance(policy, dict) else None
+    name = ALGORITHM_OF_MODULE.get(str(module))
+    if name is None:
+        raise ValueError(
+            f"{file} doesn't say what its agent was trained with, since its policy is none of "
+            f"SB3's: give --algo ({', '.join(ALGORITHMS)})"
+        )
+    if name == "ppo" and "clip_range" not in data:
+        return "a2c"
+    if name == "td3" and data.get("target_noise_clip") == 0:
+        return "ddpg"
+    return name
+
+
 def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     """
     The agent in a zip, built anew with its weights; SB3's own loader would run what is pickled.
@@ -80,12 +114,13 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     For playing: hyperparameters, optimizer and replay buffer stay behind.
 
     :param file: what ``model.save`` wrote
-    :param algorithm: a key of ``agents.algorithms.ALGORITHMS``; the zip doesn't say
+    :param algorithm: a key of ``agents.algorithms.ALGORITHMS``
     :param env: with the spaces that the agent was trained with
     :raises ValueError: if the file, the algorithm and the environment don't fit each other
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algo is {algorithm!r}, allowed: {', '.join(ALGORITHMS)}")
+    _check_images(file, env)
     given = _policy_kwargs(file)
     kwargs = _plain({name: given[name] for name in given if name not in OTHER}, PLAIN, file)
     if "activation_fn" in given:
@@ -107,6 +142,17 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     if isinstance(model, DQN | QRDQN) and isinstance(rate, float) and 0 <= rate <= 1:
         model.exploration_rate = rate  # by which its actions are sampled
     return model
+
+
+def _check_images(file: Path, env: VecEnv) -> None:
+    space = agent_data(file).get("observation_space")
+    shape = space.get("_shape") if isinstance(space, dict) else None
+    if isinstance(shape, list) and shape != list(env.observation_space.shape or ()):
+        raise ValueError(
+            f"{file} is an agent that sees images of shape {tuple(shape)}, but hubrl train would "
+            f"give its hub {env.observation_space.shape}: evaluate it in a script, in the "
+            "environments that it was trained in"
+        )
 
 
 def _has_hub(file: Path) -> bool:

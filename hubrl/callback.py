@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch import nn
 
 from hubrl.combined import HubCombinedExtractor
@@ -27,6 +30,8 @@ class PathwayCallback(BaseCallback):
     ``critic``, of networks that don't share, and the key of an image in a Dict. They are left out
     of the console's table, where SB3 cuts names at 36 characters.
 
+    It also warns of layers behind the features that SB3 chose for other extractors.
+
     :param collapse_steps: agent steps after which a collapse is warned of
     """
 
@@ -45,6 +50,9 @@ class PathwayCallback(BaseCallback):
                 "PathwayCallback needs a model whose features_extractor_class is "
                 "HubFeaturesExtractor or HubCombinedExtractor, set in policy_kwargs"
             )
+        advice = _advice_on_layers(self.model)
+        if advice is not None:
+            warnings.warn(advice, stacklevel=2)
         self._places = places(self.model.policy)
         for extractor in self._extractors:
             if extractor.spread_at not in (None, math.inf):  # a run may count its steps anew
@@ -102,6 +110,29 @@ class PathwayCallback(BaseCallback):
         remaining = 1.0 - self.num_timesteps / max(self.model._total_timesteps, 1)
         for extractor in self._extractors:
             extractor.progress_remaining = remaining
+
+
+def _advice_on_layers(model: BaseAlgorithm) -> str | None:
+    """What is wrong with the layers behind the features, which SB3 chooses for other extractors."""
+    kwargs: dict[str, Any] = model.policy_kwargs
+    if isinstance(model, OffPolicyAlgorithm) and hasattr(model.policy, "critic"):
+        layers = kwargs.get("net_arch")
+        layers = layers.get("qf") if isinstance(layers, dict) else layers
+        if layers == []:
+            return (
+                "net_arch leaves the critic without layers, linear in features and action, so that "
+                "the same action is best for all observations: leave net_arch out of policy_kwargs"
+            )
+    elif kwargs.get("net_arch") is None and not _has_vectors(model.policy):
+        return (
+            "SB3 has added two layers of 64 units behind the hub's features, as it does not behind "
+            "its own NatureCNN: give net_arch=[] among policy_kwargs, or the layers that you want"
+        )
+    return None
+
+
+def _has_vectors(policy: nn.Module) -> bool:
+    return any(isinstance(module, HubCombinedExtractor) for module in policy.modules())
 
 
 def places(policy: nn.Module) -> dict[str, HubFeaturesExtractor]:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -451,6 +451,22 @@ def takes_channels(spec: EncoderSpec, channels: int) -> bool:
     """Whether the encoder sees images of so many channels, grey and RGB made of each other."""
     seen = _frame_channels(channels, spec)
     return seen == spec.channels or {seen, spec.channels} == {1, 3}
+
+
+def check_companions(spec: EncoderSpec, others: Collection[EncoderSpec]) -> None:
+    """
+    Refuse an encoder beside which no images suit the others of a hub.
+
+    :raises ValueError: if stacks of other lengths are wanted
+    """
+    together = (spec, *others)
+    wanted = {n for s in together for n in (s.channels, s.n_frames, 3 * s.n_frames)}
+    if not any(all(takes_channels(s, n) for s in together) for n in wanted):
+        takes = ", ".join(f"{s.name!r} {s.channels}" for s in others)
+        raise ValueError(
+            f"encoder {spec.name!r} takes {spec.channels} channels, and the others of the hub "
+            f"({takes}) no images that it takes: begin another hub with it"
+        )
 
 
 def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: EncoderSpec) -> None:

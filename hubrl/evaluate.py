@@ -20,7 +20,7 @@ from agents.checkpoints import load_checkpoint  # noqa: E402
 from agents.config import RunConfig  # noqa: E402
 from agents.evaluation import Episodes, evaluate, returns_report, returns_text  # noqa: E402
 from agents.runs import best_checkpoint, checkpoint_dir, derive_seed, open_run  # noqa: E402
-from agents.zips import hub_of, rebuild  # noqa: E402
+from agents.zips import algorithm_of, hub_of, rebuild  # noqa: E402
 from envs import EnvironmentFaultError, make_vec_env, with_action_masks  # noqa: E402
 from hubrl.games import image_format, make_env  # noqa: E402
 
@@ -45,7 +45,7 @@ N_ENVS = 8
     help="Where figures go.  [default: RUN/evaluation.json; of a zip nowhere]",
 )
 @click.option("--env", help="Where the agent of a zip plays; Gymnasium id.")
-@click.option("--algo", help="What the agent of a zip was trained with.  [default: ppo]")
+@click.option("--algo", help="What the agent of a zip was trained with.  [default: as it says]")
 def command(
     run: Path,
     episodes: int,
@@ -67,11 +67,14 @@ def command(
         if run.is_file() and checkpoint is not None:
             raise ValueError("--checkpoint is for a run's folder: a zip holds one agent")
     if run.is_file():
-        _evaluate_zip(run, algo or "ppo", env, episodes, seed or 0, file)
+        _evaluate_zip(run, algo, env, episodes, seed or 0, file)
         return
     with cli.user_errors():
         if env or algo:
-            raise ValueError("--env and --algo are for an agent's zip: a run's folder knows them")
+            raise ValueError(
+                f"{run} is no file, but --env and --algo are for an agent's zip: a run's folder "
+                "knows them"
+            )
         config = open_run(run)
         if checkpoint is None:
             checkpoint = best_checkpoint(run)
@@ -91,11 +94,12 @@ def command(
 
 
 def _evaluate_zip(
-    agent: Path, algo: str, env: str | None, episodes: int, seed: int, file: Path | None
+    agent: Path, algo: str | None, env: str | None, episodes: int, seed: int, file: Path | None
 ) -> None:
     with cli.user_errors():
         if env is None:
             raise ValueError(f"{agent} doesn't say where its agent plays: give --env")
+        algo = algo or algorithm_of(agent)
         played = _play_zip(agent, algo, env, episodes, seed)
     result: dict[str, Any] = {"env": env, "algorithm": algo, "deterministic": False, "seed": seed}
     result |= returns_report(played)

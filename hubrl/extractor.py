@@ -23,7 +23,7 @@ from hubrl.cuda_graphs import Recorded
 from hubrl.encoders import Casts, check_image_shape
 from hubrl.generators import BATCH_GENERATORS, GENERATORS
 from hubrl.losses import attach_loss
-from hubrl.pathway import HubPathway, PathwayOutput
+from hubrl.pathway import HubPathway, PathwayOutput, TopK, number_activated
 from hubrl.replay import FeatureCache, RoutingReplay
 from hubrl.specs import HubSpec, closest, load_hub
 
@@ -68,7 +68,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
 
     :param observation_space: images, channel first, uint8 or float in 0..1
     :param hub: a name, ``NAME:ENCODER``, a folder, a YAML file or a ``HubSpec``
-    :param top_k: encoders activated for each observation, 1..E; so 1 for a hub of one
+    :param top_k: encoders activated for each observation, 1..E; ``"auto"``: 2, or 1 for a hub of
+        one
     :param always_active: names of encoders that are among them for each observation, fewer than
         ``top_k``; ``"auto"``: those of the hub's card, if they are fewer, or where it names none
         the first encoder, unless ``top_k`` is 1 or all; ``hubrl hubs rank`` tells which may suit
@@ -96,7 +97,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         self,
         observation_space: spaces.Box,
         hub: str | Path | HubSpec = "atari5",
-        top_k: int = 2,
+        top_k: TopK = "auto",
         exploration_coef: float | Mapping[str, float] = 0.01,
         features_dim: int = 512,
         aggregation: str = "auto",
@@ -113,6 +114,7 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         _refuse_batch_generator(generator)
         hub = load_hub(hub, weights=not random_init)
         _check_space(observation_space, hub)
+        top_k = number_activated(top_k, hub)
         channels, height, width = observation_space.shape
         self.pathway = HubPathway(
             hub,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hubrl.encoders import encoder_of, golden_features
+from hubrl.encoders import check_companions, encoder_of, golden_features
 from hubrl.files import file_sha256, locked, save_tensors
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, list_hubs, load_hub, save_hub
 
@@ -28,7 +28,8 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
     :param card: still without weights and golden features
     :param tensors: those that the card's architecture takes, and the layers that it leaves out
     :raises ValueError: if the folder can't be written to, has an encoder of this name or with its
-        file, or the tensors don't fit the architecture; nothing is written then
+        file, no images suit both this encoder and the others, or the tensors don't fit the
+        architecture; nothing is written then
     """
     check_writable(out)
     golden = golden_features(encoder_of(card, {key: t.float() for key, t in tensors.items()}))
@@ -42,6 +43,7 @@ def add_encoder(out: Path, card: EncoderSpec, tensors: Mapping[str, Tensor]) -> 
                 "give another --name"
             )
         check_file_is_free(out, card.name)
+        check_companions(card, hub.encoders if hub else ())
         file = weight_file(out, card.name)
         save_tensors(dict(tensors), file)
         card = dataclasses.replace(card, weights=file.name, sha256=file_sha256(file), golden=golden)

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,8 @@ FACTS = (
     "n_frames",
 )
 
+#: Encoders activated for each image, 1..E; ``auto``: 2, or 1 for a hub of one.
+TopK = int | Literal["auto"]
 #: Features (R, D) of encoder i for rows (R,) of the batch.
 Encode = Callable[[int, Tensor], Tensor]
 
@@ -78,7 +80,7 @@ class HubPathway(nn.Module):
     arXiv 2401.06066): what every image needs is learned once, from every row.
 
     :param hub: a name, a folder, a YAML file or a ``HubSpec``
-    :param top_k: encoders activated for each image, 1..E
+    :param top_k: encoders activated for each image, 1..E; ``"auto"``: 2, or 1 for a hub of one
     :param always_active: names of encoders that are among them for each image, fewer than
         ``top_k``; ``"auto"``: those of the hub's card, if they are fewer. A ``state_dict``
         remembers which, and a pathway with others refuses it
@@ -110,7 +112,7 @@ class HubPathway(nn.Module):
     def __init__(
         self,
         hub: str | Path | HubSpec,
-        top_k: int = 2,
+        top_k: TopK = "auto",
         *,
         always_active: Collection[str] | str = "auto",
         generator: str = "small",
@@ -126,7 +128,7 @@ class HubPathway(nn.Module):
     ) -> None:
         super().__init__()
         self.hub = load_hub(hub, weights=pretrained)
-        self.top_k = _check_top_k(top_k, self.hub)
+        self.top_k = number_activated(top_k, self.hub)
         self.precision = check_precision(precision)
         first = self.hub.encoders[0]
         channels, *image_size = image_shape or (first.channels, *first.image_size)
@@ -335,6 +337,23 @@ def rows_of_encoders(activated_BK: Tensor, n_encoders: int) -> list[Tensor]:
     return list(torch.split(by_encoder // top_k, counts))
 
 
+def number_activated(top_k: TopK, hub: HubSpec) -> int:
+    """
+    How many encoders ``HubPathway`` activates for each image.
+
+    :raises ValueError: if ``top_k`` is outside 1..E
+    """
+    n = len(hub.encoders)
+    if top_k == "auto":
+        return min(2, n)
+    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= n:
+        raise ValueError(
+            f"top_k is {top_k!r}, allowed: 1..{n}, the number of encoders of hub {hub.name!r}, "
+            "or 'auto'"
+        )
+    return top_k
+
+
 def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) -> tuple[str, ...]:
     """
     The encoders that ``HubPathway`` keeps active, in the hub's order.
@@ -384,15 +403,6 @@ def _check_facts(saved: dict[str, dict[str, Any]], found: dict[str, dict[str, An
                     f"these weights were trained with {field} {value} of encoder {name!r}, but it "
                     f"has {now} now: put its card and its file back, or train anew"
                 )
-
-
-def _check_top_k(top_k: int, hub: HubSpec) -> int:
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or not 1 <= top_k <= len(hub.encoders):
-        raise ValueError(
-            f"top_k is {top_k!r}, allowed: 1..{len(hub.encoders)}, "
-            f"the number of encoders of hub {hub.name!r}"
-        )
-    return top_k
 
 
 def _generator_class(name: str, hub: HubSpec, n_choices: int, top_k: int) -> GeneratorClass:

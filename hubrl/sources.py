@@ -91,7 +91,7 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
         architecture=wishes.architecture or "nature_cnn",
         channels=channels,
         image_size=_wished_size(wishes) or seen_size(tensors, data.get("observation_space"), file),
-        frames="last" if channels == 1 else "stack",  # of a stack of grey frames the newest
+        frames="last" if channels in (1, 3) else "stack",  # one frame, grey or of colours
         source=f"features extractor of the agent {file.name}",
         features_dim=len(tensors["linear.0.weight"]),
         pretraining={"steps": steps} if type(steps) is int else {},

@@ -60,7 +60,7 @@ def make_agent(
     hub: Path | str,
     settings: dict[str, Any] | None = None,
     *,
-    optimizer: dict[str, Any] | None = None,
+    policy: dict[str, Any] | None = None,
     device: str = "cpu",
     **extractor: Any,
 ) -> BaseAlgorithm:
@@ -68,7 +68,7 @@ def make_agent(
     An agent on random images of (4, 36, 36) with the bare extractor, in float32 unless told.
 
     :param settings: of the algorithm; they win over its small ones
-    :param optimizer: what the policy takes of it
+    :param policy: arguments of the policy; they win over its small ones
     :param extractor: arguments of HubFeaturesExtractor
     """
     agent = AGENTS[name]
@@ -85,8 +85,8 @@ def make_agent(
         "features_extractor_class": hubrl.HubFeaturesExtractor,
         "features_extractor_kwargs": {"hub": str(hub), "precision": "float32", **extractor},
         "net_arch": [],
-        **(optimizer or {}),
         **agent.policy_kwargs,
+        **(policy or {}),
     }
     return agent.model(
         agent.policy,

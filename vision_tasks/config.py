@@ -54,7 +54,7 @@ class HubSection(Section):
     The pretrained encoders and their pathway.
 
     :param name: a hub, ``HUB:ENCODER``, a folder or a YAML file
-    :param top_k: encoders that an image activates
+    :param top_k: encoders that an image activates; ``auto``: 2, or 1 of a hub of one
     :param generator: a key of ``hubrl.generators.GENERATORS``
     :param exploration_coef: weight of the pathway exploration loss, which may change over a phase
     :param exploitation_coef: weight of the exploitation loss
@@ -64,7 +64,7 @@ class HubSection(Section):
     """
 
     name: str
-    top_k: Count
+    top_k: Count | Literal["auto"]
     generator: str
     exploration_coef: Schedule
     exploitation_coef: NonNegative

@@ -302,10 +302,15 @@ def test_resolve_makes_a_hubs_path_absolute(hub5: Path, monkeypatch: pytest.Monk
 
 def test_resolve_names_the_encoders_that_are_always_active(hub5: Path) -> None:
     save_hub(dataclasses.replace(load_hub(hub5), always_active=("c",)), hub5)
-    for top_k, given, expected in ((2, "auto", ("c",)), (1, "auto", ()), (2, ["a"], ("a",))):
+    for top_k, given, expected in (
+        ("auto", "auto", ("c",)),
+        (1, "auto", ()),
+        (2, ["a"], ("a",)),
+    ):
         changes = {"hub.name": str(hub5), "hub.top_k": top_k, "hub.always_active": given}
         config = resolve(small_config(overrides=changes))
         assert config.hub.always_active == expected
+        assert config.hub.top_k == (2 if top_k == "auto" else top_k)
         assert resolve(config) == config
     assert resolve(small_config()).hub.always_active == ()
 

@@ -23,11 +23,12 @@ from sb3_contrib import CrossQ
 from small_hubs import nature_spec, write_hub
 from small_runs import SMALL_OF, small_env
 from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.torch_layers import NatureCNN
 
 import hubrl.evaluate
-from agents.zips import hub_of, rebuild
-from envs import with_action_masks
+from agents.zips import algorithm_of, hub_of, rebuild
+from envs import ImageFormat, make_vec_env, with_action_masks
 from hubrl import cli
 from hubrl.__main__ import group
 from hubrl.saved_agents import policy_tensors
@@ -63,6 +64,7 @@ def test_every_algorithms_agent_acts_as_before(name: str, hub5: Path, tmp_path: 
             weight += 0.01 * torch.randn_like(weight)
     model.save(tmp_path / "own.zip")
     assert hub_of(tmp_path / "own.zip") == str(hub5)
+    assert algorithm_of(tmp_path / "own.zip") == name
     again = rebuild(tmp_path / "own.zip", name, env)
     images = np.random.default_rng(0).integers(256, size=(8, 4, 36, 36)).astype(np.uint8)
     expected, _ = model.predict(images, deterministic=True)
@@ -142,11 +144,27 @@ def test_the_command_plays_a_zip(
     )
     with pytest.raises(Exception, match="--checkpoint is for a run's folder"):
         hubrl.evaluate.command.main([*arguments, "--checkpoint", "last"], standalone_mode=False)
+    with pytest.raises(Exception, match=r"none\.zip is no file, but --env and --algo are for an"):
+        hubrl.evaluate.command.main(["none.zip", "--env", env_id], standalone_mode=False)
     with pytest.raises(Exception, match="doesn't say where its agent plays: give --env"):
         hubrl.evaluate.command.main(arguments[:1], standalone_mode=False)
 
 
+class OwnPolicy(ActorCriticCnnPolicy):
+    pass
+
+
 def test_what_does_not_fit(hub5: Path, tmp_path: Path) -> None:
+    PPO(OwnPolicy, small_env()).save(tmp_path / "own.zip")
+    with pytest.raises(ValueError, match=r"its policy is none of SB3's: give --algo \(ppo, a2c"):
+        algorithm_of(tmp_path / "own.zip")
+    message = (
+        r"own\.zip is an agent that sees images of shape \(4, 36, 36\), but hubrl train would "
+        r"give its hub \(4, 84, 84\): evaluate it in a script"
+    )
+    larger = make_vec_env("hubrl/TinyImage-v0", 1, image=ImageFormat(size=84))
+    with pytest.raises(ValueError, match=message):
+        rebuild(tmp_path / "own.zip", "ppo", larger)
     make_agent("ppo", hub5).save(tmp_path / "own.zip")
     with pytest.raises(ValueError, match="algo is 'pppo', allowed: ppo, a2c"):
         rebuild(tmp_path / "own.zip", "pppo", small_env())

@@ -171,6 +171,36 @@ def test_no_collapse_where_probabilities_are_spread_or_nothing_is_chosen(hub5: P
         model.learn(64, callback=PathwayCallback(collapse_steps=0))
 
 
+TWO_LAYERS = r"SB3 has added two layers of 64 units.*: give net_arch=\[\] among policy_kwargs"
+NO_LAYERS = r"net_arch leaves the critic without layers.*: leave net_arch out of policy_kwargs"
+
+
+@pytest.mark.parametrize(
+    ("name", "net_arch", "message"),
+    [
+        ("ppo", None, TWO_LAYERS),
+        ("recurrent_ppo", None, TWO_LAYERS),
+        ("dqn", None, TWO_LAYERS),
+        ("sac", [], NO_LAYERS),
+        ("crossq", {"pi": [8], "qf": []}, NO_LAYERS),
+    ],
+)
+def test_layers_that_suit_other_extractors(
+    name: str, net_arch: Any, message: str, hub5: Path
+) -> None:
+    model = make_agent(name, hub5, policy={"net_arch": net_arch})
+    with pytest.warns(UserWarning, match=message):
+        model.learn(1, callback=PathwayCallback())
+
+
+@pytest.mark.parametrize(
+    ("name", "net_arch"), [("ppo", [64]), ("dqn", [64]), ("sac", {"pi": [], "qf": [8]})]
+)
+def test_layers_that_were_chosen(name: str, net_arch: Any, hub5: Path) -> None:
+    model = make_agent(name, hub5, policy={"net_arch": net_arch})
+    model.learn(1, callback=PathwayCallback())
+
+
 def test_a_model_without_a_hub() -> None:
     model = PPO("CnnPolicy", small_env(), n_steps=16, batch_size=16)
     with pytest.raises(ValueError, match="PathwayCallback needs a model whose features_extractor"):

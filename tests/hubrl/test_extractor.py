@@ -356,6 +356,7 @@ def test_statistics_name_every_encoder(hub5: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        ({}, ("a",)),
         ({"top_k": 2}, ("a",)),
         ({"top_k": 1}, ()),
         ({"top_k": 5}, ()),

@@ -77,7 +77,7 @@ def test_in_an_agent_encoders_alone_learn_slowly(name: str, hub5: Path) -> None:
         "optimizer_class": hubrl.EncoderScaledAdam,
         "optimizer_kwargs": {"encoder_lr_scale": 1e-9},
     }
-    model = make_agent(name, hub5, optimizer=optimizer)
+    model = make_agent(name, hub5, policy=optimizer)
     before = {key: value.clone() for key, value in model.policy.state_dict().items()}
     model.learn(40)
     after = model.policy.state_dict()
@@ -103,7 +103,7 @@ def test_a_saved_agent_goes_on_with_the_scale(hub5: Path, tmp_path: Path) -> Non
         "optimizer_class": hubrl.EncoderScaledAdam,
         "optimizer_kwargs": {"encoder_lr_scale": 0.25},
     }
-    model = make_agent("ppo", hub5, optimizer=optimizer)
+    model = make_agent("ppo", hub5, policy=optimizer)
     model.learn(32)
     model.save(tmp_path / "agent")
     again = type(model).load(tmp_path / "agent", env=model.get_env())

@@ -369,6 +369,11 @@ def test_bfloat16_is_close_and_the_generator_stays_float32(hub: Path, aggregatio
             assert (fast_head.grad - exact_head.grad).norm() < 0.03 * exact_head.grad.norm()
 
 
+def test_top_k_by_itself(hub: Path) -> None:
+    assert HubPathway(hub).top_k == 2
+    assert HubPathway(load_hub(hub).only("a")).top_k == 1
+
+
 @pytest.mark.parametrize("top_k", [0, 6])
 def test_top_k_outside_its_range(hub: Path, top_k: int) -> None:
     with pytest.raises(ValueError, match=f"top_k is {top_k}, allowed: 1..5, the number of enc"):
@@ -469,7 +474,7 @@ def test_a_damaged_record_of_the_encoders(content: str, hub5: Path) -> None:
     [
         ({"top_k": 2.0}, r"top_k is 2.0, allowed: 1..5"),
         ({"top_k": True}, r"top_k is True, allowed: 1..5"),
-        ({"top_k": "2"}, r"top_k is '2', allowed: 1..5"),
+        ({"top_k": "2"}, r"top_k is '2', allowed: 1..5, the number of encoders.*, or 'auto'"),
         ({"freeze": True}, r"freeze is True, allowed: a list of encoders' names, \[\] for"),
         ({"always_active": None}, r"always_active is None, allowed: a list of encoders' names"),
     ],

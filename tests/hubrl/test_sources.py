@@ -28,7 +28,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor
 
 from envs import ImageFormat
-from hubrl.encoders import build_encoder
+from hubrl.encoders import build_encoder, check_image_shape
 from hubrl.games import image_format
 from hubrl.hub_folder import add_encoder
 from hubrl.hubs import check_encoder
@@ -108,6 +108,36 @@ def test_the_convolutions_alone(tmp_path: Path) -> None:
     add_encoder(tmp_path / "hub", card, tensors)
     with pytest.raises(ValueError, match="architecture is 'timm:x', allowed of an agent of SB3: n"):
         from_sb3(file, MIT._replace(architecture="timm:x"))
+
+
+def test_agents_that_see_a_stack_of_grey_or_one_frame_of_colours(tmp_path: Path) -> None:
+    cards = {}
+    for n in (1, 3, 4):
+        env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=n, channel_first=True)
+        PPO("CnnPolicy", env, seed=0).save(tmp_path / f"see{n}.zip")
+        cards[n], tensors = from_sb3(tmp_path / f"see{n}.zip", MIT)
+        add_encoder(tmp_path / "hub", cards[n], tensors)
+    assert [card.frames for card in cards.values()] == ["last", "last", "stack"]
+    shape = (4, 36, 36)  # in which all see something
+    for card in cards.values():
+        check_image_shape(card, shape)
+
+
+def test_stacks_of_two_lengths_have_no_images_in_common(tmp_path: Path) -> None:
+    given = [(tmp_path / f"see{n}.zip", n) for n in (4, 2)]
+    for file, n in given:
+        env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=n, channel_first=True)
+        PPO("CnnPolicy", env, seed=0).save(file)
+    add_encoder(tmp_path / "hub", *from_sb3(given[0][0], MIT))
+    before = (tmp_path / "hub" / "hub.yaml").read_bytes()
+    message = (
+        r"encoder 'see2' takes 2 channels, and the others of the hub \('see4' 4\) no images that "
+        r"it takes: begin another hub with it"
+    )
+    with pytest.raises(ValueError, match=message):
+        add_encoder(tmp_path / "hub", *from_sb3(given[1][0], MIT))
+    assert (tmp_path / "hub" / "hub.yaml").read_bytes() == before
+    assert not (tmp_path / "hub" / "see2.safetensors").exists()
 
 
 class Robot(Env[Any, Any]):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from hubrl.aggregation import Concat
 from hubrl.encoders import Encoder, build_encoder
+from hubrl.pathway import TopK
 from hubrl.precision import resolve_precision
 from hubrl.sections import Schedule
 from hubrl.specs import EncoderSpec, HubSpec
@@ -40,7 +41,7 @@ class Settings(NamedTuple):
 
     :param seed: of the new layers
     :param image_size: side of the data's images, in pixels
-    :param top_k: encoders that an image activates
+    :param top_k: encoders that an image activates; ``auto``: 2, or 1 of a hub of one
     :param generator: a key of ``hubrl.generators.GENERATORS``
     :param exploration_coef: weight of the pathway exploration loss over a phase
     :param exploitation_coef: weight of the exploitation loss
@@ -51,7 +52,7 @@ class Settings(NamedTuple):
 
     seed: int
     image_size: int
-    top_k: int = 2
+    top_k: TopK = "auto"
     generator: str = "even"
     exploration_coef: Schedule = Schedule.constant(0.3)
     exploitation_coef: float = 1.0
