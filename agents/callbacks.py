@@ -90,12 +90,13 @@ class ProgressCallback(BaseCallback):
         self._line = (now, self.num_timesteps)
         speed = (self.num_timesteps - timesteps) / max(now - then, 1e-9)
         games = self.model.ep_info_buffer or ()
-        mean = f"{safe_mean([game['r'] for game in games]):.2f}" if games else "no game over yet"
         share = min(1.0, self.num_timesteps / self.model._total_timesteps)
-        _print(
-            f"{self.num_timesteps:,} steps ({share:.1%})  "
-            f"mean return of {len(games)} games: {mean}  {speed:,.0f} steps/s"
+        mean = (
+            f"mean return of {len(games)} games: {safe_mean([game['r'] for game in games]):.2f}"
+            if games
+            else "no game has ended yet"
         )
+        _print(f"{self.num_timesteps:,} steps ({share:.1%})  {mean}  {speed:,.0f} steps/s")
 
 
 class EpisodesCallback(BaseCallback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from hubrl.specs import closest, read_yaml
+from hubrl.specs import closest, parse_yaml, read_yaml
 
 
 def _number(value: Any) -> Any:
@@ -107,6 +107,41 @@ def read_mapping(file: Path) -> dict[str, Any]:
         if not isinstance(key, str):  # such as `no`, which is false in YAML
             raise ValueError(f"config file {file} has the key {key!r}, allowed: text; quote it")
     return data
+
+
+def parse_settings(cls: type[Section], texts: Iterable[str]) -> dict[str, Any]:
+    """
+    Values by key path, of ``--set SECTION.KEY=VALUE``.
+
+    :param cls: the configuration whose keys they are
+    :param texts: what was given; values are YAML
+    :raises ValueError: if one is something else, or has a section that ``cls`` has not
+    """
+    found = {}
+    for text in texts:
+        path, sign, value = text.partition("=")
+        if not sign:
+            raise ValueError(f"--set {text}: give SECTION.KEY=VALUE")
+        check_override(cls, path, "--set")
+        found[path] = parse_yaml(value, f"--set {path}")
+    return found
+
+
+def check_override(cls: type[Section], path: str, where: str) -> None:
+    """
+    :param path: ``SECTION.KEY``; whether the section has the key only ``parse`` knows
+    :param where: it stands, for the message
+    :raises ValueError: if it is something else, or ``cls`` has no such section
+    """
+    section, dot, key = path.partition(".")
+    sections = [name for name, field in cls.model_fields.items() if _classes(field.annotation)]
+    if not dot or not key or section not in sections:
+        raise ValueError(
+            f"{where} has the key {path!r}{closest(section, sections)}, allowed: SECTION.KEY with "
+            f"a section of {', '.join(sections)}"
+        )
+    if "." in key:
+        raise ValueError(f"{where} has the key {path!r}, allowed: SECTION.KEY with one dot")
 
 
 def with_overrides(data: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
+#: To standard error: an update may take minutes.
+NOTICE = b"stopping where the run can go on; a second signal stops it at once\n"
+
 
 class StopSignal:
     """
-    Remembers SIGINT and SIGTERM; a second one acts as if it was not caught.
+    Remembers SIGINT and SIGTERM, and says so; a second one acts as if it was not caught.
 
     ``number`` is None, or the signal's number.
     """
@@ -31,6 +35,8 @@ class StopSignal:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.number = number
         self._restore()
+        with contextlib.suppress(OSError):  # its terminal may be gone
+            os.write(2, NOTICE)  # print may be what the signal interrupts
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -359,25 +359,39 @@ def save_hub(hub: HubSpec, folder: Path) -> None:
 
 def read_yaml(file: Path, what: str) -> Any:
     """
-    The plain data of a YAML file that may be a stranger's.
+    The plain data of a YAML file that may be a stranger's, as ``parse_yaml`` gives them.
+
+    :param what: such a file's name in messages
+    :raises ValueError: if it is longer than a megabyte, or as ``parse_yaml``
+    """
+    n_bytes = file.stat().st_size
+    if n_bytes > MAX_YAML:
+        raise ValueError(f"{what} {file}, {n_bytes:,} bytes long, allowed: {MAX_YAML:,}")
+    try:
+        text = file.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{what} {file} is not valid YAML: {error}") from None
+    return parse_yaml(text, f"{what} {file}")
+
+
+def parse_yaml(text: str, what: str) -> Any:
+    """
+    The plain data of YAML that may be a stranger's.
 
     Anchors and aliases are refused: a few lines of them can stand for more than fits in memory.
 
-    :param what: such a file's name in messages
-    :raises ValueError: if it is no YAML of at most a megabyte, has an anchor, an alias or a tag, is
-        nested too deeply, or holds control characters or numbers of more than 63 bits
+    :param what: its name in messages
+    :raises ValueError: if it is no YAML, has an anchor, an alias or a tag, is nested too deeply, or
+        holds control characters or numbers of more than 63 bits
     """
     try:
-        if file.stat().st_size > MAX_YAML:
-            raise _RefusedError(f"{file.stat().st_size:,} bytes long, allowed: {MAX_YAML:,}")
-        text = file.read_text()
         _check_events(text)
         return yaml.load(text, _PlainLoader)
     except _RefusedError as error:
-        raise ValueError(f"{what} {file}, {error}") from None
+        raise ValueError(f"{what}, {error}") from None
     except (yaml.YAMLError, ValueError) as error:  # such as dates of a 13th month
         reason = " ".join(str(error).split())
-        raise ValueError(f"{what} {file} is not valid YAML: {reason}") from None
+        raise ValueError(f"{what} is not valid YAML: {reason}") from None
 
 
 def dump_yaml(data: Any) -> str:

@@ -26,6 +26,7 @@ from hubrl.run_folder import (
     note_command,
     read_rows,
 )
+from hubrl.sections import parse_settings
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import NotSavedError, has_state, read_state, repair_state
@@ -122,6 +123,7 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option("--save-freq", help="Agent steps between checkpoints; 0: only at the end.")
 @click.option("--device", help="auto, cpu, cuda ...  [default: auto]")
 @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
+@click.option("--set", "set", multiple=True, metavar="SECTION.KEY=VALUE", help=cli.SET_HELP)
 @click.option("--run-dir", type=FILE, help="A new folder.  [default: runs/...]")
 @click.option("--resume", type=FILE, metavar="RUN", help=cli.RESUME_HELP)
 def command(**options: Any) -> int:
@@ -236,6 +238,7 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     _refuse_hub_options(hub, given)
     file = given.get("config") or built_in_config(given.get("algo", "ppo"))
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    overrides |= parse_settings(RunConfig, given.get("set", ()))
     if hub:  # the file's names are of another hub
         overrides.setdefault("hub.always_active", "auto")
     if given.get("always_active") == ("none",):

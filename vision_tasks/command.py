@@ -20,6 +20,7 @@ from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError, advice
 from hubrl.precision import check_device, resolve_precision
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
+from hubrl.sections import parse_settings
 from hubrl.signals import StopSignal
 from hubrl.specs import lasting_name
 from vision_tasks import distributed
@@ -87,10 +88,11 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     @click.option("--seed", help="Everything random follows from it.")
     @click.option("--device", help="auto, cpu, cuda ...")
     @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
+    @click.option("--set", "set", multiple=True, metavar="SECTION.KEY=VALUE", help=cli.SET_HELP)
     @click.option("--run-dir", type=FOLDER, help="A new folder.  [default: runs/...]")
     @click.option("--resume", type=FOLDER, metavar="RUN", help=cli.RESUME_HELP)
     def command(**options: Any) -> int:
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: value for name, value in options.items() if value not in (None, ())}
         with contextlib.ExitStack() as stack:
             stack.enter_context(_gpu_memory())
             with cli.user_errors():
@@ -137,6 +139,7 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
         return config, resume
     file = given.get("config") or BUILT_IN_CONFIGS / f"{task}.yaml"
     overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    overrides |= parse_settings(VisionConfig, given.get("set", ()))
     config = _resolved(load_config(file, overrides))
     _check_task(config, task, file)
     check_method(config.method)

@@ -11,7 +11,7 @@ import pydantic
 from pydantic import Field
 
 from agents.config import RunConfig, load_config
-from hubrl.sections import Count, Integer, Section, parse, read_mapping
+from hubrl.sections import Count, Integer, Section, check_override, parse, read_mapping
 from hubrl.specs import closest, list_hubs
 
 #: What a study sets itself: key of a run -> key of the study.
@@ -199,17 +199,7 @@ def _check_name(variant: str) -> None:
 
 
 def _check_overrides(where: str, overrides: Mapping[str, Any]) -> None:
-    """Each must be SECTION.KEY of a run; of the algorithm's keys only the run's own know."""
-    sections = RunConfig.model_fields
     for path in overrides:
-        section, dot, key = path.partition(".")
         if path in OWN_KEYS:
             raise ValueError(f"{where} sets {path}, but {OWN_KEYS[path]} of the study does that")
-        if not dot or not key or section not in sections:
-            hint = closest(section, list(sections))
-            raise ValueError(
-                f"{where} has the key {path!r}{hint}, allowed: SECTION.KEY with a section of "
-                f"{', '.join(sections)}"
-            )
-        if "." in key:
-            raise ValueError(f"{where} has the key {path!r}, allowed: SECTION.KEY with one dot")
+        check_override(RunConfig, path, where)

@@ -176,7 +176,7 @@ def test_lines_on_the_screen(
     learn(tmp_path, train__n_timesteps=64)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert "no game over yet" in lines[0]
+    assert "no game has ended yet" in lines[0]
     assert " 32 steps (50.0%)  mean return of 4 games: " in lines[1]
     assert lines[1].endswith("steps/s")
 

@@ -123,6 +123,20 @@ def test_one_encoder_of_a_hub(hub5: Path, tmp_path: Path) -> None:
     assert load_config(Path("r/config.yaml")).hub.top_k == 1
 
 
+def test_any_setting_by_option(hub5: Path, tmp_path: Path) -> None:
+    config = write_small_config(tmp_path / "c.yaml")
+    options = ["--set", "hub.freeze=[a, b]", "--set", "algorithm.learning_rate={linear: 1e-3}"]
+    options += ["--set", "algorithm.n_epochs=1", "--set", "env.timeout=null"]
+    assert run("--config", config, "--run-dir", "r", "--hub", hub5, "--seed", 1, *options) == 0
+    resolved = load_config(Path("r/config.yaml"))
+    assert resolved.hub.freeze == ("a", "b")
+    assert (resolved.algorithm.learning_rate.start, resolved.algorithm.learning_rate.end) == (
+        1e-3,
+        0.0,
+    )
+    assert (resolved.algorithm.n_epochs, resolved.env.timeout) == (1, None)
+
+
 def test_always_active_encoders_by_option(hub5: Path, tmp_path: Path) -> None:
     save_hub(dataclasses.replace(load_hub(hub5), always_active=("c",)), hub5)
     file = write_small_config(tmp_path / "c.yaml", hub__name=str(hub5), hub__always_active=["a"])
@@ -152,7 +166,7 @@ def test_a_signal_then_resume(
     code: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     class Stopper(train.ProgressCallback):
         def _on_step(self) -> bool:
@@ -164,7 +178,9 @@ def test_a_signal_then_resume(
     with monkeypatch.context() as patch:
         patch.setattr(train, "ProgressCallback", Stopper)
         assert run("--config", config, "--run-dir", "r") == code
-    assert capsys.readouterr().out.endswith("\nstopped at 82 steps; --resume r goes on\n")
+    output = capfd.readouterr()
+    assert output.out.endswith("\nstopped at 82 steps; --resume r goes on\n")
+    assert output.err == "stopping where the run can go on; a second signal stops it at once\n"
     assert read_json(Path("r/checkpoints/last/state.json"))["num_timesteps"] == 64
     before, text = last(Path("r")), Path("r/config.yaml").read_text()
 
@@ -347,9 +363,15 @@ HUB_MESSAGES = [
         (["--device", "gpu"], "train.device is 'gpu', allowed on this machine: auto, cpu"),
         (["--config", "missing.yaml"], "'--config': File 'missing.yaml' does not exist"),
         (["--seeed", "1"], "No such option"),
+        (["--set", "hub.top_k"], "--set hub.top_k: give SECTION.KEY=VALUE"),
+        (["--set", "hubb.top_k=1"], "--set has the key 'hubb.top_k' (closest: 'hub'), allowed: S"),
+        (["--set", "hub.topk=1"], "unknown key hub.topk (closest: 'top_k')"),
+        (["--set", "hub.top_k=x"], "hub.top_k is 'x', allowed: a whole number at least 1, or 'a"),
+        (["--set", "hub.freeze=[a"], "--set hub.freeze is not valid YAML"),
         (["--run-dir", "used"], "run-dir used exists"),
         (["--resume", "used"], "used is not the folder of a run"),
         (["--resume", "used", "--seed", "1"], "--seed and --resume"),
+        (["--resume", "used", "--set", "hub.top_k=1"], "--set and --resume"),
         *HUB_MESSAGES,
     ],
 )

@@ -83,6 +83,11 @@ def test_a_run_leaves_its_files(
         (("--method", "ensemble-j:a"), r"method is 'ensemble-j:a'.*, allowed: single:ENCODER"),
         (("--top-k", "9"), r"top_k is 9, allowed: 1..3"),
         (("--epochs", "0"), r"train.epochs is '0', allowed: a whole number at least 1"),
+        (("--set", "train.warmup=2"), r"train.warmup is 2, allowed: a number at least 0 and at mo"),
+        (
+            ("--set", "method.x=2"),
+            r"--set has the key 'method.x', allowed: SECTION.KEY with a",
+        ),
         (("--device", "cuda:7"), r"train.device is 'cuda:7', allowed on this machine: auto, cpu"),
         (("--generator", "big"), r"generator is 'big'"),
         (
