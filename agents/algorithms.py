@@ -104,13 +104,17 @@ ALGORITHMS: dict[str, Algorithm] = {
 }
 
 
+#: The least that SB3's algorithms take, whatever the number of environments.
+NO_ROOM = {"buffer_size": 1, "n_steps": 2, "batch_size": 2}
+
+
 def build_model(config: RunConfig, env: VecEnv, *, learns: bool = True) -> BaseAlgorithm:
     """
     The untrained model of a run.
 
     :param config: of the run
     :param env: where it learns, or what its spaces are taken from
-    :param learns: else it only plays, and has no room for a replay buffer
+    :param learns: else it only plays, and has no room for what it would learn from
     :raises ValueError: if the hub, an encoder, ``top_k`` or a space doesn't fit
     """
     algorithm = ALGORITHMS[config.algorithm.name]
@@ -121,8 +125,8 @@ def build_model(config: RunConfig, env: VecEnv, *, learns: bool = True) -> BaseA
             f"but env {config.env.id!r} has {env.action_space}"
         )
     fields, policy_kwargs = sb3_arguments(config.algorithm, env.action_space)
-    if not learns and "buffer_size" in fields:
-        fields["buffer_size"] = 1
+    if not learns:
+        fields |= {name: n for name, n in NO_ROOM.items() if name in fields}
     model: BaseAlgorithm = algorithm.model(
         algorithm.policy,
         env,

@@ -19,12 +19,20 @@ def load_vision_hub(name: str, image_size: int, *, pretrained: bool = True) -> H
     :raises ValueError: if there is no such hub, its weights can't be had, or an encoder can't take
         colour images or images of this size
     """
+    size = (image_size, image_size)
     hub = fetch_hub(name, _say) if pretrained else load_cards(name)
     for spec in hub.encoders:
         if not takes_channels(spec, 3):
             raise ValueError(
                 f"encoder {spec.name!r} of {name} takes {spec.channels} channels, but images have "
                 "three colours: take a hub of image encoders, such as packaged5"
+            )
+        if pretrained and spec.architecture == "nature_cnn" and spec.image_size != size:
+            height, width = spec.image_size
+            raise ValueError(
+                f"encoder {spec.name!r} of {name} has a linear layer for images of {height}x{width}"
+                f" px alone, not of {image_size}x{image_size}: "
+                + (f"give --image-size {height}" if height == width else "take another hub")
             )
     return at_image_size(hub, image_size)
 

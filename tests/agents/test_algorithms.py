@@ -285,10 +285,14 @@ def test_recurrent_ppo_takes_no_switches() -> None:
         build_model(small_config("recurrent_ppo"), env)
 
 
-def test_an_agent_that_only_plays_has_no_room_for_a_replay_buffer() -> None:
+def test_an_agent_that_only_plays_has_no_room_for_what_it_would_learn_from() -> None:
     config = small_config("dqn", {"algorithm.buffer_size": 10**9})
     model: Any = build_model(config, small_env(), learns=False)
     assert model.replay_buffer.buffer_size == 1
+    # SB3 would warn of minibatches that three environments don't fill.
+    config = small_config("ppo", {"algorithm.n_steps": 10**9, "algorithm.batch_size": 256})
+    model = build_model(config, small_env(3), learns=False)
+    assert model.rollout_buffer.observations.nbytes < 10**6
 
 
 def test_resolve_makes_a_hubs_path_absolute(hub5: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ import torch
 from gymnasium import spaces
 from safetensors.torch import load_file
 from sb3_agents import AGENTS, FirstMinibatch, extractors_of, make_agent, spread_scores
+from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import polyak_update
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -351,6 +353,14 @@ def test_statistics_name_every_encoder(hub5: Path) -> None:
     assert 0 < statistics["entropy"] <= np.log(5) + 1e-6
     assert -np.log(5) - 1e-6 <= statistics["exploration_loss"] < 0
     assert extractor.statistics() == {}
+
+
+def test_images_that_were_normalised_before(hub5: Path) -> None:
+    env = VecNormalize(DummyVecEnv([lambda: FakeImageEnv(36, 36, n_channels=3)]))
+    kwargs = {"features_extractor_class": hubrl.HubFeaturesExtractor}
+    message = r"reach -10, but float images must lie in 0..1: .*; VecNormalize must leave images"
+    with pytest.raises(ValueError, match=message):
+        PPO("CnnPolicy", env, policy_kwargs=kwargs | {"features_extractor_kwargs": {"hub": hub5}})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_hubs import library_spec, nature_spec
+from small_hubs import library_spec, nature_spec, write_hub
 
 from hubrl.architectures import NatureConv
 from hubrl.encoders import build_encoder, with_features_dim
@@ -62,3 +62,13 @@ def test_a_hub_is_fetched_on_first_use(
     assert path is not None
     assert path.is_file()
     assert torch.get_default_device().type == "cpu"
+
+
+def test_a_linear_layer_has_one_image_size(tmp_path: Path) -> None:
+    seen = dataclasses.replace(nature_spec("pong", 64, "nature_cnn"), channels=3)
+    hub = write_hub(tmp_path / "own", [seen])
+    assert load_vision_hub(str(hub), 64).encoders[0].name == "pong"
+    assert load_vision_hub(str(hub), 96, pretrained=False).encoders[0].image_size == (96, 96)
+    message = "has a linear layer for images of 64x64 px alone, not of 96x96: give --image-size 64"
+    with pytest.raises(ValueError, match=message):
+        load_vision_hub(str(hub), 96)
