@@ -48,6 +48,7 @@ class LazyGroup(click.Group):
 
 
 @click.group(cls=LazyGroup, invoke_without_command=True)
+@click.version_option(package_name="hubrl", message="%(version)s")
 @click.pass_context
 def group(ctx: click.Context) -> None:
     """Reinforcement learning that stands on a hub of pretrained encoders."""

@@ -44,8 +44,9 @@ class Bench(NamedTuple):
 @click.option("--device", default="cpu", show_default=True, help="Of networks: cpu, cuda ...")
 def command(name: str, file: Path | None, device: str) -> None:
     """
-    Measure NAME (a bench, the part of its name before the dot, or all).
+    Measure NAME: dispatch, generator, hub_size, ppo, dqn, env, cache, load, memory, or all.
 
+    A part of one is named as in the table, such as ppo.trained.
     Ratios are ours / theirs of medians, measured in turns. Nothing else should run meanwhile.
     """
     with cli.user_errors():

@@ -288,7 +288,10 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} can't be read as safetensors ({reason(error)})") from None
+        raise ValueError(
+            f"{file} can't be read as safetensors ({reason(error)}); "
+            "safetensors.torch.save_file writes a state_dict so"
+        ) from None
     return as_float32(tensors, str(file))
 
 

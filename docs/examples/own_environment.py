@@ -4,7 +4,8 @@ Agents with a hub in an environment of your own: of images, and of images beside
     python docs/examples/own_environment.py
 
 A ball falls, and a paddle shall be below it. Agents see the last four images, in grey, as the
-encoders of atari5 want them: nothing moves in a single one.
+encoders of atari5 want them: nothing moves in a single one. It takes 20 minutes of a CPU core; the
+mean returns at the end are 0.86 and 0.90 of 1 (one seed), and about -0.5 at random.
 """
 
 from __future__ import annotations

@@ -65,14 +65,14 @@ class MetricSection(Section):
         one it is 0
     """
 
-    n_points: Annotated[Integer, Field(ge=2)]
-    window: Share
-    jump_start: Share
+    n_points: Annotated[Integer, Field(ge=2)] = 40
+    window: Share = 0.1
+    jump_start: Share = 0.1
     thresholds: Annotated[
         tuple[Annotated[float, Field(gt=0)], ...],
         Field(min_length=1),
-    ]
-    floors: dict[str, float]
+    ] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+    floors: dict[str, float] = Field(default_factory=dict)
 
 
 class StudyConfig(Section):
@@ -94,9 +94,9 @@ class StudyConfig(Section):
     games: Annotated[tuple[str, ...], Field(min_length=1)]
     seeds: Seeds
     control: str
-    overrides: dict[str, Any]
+    overrides: dict[str, Any] = Field(default_factory=dict)
     variants: Annotated[dict[str, VariantSection], Field(min_length=1)]
-    metric: MetricSection
+    metric: MetricSection = MetricSection()
 
     @pydantic.model_validator(mode="after")
     def _check_names(self) -> Self:
