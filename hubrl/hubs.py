@@ -25,6 +25,7 @@ from hubrl.sources import (
     Wishes,
     from_file,
     from_hf,
+    from_run,
     from_sb3,
     from_timm,
     from_torchvision,
@@ -41,6 +42,7 @@ LABEL_WIDTH = 16
 FILE = click.Path(path_type=Path)
 #: Options of ``add`` that say where an encoder comes from.
 SOURCES: Mapping[str, Callable[[Any, Wishes], Provided]] = {
+    "from_run": from_run,
     "from_sb3": from_sb3,
     "from_file": from_file,
     "from_timm": from_timm,
@@ -189,6 +191,7 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
 
 @command.command("add")
 @click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--from-run", metavar="RUN[:ENCODER]", help="As a run of hubrl train has trained it.")
 @click.option("--from-sb3", type=FILE, help="An agent that SB3 saved; its NatureCNN.")
 @click.option("--from-file", type=FILE, help="Safetensors; needs --architecture.")
 @click.option("--from-timm", metavar="NAME", help="A pretrained model of timm.")
@@ -212,6 +215,7 @@ def add_command(folder: Path, **options: Any) -> None:
     """
     wishes = Wishes(*(options.pop(field) for field in Wishes._fields))
     sources = {name: source for name, source in options.items() if source is not None}
+    cli.refuse_foreign_modules("agents")
     with cli.user_errors():
         if len(sources) != 1:
             given = " and ".join(_option(name) for name in sources) or "no source"

@@ -1,4 +1,4 @@
-"""Where encoders come from: SB3's zips, weight files, timm, torchvision, Hugging Face."""
+"""Where encoders come from: runs, SB3's zips, weight files, timm, torchvision, Hugging Face."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from hubrl.architectures import find_architecture
 from hubrl.encoders import as_float32, read_weights, with_features_dim
 from hubrl.fetching.libraries import SPDX
-from hubrl.files import reason
+from hubrl.files import reason, with_prefix
 from hubrl.saved_agents import (
     agent_data,
     check_normalised,
@@ -25,6 +25,7 @@ from hubrl.saved_agents import (
     square_pixels,
 )
 from hubrl.specs import HUB_FILE, EncoderSpec, HubSpec, load_hub
+from hubrl.state_folder import load_state
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 INSTALL_SHARE = 'pip install "hubrl[share]"'
@@ -74,29 +75,79 @@ def from_sb3(file: Path, wishes: Wishes) -> Provided:
     :raises ValueError: if it is no such zip, holds anything but tensors, or another architecture,
         or its images were not normalised as a hub's are
     """
-    if wishes.architecture not in (None, "nature_cnn", "nature_conv"):
-        raise ValueError(
-            f"architecture is {wishes.architecture!r}, allowed of an agent of SB3: nature_cnn, "
-            "nature_conv (its convolutions alone)"
-        )
-    _refuse_n_frames(wishes)
+    _check_nature(wishes)
     tensors = nature_tensors(policy_tensors(file), file)
     data = agent_data(file)
     check_normalised(data, file)
-    channels, steps = tensors["cnn.0.weight"].shape[1], data.get("num_timesteps")
-    _refuse_stacked_colours(channels, file)
-    card = _card(
+    steps = data.get("num_timesteps")
+    return _nature(
         wishes,
+        tensors,
+        file,
         name=file.stem,
-        architecture=wishes.architecture or "nature_cnn",
-        channels=channels,
         image_size=_wished_size(wishes) or seen_size(tensors, data.get("observation_space"), file),
-        frames="last" if channels in (1, 3) else "stack",  # one frame, grey or of colours
         source=f"features extractor of the agent {file.name}",
-        features_dim=len(tensors["linear.0.weight"]),
         pretraining={"steps": steps} if type(steps) is int else {},
     )
-    return Provided(with_features_dim(card), tensors)
+
+
+def from_run(run: str, wishes: Wishes) -> Provided:
+    """
+    An encoder as a run of ``hubrl train`` has trained it: SB3's NatureCNN, or one of a hub's.
+
+    :param run: ``FOLDER``, or ``FOLDER:ENCODER`` where the run's hub has several
+    :raises ValueError: if there is no such run, checkpoint or encoder, or the run kept it as it was
+    """
+    # Their libraries take seconds that other sources save.
+    from agents.checkpoints import Progress
+    from agents.runs import best_checkpoint, checkpoint_dir, open_run
+
+    path, colon, encoder = (run, "", "") if Path(run).exists() else run.rpartition(":")
+    folder = Path(path if colon else run)
+    config = open_run(folder)
+    checkpoint = checkpoint_dir(folder, best_checkpoint(folder))
+    policy: dict[str, Tensor] = {}
+    state = load_state({"policy": policy}, checkpoint, Progress, lambda _: None)
+    game = config.env.id.removeprefix("ALE/").removesuffix("-v5")
+    facts: dict[str, Any] = {
+        "games": [config.env.id],
+        "objective": config.algorithm.name,
+        "seed": config.train.seed,
+        "steps": state["num_timesteps"],
+    }
+    if config.hub.name == "none":
+        _check_nature(wishes)
+        tensors = nature_tensors(policy, folder)
+        return _nature(
+            wishes,
+            tensors,
+            folder,
+            name=game,
+            image_size=_wished_size(wishes) or seen_size(tensors, None, folder),
+            source="trained by hubrl train",
+            pretraining=facts,
+        )
+    _refuse_architecture(wishes, "a run's hub")
+    _refuse_n_frames(wishes)
+    hub = load_hub(config.hub.name, weights=False)
+    if not encoder and len(hub.encoders) > 1:
+        raise ValueError(
+            f"{run} has the encoders {', '.join(hub.encoder_names)}: choose one, as "
+            f"{run}:{hub.encoder_names[0]}"
+        )
+    (spec,) = hub.only(encoder or hub.encoder_names[0]).encoders
+    card = dataclasses.replace(
+        spec,
+        name=_valid_name(wishes.name or f"{spec.name}_{game}"),
+        license=wishes.license or spec.license,
+        source=f"encoder {spec.name} of the hub {hub.name} ({spec.source}), trained by hubrl train",
+        pretraining=facts,
+        weights=None,
+        sha256=None,
+        golden=None,
+        provider=None,
+    )
+    return Provided(card, _hub_tensors(policy, spec.name, folder))
 
 
 def from_file(file: Path, wishes: Wishes) -> Provided:
@@ -293,6 +344,47 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
             "safetensors.torch.save_file writes a state_dict so"
         ) from None
     return as_float32(tensors, str(file))
+
+
+def _check_nature(wishes: Wishes) -> None:
+    if wishes.architecture not in (None, "nature_cnn", "nature_conv"):
+        raise ValueError(
+            f"architecture is {wishes.architecture!r}, allowed of an agent of SB3: nature_cnn, "
+            "nature_conv (its convolutions alone)"
+        )
+    _refuse_n_frames(wishes)
+
+
+def _nature(wishes: Wishes, tensors: dict[str, Tensor], place: Path, **fields: Any) -> Provided:
+    """
+    An agent's NatureCNN, for images that were divided by 255.
+
+    :param place: where it comes from, for an error
+    """
+    channels = tensors["cnn.0.weight"].shape[1]
+    _refuse_stacked_colours(channels, place)
+    card = _card(
+        wishes,
+        architecture=wishes.architecture or "nature_cnn",
+        channels=channels,
+        frames="last" if channels in (1, 3) else "stack",  # one frame, grey or of colours
+        features_dim=len(tensors["linear.0.weight"]),
+        **fields,
+    )
+    return Provided(with_features_dim(card), tensors)
+
+
+def _hub_tensors(policy: dict[str, Tensor], encoder: str, run: Path) -> dict[str, Tensor]:
+    """Those of an encoder that learned; the actor's, where actor and critic have their own."""
+    marker = f"pathway.encoders.owned.{encoder}.trunk."
+    prefixes = {key.partition(marker)[0] + marker for key in policy if marker in key}
+    if not prefixes:
+        raise ValueError(
+            f"encoder {encoder!r} was frozen in {run}: it is as its own hub has it; take it from "
+            "there (hubs pull)"
+        )
+    prefix = min(prefixes, key=lambda name: ("target" in name, "critic" in name, name))
+    return {key: tensor.clone() for key, tensor in with_prefix(policy, prefix).items()}
 
 
 def _foreign_card(

@@ -69,10 +69,10 @@ def write_small_config(file: Path, algorithm: str = "ppo", **overrides: Any) -> 
     return file
 
 
-def small_env(n_envs: int = 2, algorithm: str = "ppo", **options: Any) -> VecEnv:
+def small_env(n_envs: int = 2, algorithm: str = "ppo", *, size: int = 36, **options: Any) -> VecEnv:
     """TinyImage with observations of (4, 36, 36), and with actions that the algorithm takes."""
     env_id = (SMALL | SMALL_OF[algorithm])["env.id"]
-    return make_vec_env(env_id, n_envs, image=ImageFormat(size=36), **options)
+    return make_vec_env(env_id, n_envs, image=ImageFormat(size=size), **options)
 
 
 def renew_manifest(folder: Path) -> None:

@@ -22,11 +22,15 @@ from hugging_face import Service
 from safetensors.torch import load_file, save, save_file
 from sb3_agents import make_agent
 from small_hubs import call_hubs, nature_spec, write_hub
+from small_runs import small_config, small_env
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.torch_layers import NatureCNN
 from torch import Tensor
 
+from agents.algorithms import build_model, resolve
+from agents.checkpoints import save_checkpoint
+from agents.runs import checkpoint_dir, create_run
 from envs import ImageFormat
 from hubrl.encoders import build_encoder, check_image_shape
 from hubrl.games import image_format
@@ -37,6 +41,7 @@ from hubrl.sources import (
     Wishes,
     from_file,
     from_hf,
+    from_run,
     from_sb3,
     from_timm,
     from_torchvision,
@@ -138,6 +143,60 @@ def test_stacks_of_two_lengths_have_no_images_in_common(tmp_path: Path) -> None:
         add_encoder(tmp_path / "hub", *from_sb3(given[1][0], MIT))
     assert (tmp_path / "hub" / "hub.yaml").read_bytes() == before
     assert not (tmp_path / "hub" / "see2.safetensors").exists()
+
+
+def run_of(folder: Path, algorithm: str, hub: str, **overrides: Any) -> Any:
+    """The folder of a run whose agent has learned something, and the agent."""
+    values = {key.replace("__", "."): value for key, value in overrides.items()}
+    config = resolve(small_config(algorithm, {"hub.name": hub, **values}))
+    model = build_model(config, small_env(algorithm=algorithm, size=84 if hub == "none" else 36))
+    with torch.no_grad():
+        for weight in model.policy.parameters():
+            weight += 0.01 * torch.randn_like(weight)
+    create_run(folder, config)
+    save_checkpoint(model, checkpoint_dir(folder, "last"), {})
+    return model
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_an_encoder_that_a_run_has_trained(algorithm: str, hub5: Path, tmp_path: Path) -> None:
+    model = run_of(tmp_path / "run", algorithm, str(hub5), hub__freeze=["b"])
+    card, tensors = from_run(f"{tmp_path / 'run'}:c", Wishes())
+    assert (card.license, card.image_size) == ("MIT", (36, 36))
+    assert card.name.startswith("c_hubrl_tinyimage")
+    assert card.source == ("encoder c of the hub hub5 (random numbers), trained by hubrl train")
+    assert card.pretraining["objective"] == algorithm
+    add_encoder(tmp_path / "mine", card, tensors)
+    hub = load_hub(tmp_path / "mine")
+    images = torch.randint(0, 256, (3, 4, 36, 36), dtype=torch.uint8)
+    owner = model.policy if algorithm == "ppo" else model.policy.actor
+    theirs = owner.features_extractor.pathway.encoders[2]
+    with torch.no_grad():
+        torch.testing.assert_close(build_encoder(hub, hub.encoders[0])(images), theirs(images))
+    with pytest.raises(ValueError, match=r"has the encoders a, b, c, d, e: choose one, as .*run:a"):
+        from_run(str(tmp_path / "run"), MIT)
+    with pytest.raises(ValueError, match=r"encoder 'b' was frozen in .*run: it is as its own hub"):
+        from_run(f"{tmp_path / 'run'}:b", MIT)
+    with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'z'"):
+        from_run(f"{tmp_path / 'run'}:z", MIT)
+    with pytest.raises(ValueError, match="a model of a run's hub is its own; leave --architecture"):
+        from_run(f"{tmp_path / 'run'}:a", MIT._replace(architecture="nature_conv"))
+
+
+def test_the_encoder_of_a_run_without_a_hub(tmp_path: Path) -> None:
+    model = run_of(tmp_path / "run", "dqn", "none")
+    add = ("add", tmp_path / "mine", "--from-run", tmp_path / "run", "--name", "own")
+    assert "'own' has no licence: give --license" in call_hubs(*add).err
+    assert call_hubs(*add, "--license", "MIT").code == 0
+    hub = load_hub(tmp_path / "mine")
+    (card,) = hub.encoders
+    assert (card.name, card.architecture, card.image_size) == ("own", "nature_cnn", (84, 84))
+    images = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        features = build_encoder(hub, card)(images)
+        torch.testing.assert_close(features, model.policy.q_net.features_extractor(images))
+    with pytest.raises(ValueError, match="nowhere is not the folder of a run"):
+        from_run("nowhere", MIT)
 
 
 class Robot(Env[Any, Any]):
