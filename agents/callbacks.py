@@ -244,7 +244,7 @@ def _change(row: EncoderChange) -> str:
     if row.distance is None:
         return "began with random weights"
     if row.is_same:
-        return "the bytes of its file"
+        return "unchanged, the bytes of its file"
     return f"moved by {row.distance:.3g} of its weights' length"
 
 

@@ -125,8 +125,10 @@ def check_registered(env_id: str) -> None:
         _import(module, env_id)
     if name not in gym.registry:
         ids = [known for known, spec in gym.registry.items() if not _is_old_atari(known, spec)]
-        closest = difflib.get_close_matches(name, ids, n=3, cutoff=0.4)
+        closest = difflib.get_close_matches(name, ids, n=3, cutoff=0.6)
         hint = f"closest: {', '.join(closest)}" if closest else "e.g. ALE/Breakout-v5"
+        if module:
+            hint = f"{module!r} was imported, but has registered none of this name; {hint}"
         raise ValueError(f"env {env_id!r} is not registered in Gymnasium ({hint})")
     if _is_old_atari(name, gym.registry[name]):
         raise ValueError(

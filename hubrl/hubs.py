@@ -113,14 +113,14 @@ def fetch_command(hub: str) -> None:
     with cli.user_errors():
         found = fetch_hub(hub, lambda spec: click.echo(fetch_line(spec)))
     click.echo(f"{found.folder}: {', '.join(_summary(found))}")
-    click.echo(f"hubrl hubs check {hub} proves that it means what its cards say")
+    click.echo(f"hubrl hubs check {hub} compares it with its cards")
 
 
 @command.command("check")
 @click.argument("hub")
 def check_command(hub: str) -> None:
     """
-    Prove that HUB loads and means what it says; one line for each check.
+    Compare HUB with its cards; one line for each check.
 
     Weight files are compared with the sha256 of their cards, features of made-up images with the
     golden ones; features must be finite, alive, and change with the image. Exit code 0: all holds,
@@ -227,7 +227,7 @@ def add_command(folder: Path, **options: Any) -> None:
         require_license(card)
         file = add_encoder(folder, card, tensors)
     click.echo(f"{file}: encoder {card.name}, {card.architecture}, {_input(card)}")
-    click.echo(f"hubrl hubs check {folder} proves that it means what its card says")
+    click.echo(f"hubrl hubs check {folder} compares it with its card")
 
 
 @command.command("push")

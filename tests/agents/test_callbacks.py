@@ -261,7 +261,7 @@ def test_the_end_of_a_run_tells_what_became_of_the_encoders(
     lines = [line for line in capsys.readouterr().out.splitlines() if "encoder" in line]
     assert len(lines) == 5
     assert "encoder a  trained  moved by 0." in lines[0]
-    assert "encoder b  frozen   the bytes of its file" in lines[1]
+    assert "encoder b  frozen   unchanged, the bytes of its file" in lines[1]
     assert model.num_timesteps >= 100
     learn(tmp_path / "random", [EncodersCallback()], hub__random_init=True, **values)
     assert capsys.readouterr().out.count("began with random weights") == 5

@@ -176,6 +176,15 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"env '%' is not registered .*e\.g\. ALE/Breakout-v5"):
             make_vec_env("%", 1)
 
+    def test_a_module_without_that_id(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "empty_module.py").write_text("")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        message = "'empty_module' was imported, but has registered none of this name; e.g. ALE"
+        with pytest.raises(ValueError, match=message):
+            make_vec_env("empty_module:Nope-v0", 1)
+
     def test_missing_module(self) -> None:
         message = (
             r"needs the module 'no_such\.thing', which Python doesn't find: .*PYTHONPATH=FOLDER"
