@@ -34,7 +34,7 @@ from agents.rollout_buffer import DeviceRolloutBuffer
 from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor, steady_encoders
 from hubrl.optimizer import EncoderScaledAdam
-from hubrl.pathway import TopK, always_active_names, number_activated
+from hubrl.pathway import always_active_names, number_activated
 from hubrl.precision import check_device, resolve_precision
 from hubrl.specs import HubSpec, lasting_name, load_hub
 
@@ -199,8 +199,10 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
 
 
-def _top_k(hub: HubSection) -> TopK:
-    return hub.top_k if hub.name == "none" else number_activated(hub.top_k, _cards(hub))
+def _top_k(hub: HubSection) -> int:
+    if hub.name == "none":  # nothing to choose
+        return 2 if hub.top_k == "auto" else hub.top_k
+    return number_activated(hub.top_k, _cards(hub))
 
 
 def _always_active(hub: HubSection) -> tuple[str, ...]:

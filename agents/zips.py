@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,19 +10,18 @@ from typing import Any
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-from agents.algorithms import ALGORITHMS
+from agents.algorithms import ALGORITHMS, NO_ROOM
 from hubrl.extractor import HubFeaturesExtractor
 from hubrl.files import reason
 from hubrl.saved_agents import agent_data, policy_tensors
 
 #: Names of SB3's policies for images, where it is not CnnPolicy.
 POLICIES = {"crossq": "MlpPolicy", "recurrent_ppo": "CnnLstmPolicy"}
-#: Whose policies a module has; of two algorithms that play alike, the one named here or the other.
+#: Whose policies a module has. A2C has PPO's, and DDPG TD3's: ``algorithm_of`` tells them apart.
 ALGORITHM_OF_MODULE = {
     "stable_baselines3.common.policies": "ppo",
     "sb3_contrib.common.maskable.policies": "maskable_ppo",
@@ -95,14 +95,14 @@ def algorithm_of(file: Path) -> str:
     policy = data.get("policy_class")
     module = policy.get("__module__") if isinstance(policy, dict) else None
     name = ALGORITHM_OF_MODULE.get(str(module))
-    if name is None:
+    if name is None or "cg_max_steps" in data:  # TRPO has PPO's policies, too
         raise ValueError(
-            f"{file} doesn't say what its agent was trained with, since its policy is none of "
-            f"SB3's: give --algo ({', '.join(ALGORITHMS)})"
+            f"{file} is of an algorithm or a policy that isn't known: say what it plays like by "
+            f"--algo ({', '.join(ALGORITHMS)})"
         )
     if name == "ppo" and "clip_range" not in data:
         return "a2c"
-    if name == "td3" and data.get("target_noise_clip") == 0:
+    if name == "td3" and _policy_kwargs(file).get("n_critics") == 1:
         return "ddpg"
     return name
 
@@ -129,7 +129,8 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
         kwargs["features_extractor_class"] = HubFeaturesExtractor if _has_hub(file) else NatureCNN
     kwargs["features_extractor_kwargs"] = _extractor_kwargs(file)
     agent = ALGORITHMS[algorithm].model
-    settings: dict[str, Any] = {"buffer_size": 1} if issubclass(agent, OffPolicyAlgorithm) else {}
+    taken = inspect.signature(agent).parameters
+    settings: dict[str, Any] = {name: n for name, n in NO_ROOM.items() if name in taken}
     try:
         policy = POLICIES.get(algorithm, "CnnPolicy")
         model: BaseAlgorithm = agent(policy, env, policy_kwargs=kwargs, **settings)
@@ -149,9 +150,9 @@ def _check_images(file: Path, env: VecEnv) -> None:
     shape = space.get("_shape") if isinstance(space, dict) else None
     if isinstance(shape, list) and shape != list(env.observation_space.shape or ()):
         raise ValueError(
-            f"{file} is an agent that sees images of shape {tuple(shape)}, but hubrl train would "
-            f"give its hub {env.observation_space.shape}: evaluate it in a script, in the "
-            "environments that it was trained in"
+            f"{file} is an agent that observes {str(tuple(shape))[:100]}, but hubrl train would "
+            f"give it {env.observation_space.shape}: evaluate it in a script, in the environments "
+            "that it was trained in"
         )
 
 

@@ -30,7 +30,7 @@ class PathwayCallback(BaseCallback):
     ``critic``, of networks that don't share, and the key of an image in a Dict. They are left out
     of the console's table, where SB3 cuts names at 36 characters.
 
-    It also warns of layers behind the features that SB3 chose for other extractors.
+    It also warns of layers behind the features that don't fit.
 
     :param collapse_steps: agent steps after which a collapse is warned of
     """
@@ -113,7 +113,7 @@ class PathwayCallback(BaseCallback):
 
 
 def _advice_on_layers(model: BaseAlgorithm) -> str | None:
-    """What is wrong with the layers behind the features, which SB3 chooses for other extractors."""
+    """What is wrong with the layers behind the features; None if nothing is."""
     kwargs: dict[str, Any] = model.policy_kwargs
     if isinstance(model, OffPolicyAlgorithm) and hasattr(model.policy, "critic"):
         layers = kwargs.get("net_arch")
@@ -121,18 +121,17 @@ def _advice_on_layers(model: BaseAlgorithm) -> str | None:
         if layers == []:
             return (
                 "net_arch leaves the critic without layers, linear in features and action, so that "
-                "the same action is best for all observations: leave net_arch out of policy_kwargs"
+                "the same action is best for all observations: give qf layers, or leave net_arch "
+                "out of policy_kwargs"
             )
-    elif kwargs.get("net_arch") is None and not _has_vectors(model.policy):
+    elif kwargs.get("net_arch") is None and getattr(model.policy, "net_arch", None):
+        if any(isinstance(module, HubCombinedExtractor) for module in model.policy.modules()):
+            return None  # the numbers beside images need layers
         return (
             "SB3 has added two layers of 64 units behind the hub's features, as it does not behind "
             "its own NatureCNN: give net_arch=[] among policy_kwargs, or the layers that you want"
         )
     return None
-
-
-def _has_vectors(policy: nn.Module) -> bool:
-    return any(isinstance(module, HubCombinedExtractor) for module in policy.modules())
 
 
 def places(policy: nn.Module) -> dict[str, HubFeaturesExtractor]:

@@ -438,12 +438,10 @@ def check_image_shape(spec: EncoderSpec, shape: tuple[int, ...]) -> None:
             "render larger observations"
         )
     if not takes_channels(spec, channels):
-        n, is_each = spec.n_frames, spec.frames == "each"
-        takes = f"{n} frames, grey or RGB: {n} or {3 * n} channels" if is_each else spec.channels
+        n = spec.n_frames if spec.frames == "each" else spec.channels
         raise ValueError(
-            f"observation space has {channels} channels, but {where} takes {takes}; "
-            f"stack {n if is_each else spec.channels} grey frames (VecFrameStack) or use another "
-            "hub"
+            f"observation space has {channels} channels, but {where} takes {_wanted(spec)}; "
+            f"stack {n} grey frames (VecFrameStack) or use another hub"
         )
 
 
@@ -459,14 +457,20 @@ def check_companions(spec: EncoderSpec, others: Collection[EncoderSpec]) -> None
 
     :raises ValueError: if stacks of other lengths are wanted
     """
-    together = (spec, *others)
-    wanted = {n for s in together for n in (s.channels, s.n_frames, 3 * s.n_frames)}
-    if not any(all(takes_channels(s, n) for s in together) for n in wanted):
-        takes = ", ".join(f"{s.name!r} {s.channels}" for s in others)
-        raise ValueError(
-            f"encoder {spec.name!r} takes {spec.channels} channels, and the others of the hub "
-            f"({takes}) no images that it takes: begin another hub with it"
-        )
+    for other in others:
+        wanted = {n for s in (spec, other) for n in (s.channels, s.n_frames, 3 * s.n_frames)}
+        if not any(takes_channels(spec, n) and takes_channels(other, n) for n in wanted):
+            raise ValueError(
+                f"encoder {spec.name!r} takes {_wanted(spec)}, but {other.name!r} of the hub "
+                f"{_wanted(other)}: no images suit both; begin another hub with it"
+            )
+
+
+def _wanted(spec: EncoderSpec) -> str:
+    n = spec.n_frames
+    if spec.frames == "each":
+        return f"{n} frames, grey or RGB: {n} or {3 * n} channels"
+    return f"{spec.channels} channels"
 
 
 def _load_weights(trunk: nn.Module, weights: Mapping[str, Tensor], spec: EncoderSpec) -> None:

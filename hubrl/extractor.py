@@ -427,9 +427,10 @@ def _check_space(space: spaces.Space[Any], hub: HubSpec) -> None:
             "observation space is a Dict, but HubFeaturesExtractor takes images alone: use "
             "hubrl.HubCombinedExtractor, with MultiInputPolicy"
         )
-    if isinstance(space, spaces.Box) and space.dtype != np.uint8 and space.is_bounded():
+    if isinstance(space, spaces.Box) and len(space.shape) == 3 and space.is_bounded():
         low, high = space.low.min(), space.high.max()
-        _refuse(float(low), float(high), f"observation space is {space.dtype} and its bounds")
+        if space.dtype != np.uint8:
+            _refuse(float(low), float(high), f"observation space is {space.dtype} and its bounds")
     for spec in hub.encoders:
         check_image_shape(spec, space.shape or ())
 
@@ -452,5 +453,5 @@ def _refuse(low: float, high: float, what: str) -> None:
             f"{what} reach {low if low < 0.0 else high:.4g}, but float images must lie in 0..1: "
             "give uint8 images in 0..255, which SB3 divides by 255 (normalize_images=True, its "
             "default), or divide them in a wrapper that tells the bounds 0 and 1; VecNormalize "
-            "must leave images as they are (norm_obs=False)"
+            "must leave images as they are (norm_obs=False; norm_obs_keys without a Dict's images)"
         )

@@ -103,27 +103,37 @@ def read_mapping(file: Path) -> dict[str, Any]:
     data = read_yaml(file, "config file")
     if not isinstance(data, dict):
         raise ValueError(f"config file {file} must be a mapping of keys to values")
-    for key in _keys(data):
-        if not isinstance(key, str):  # such as `no`, which is false in YAML
-            raise ValueError(f"config file {file} has the key {key!r}, allowed: text; quote it")
+    _check_keys(data, f"config file {file}")
     return data
 
 
-def parse_settings(cls: type[Section], texts: Iterable[str]) -> dict[str, Any]:
+def _check_keys(data: Any, where: str) -> None:
+    for key in _keys(data):
+        if not isinstance(key, str):  # such as `no`, which is false in YAML
+            raise ValueError(f"{where} has the key {key!r}, allowed: text; quote it")
+
+
+def with_settings(
+    cls: type[Section], options: Mapping[str, Any], texts: Iterable[str]
+) -> dict[str, Any]:
     """
-    Values by key path, of ``--set SECTION.KEY=VALUE``.
+    Values by key path: those that options gave, and those of ``--set SECTION.KEY=VALUE``.
 
     :param cls: the configuration whose keys they are
     :param texts: what was given; values are YAML
-    :raises ValueError: if one is something else, or has a section that ``cls`` has not
+    :raises ValueError: if one is something else, has a section that ``cls`` has not, or is given
+        twice
     """
-    found = {}
+    found = dict(options)
     for text in texts:
         path, sign, value = text.partition("=")
         if not sign:
             raise ValueError(f"--set {text}: give SECTION.KEY=VALUE")
         check_override(cls, path, "--set")
+        if path in found:
+            raise ValueError(f"--set {path}: it is given twice; give it once")
         found[path] = parse_yaml(value, f"--set {path}")
+        _check_keys(found[path], f"--set {path}")
     return found
 
 

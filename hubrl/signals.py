@@ -36,7 +36,8 @@ class StopSignal:
         self.number = number
         self._restore()
         with contextlib.suppress(OSError):  # its terminal may be gone
-            os.write(2, NOTICE)  # print may be what the signal interrupts
+            # print may be what the signal interrupts, and a progress bar has begun a line
+            os.write(2, b"\n" + NOTICE if os.isatty(2) else NOTICE)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -96,8 +96,10 @@ class EncoderSpec:
         self._check_image()
         if self.n_frames > 1:
             self._require(self.frames == "each", "n_frames", "1, unless frames is each")
+        if self.frames != "stack":
+            allowed = f"1 or 3, where frames is {self.frames}"
+            self._require(self.channels in (1, 3), "channels", allowed)
         if self.frames == "each":
-            self._require(self.channels in (1, 3), "channels", "1 or 3, where frames is each")
             fits = self.features_dim % self.n_frames == 0
             self._require(fits, "features_dim", f"a multiple of n_frames, {self.n_frames}")
         if self.weights is not None:

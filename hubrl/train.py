@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from hubrl.run_folder import (
     note_command,
     read_rows,
 )
-from hubrl.sections import parse_settings
+from hubrl.sections import with_settings
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import NotSavedError, has_state, read_state, repair_state
@@ -90,7 +91,6 @@ KEYS = {
     "save_freq": "train.save_freq",
     "device": "train.device",
 }
-HUB_OPTIONS = [name for name, key in KEYS.items() if key.startswith("hub.") and name != "hub"]
 #: The place of a fault's record in a run folder.
 FAULT_FILE = "environment-fault.json"
 #: Of glibc's ``mallopt``: how many heaps there may be.
@@ -234,33 +234,34 @@ def _restored(
 
 def _configure(given: dict[str, Any]) -> RunConfig:
     """The file's configuration with the options that were given."""
-    hub = given.get("hub", "")
-    _refuse_hub_options(hub, given)
-    file = given.get("config") or built_in_config(given.get("algo", "ppo"))
-    overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
-    overrides |= parse_settings(RunConfig, given.get("set", ()))
-    if hub:  # the file's names are of another hub
-        overrides.setdefault("hub.always_active", "auto")
-    if given.get("always_active") == ("none",):
+    options = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    overrides = with_settings(RunConfig, options, given.get("set", ()))
+    named = {key: f"--set {key}" for key in overrides}
+    named |= {KEYS[name]: f"--{name.replace('_', '-')}" for name in given if name in KEYS}
+    hub = str(overrides.get("hub.name", ""))
+    _refuse_hub_settings(hub, named)
+    if overrides.get("hub.always_active") in (("none",), "none"):
         overrides["hub.always_active"] = []
-    if (
-        hub
-        and hub != "none"
-        and "top_k" not in given
-        and len(load_hub(hub, weights=False).encoders) == 1
-    ):
-        overrides["hub.top_k"] = 1
+    if hub not in ("", "none"):  # the file's settings are of another hub
+        overrides.setdefault("hub.always_active", "auto")
+        if len(load_hub(hub, weights=False).encoders) == 1:
+            overrides.setdefault("hub.top_k", "auto")
+    file = given.get("config") or built_in_config(given.get("algo", "ppo"))
     config = load_config(file, overrides)
-    _refuse_hub_options(config.hub.name, given)
+    _refuse_hub_settings(config.hub.name, named)
     if given.get("algo", config.algorithm.name) != config.algorithm.name:
         raise ValueError(f"--algo {given['algo']}, but {file} is for {config.algorithm.name}")
     return config
 
 
-def _refuse_hub_options(hub: str, given: dict[str, Any]) -> None:
-    for option in HUB_OPTIONS:
-        if hub == "none" and option in given:
-            raise ValueError(f"--{option.replace('_', '-')} has no meaning with --hub none")
+def _refuse_hub_settings(hub: str, named: Mapping[str, str]) -> None:
+    """
+    :param named: how the user gave each key
+    :raises ValueError: if one means nothing without a hub
+    """
+    for key, option in named.items():
+        if hub == "none" and key.startswith("hub.") and key not in ("hub.name", "hub.precision"):
+            raise ValueError(f"{option} has no meaning with --hub none")
 
 
 def _train(model: BaseAlgorithm, config: RunConfig, folder: Path, n_rollbacks: int = 0) -> int:

@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +18,10 @@ from hubrl import cli
 from hubrl.fetching.recipes import load_cards
 from hubrl.files import DamagedFileError
 from hubrl.finite import NotFiniteError, advice
+from hubrl.pathway import number_activated
 from hubrl.precision import check_device, resolve_precision
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
-from hubrl.sections import parse_settings
+from hubrl.sections import with_settings
 from hubrl.signals import StopSignal
 from hubrl.specs import lasting_name
 from vision_tasks import distributed
@@ -138,12 +139,14 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
         _check_task(config, task, resume)
         return config, resume
     file = given.get("config") or BUILT_IN_CONFIGS / f"{task}.yaml"
-    overrides = {KEYS[name]: value for name, value in given.items() if name in KEYS}
-    overrides |= parse_settings(VisionConfig, given.get("set", ()))
+    options = {KEYS[name]: value for name, value in given.items() if name in KEYS}
+    overrides = with_settings(VisionConfig, options, given.get("set", ()))
     config = _resolved(load_config(file, overrides))
     _check_task(config, task, file)
     check_method(config.method)
-    _check_used(given, config.method)
+    named = {key: f"--set {key}" for key in overrides}
+    named |= {KEYS[name]: f"--{name.replace('_', '-')}" for name in given if name in KEYS}
+    _check_used(named, config.method)
     folder = cli.run_to_continue(
         given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO
     )
@@ -161,7 +164,12 @@ def _resolved(config: VisionConfig) -> VisionConfig:
     """
     device = check_device("train.device", config.train.device)
     dtype = resolve_precision(config.hub.precision, device)
-    hub = {"precision": str(dtype).removeprefix("torch."), "name": lasting_name(config.hub.name)}
+    hub: dict[str, Any] = {
+        "precision": str(dtype).removeprefix("torch."),
+        "name": lasting_name(config.hub.name),
+    }
+    if config.hub.top_k == "auto":
+        hub["top_k"] = number_activated("auto", load_cards(config.hub.name))
     root = None if config.data.root is None else str(Path(config.data.root).absolute())
     changes = {
         "hub": config.hub.model_copy(update=hub),
@@ -175,15 +183,16 @@ def _check_task(config: VisionConfig, task: str, place: Path) -> None:
         raise ValueError(f"{place} is of {config.task}, not of {task}")
 
 
-def _check_used(given: Iterable[str], method: str) -> None:
+def _check_used(named: Mapping[str, str], method: str) -> None:
     """
-    :raises ValueError: if an option means nothing to the method
+    :param named: how the user gave each key
+    :raises ValueError: if one means nothing to the method
     """
-    for name in given:
-        users = USED_BY.get(KEYS.get(name, ""))
+    for key, option in named.items():
+        users = USED_BY.get(key)
         if users is not None and method.partition(":")[0] not in users:
             raise ValueError(
-                f"--{name.replace('_', '-')} has no meaning with method {method!r}: leave it out; "
+                f"{option} has no meaning with method {method!r}: leave it out; "
                 f"it is for {', '.join(users)}"
             )
 

@@ -19,7 +19,6 @@ def load_vision_hub(name: str, image_size: int, *, pretrained: bool = True) -> H
     :raises ValueError: if there is no such hub, its weights can't be had, or an encoder can't take
         colour images or images of this size
     """
-    size = (image_size, image_size)
     hub = fetch_hub(name, _say) if pretrained else load_cards(name)
     for spec in hub.encoders:
         if not takes_channels(spec, 3):
@@ -27,14 +26,21 @@ def load_vision_hub(name: str, image_size: int, *, pretrained: bool = True) -> H
                 f"encoder {spec.name!r} of {name} takes {spec.channels} channels, but images have "
                 "three colours: take a hub of image encoders, such as packaged5"
             )
-        if pretrained and spec.architecture == "nature_cnn" and spec.image_size != size:
-            height, width = spec.image_size
-            raise ValueError(
-                f"encoder {spec.name!r} of {name} has a linear layer for images of {height}x{width}"
-                f" px alone, not of {image_size}x{image_size}: "
-                + (f"give --image-size {height}" if height == width else "take another hub")
-            )
+    if pretrained:
+        _check_linear(hub, name, image_size)
     return at_image_size(hub, image_size)
+
+
+def _check_linear(hub: HubSpec, name: str, image_size: int) -> None:
+    seen = {s.image_size: s.name for s in hub.encoders if s.architecture == "nature_cnn"}
+    for (height, width), encoder in seen.items():
+        if (height, width) != (image_size, image_size):
+            fits = len(seen) == 1 and height == width
+            raise ValueError(
+                f"encoder {encoder!r} of {name} has a linear layer for images of {height}x{width} "
+                f"px alone, not of {image_size}x{image_size}: "
+                + (f"give --image-size {height}" if fits else "take it out of the hub")
+            )
 
 
 def _say(spec: EncoderSpec) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hubrl.encoders import check_companions
 from hubrl.files import read_json
 from hubrl.hub_folder import WORK_FOLDER, add_encoder, check_file_is_free, check_writable
 from hubrl.specs import HUB_FILE, EncoderSpec, load_hub
@@ -25,7 +26,8 @@ class Member:
     :param card: of the encoder, still without weights
     :param settings: plain data that decide the result of the training
     :raises ValueError: if the folder can't be written to or is not that of a hub, or if the name is
-        taken by an encoder that was trained by other settings, or its file by another's weights
+        taken by an encoder that was trained by other settings, or its file by another's weights, or
+        if no images suit both the hub's encoders and this one
     """
 
     def __init__(self, out: Path, card: EncoderSpec, settings: Mapping[str, Any]) -> None:
@@ -34,6 +36,8 @@ class Member:
         self._settings = json.dumps(dict(settings), indent=1)
         check_writable(out)
         check_file_is_free(out, card.name)
+        if (out / HUB_FILE).exists():
+            check_companions(card, load_hub(out).encoders)
         self._check_settings()
         if self.is_complete() and not self.work.is_dir():
             raise ValueError(f"name {card.name!r} is taken in the hub {out}; give another --name")

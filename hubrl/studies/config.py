@@ -199,6 +199,7 @@ def _check_name(variant: str) -> None:
 
 
 def _check_overrides(where: str, overrides: Mapping[str, Any]) -> None:
+    """Keys of a run that exist, and that the study doesn't set itself."""
     for path in overrides:
         if path in OWN_KEYS:
             raise ValueError(f"{where} sets {path}, but {OWN_KEYS[path]} of the study does that")

@@ -97,6 +97,7 @@ def _origin(study: StudyConfig, done: Sequence[Job]) -> str:
         name: dict.fromkeys(job.run.seed for job in done if job.run.variant == name)
         for name in study.variants
     }
+    metric = study.metric
     variants = ", ".join(f"{name} ({' '.join(map(str, seeds[name]))})" for name in seeds)
     return "\n".join(
         [
@@ -105,6 +106,9 @@ def _origin(study: StudyConfig, done: Sequence[Job]) -> str:
             f"- games: {', '.join(study.games)}; {study.n_timesteps:,} agent steps each",
             f"- variants (seeds of complete runs): {variants}",
             f"- control: {study.control}",
+            f"- measured at {metric.n_points} points, in windows of {metric.window:g} of a run; "
+            f"jump-start: the first {metric.jump_start:g}; returns that count as nothing: "
+            + (", ".join(f"{game} {x:g}" for game, x in metric.floors.items()) or "0"),
         ]
     )
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import torch
 from sb3_agents import AGENTS, make_agent
-from sb3_contrib import CrossQ
+from sb3_contrib import TRPO, CrossQ
 from small_hubs import nature_spec, write_hub
 from small_runs import SMALL_OF, small_env
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import DQN, PPO, TD3
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.torch_layers import NatureCNN
 
@@ -102,6 +102,13 @@ def test_what_decides_an_agents_actions_is_taken(
     torch.testing.assert_close(other.logits, mine.logits, atol=0, rtol=0)
 
 
+def test_an_agent_that_plays_has_no_room_for_a_rollout(tmp_path: Path) -> None:
+    env = small_env(3)
+    PPO("CnnPolicy", env, n_steps=8, batch_size=24).save(tmp_path / "own.zip")
+    again: Any = rebuild(tmp_path / "own.zip", "ppo", env)
+    assert again.rollout_buffer.observations.nbytes < 10**6
+
+
 def test_actions_are_sampled_as_often_as_in_training(tmp_path: Path) -> None:
     env = small_env()
     model = DQN("CnnPolicy", env, buffer_size=8)
@@ -110,6 +117,13 @@ def test_actions_are_sampled_as_often_as_in_training(tmp_path: Path) -> None:
     again = rebuild(tmp_path / "own.zip", "dqn", env)
     assert isinstance(again, DQN)
     assert again.exploration_rate == 0.25
+
+
+def test_td3_without_noise_is_no_ddpg(tmp_path: Path) -> None:
+    env = small_env(algorithm="td3")
+    TD3("CnnPolicy", env, target_noise_clip=0.0, buffer_size=8).save(tmp_path / "own.zip")
+    assert algorithm_of(tmp_path / "own.zip") == "td3"
+    rebuild(tmp_path / "own.zip", "td3", env)
 
 
 def test_crossq_with_nature_cnn(tmp_path: Path) -> None:
@@ -156,12 +170,15 @@ class OwnPolicy(ActorCriticCnnPolicy):
 
 def test_what_does_not_fit(hub5: Path, tmp_path: Path) -> None:
     PPO(OwnPolicy, small_env()).save(tmp_path / "own.zip")
-    with pytest.raises(ValueError, match=r"its policy is none of SB3's: give --algo \(ppo, a2c"):
+    with pytest.raises(ValueError, match=r"a policy that isn't known: .* --algo \(ppo, a2c"):
         algorithm_of(tmp_path / "own.zip")
     message = (
-        r"own\.zip is an agent that sees images of shape \(4, 36, 36\), but hubrl train would "
-        r"give its hub \(4, 84, 84\): evaluate it in a script"
+        r"own\.zip is an agent that observes \(4, 36, 36\), but hubrl train would give it "
+        r"\(4, 84, 84\): evaluate it in a script"
     )
+    TRPO("CnnPolicy", small_env()).save(tmp_path / "trpo.zip")
+    with pytest.raises(ValueError, match=r"an algorithm or a policy that isn't known"):
+        algorithm_of(tmp_path / "trpo.zip")
     larger = make_vec_env("hubrl/TinyImage-v0", 1, image=ImageFormat(size=84))
     with pytest.raises(ValueError, match=message):
         rebuild(tmp_path / "own.zip", "ppo", larger)

@@ -13,6 +13,7 @@ from small_runs import small_env
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
 
 from hubrl.callback import PathwayCallback
 from hubrl.extractor import HubFeaturesExtractor
@@ -172,7 +173,7 @@ def test_no_collapse_where_probabilities_are_spread_or_nothing_is_chosen(hub5: P
 
 
 TWO_LAYERS = r"SB3 has added two layers of 64 units.*: give net_arch=\[\] among policy_kwargs"
-NO_LAYERS = r"net_arch leaves the critic without layers.*: leave net_arch out of policy_kwargs"
+NO_LAYERS = r"net_arch leaves the critic without layers.*: give qf layers, or leave"
 
 
 @pytest.mark.parametrize(
@@ -191,6 +192,18 @@ def test_layers_that_suit_other_extractors(
     model = make_agent(name, hub5, policy={"net_arch": net_arch})
     with pytest.warns(UserWarning, match=message):
         model.learn(1, callback=PathwayCallback())
+
+
+class WithoutLayers(ActorCriticCnnPolicy):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, net_arch=[])
+
+
+def test_a_policy_of_ones_own_without_layers(hub5: Path) -> None:
+    kwargs = policy_kwargs(hub5)
+    del kwargs["net_arch"]
+    model = PPO(WithoutLayers, small_env(), n_steps=16, batch_size=16, policy_kwargs=kwargs)
+    model.learn(1, callback=PathwayCallback())
 
 
 @pytest.mark.parametrize(

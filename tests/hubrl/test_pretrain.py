@@ -20,6 +20,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from safetensors.torch import load_file
+from small_hubs import nature_spec, write_hub
 from small_runs import small_config, write_small_config
 
 from agents.config import dump_config
@@ -251,6 +252,15 @@ def test_a_name_that_the_hub_has_from_elsewhere_is_refused(tmp_path):
     member.add(NatureConv(4).state_dict(), {})
     with pytest.raises(ValueError, match=r"name 'pong' is taken .*--name"):
         make_member(tmp_path)
+
+
+def test_a_hub_of_other_stacks_is_refused_before_training(tmp_path):
+    two_frames = dataclasses.replace(nature_spec("two"), channels=2)
+    write_hub(tmp_path / "hub", [two_frames])
+    with pytest.raises(
+        ValueError, match="'pong' takes 4 channels, but 'two' of the hub 2 channels"
+    ):
+        make_member(tmp_path / "hub")
 
 
 def test_a_name_that_another_command_took_in_the_meantime_is_refused(tmp_path):

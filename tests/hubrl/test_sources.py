@@ -136,8 +136,8 @@ def test_stacks_of_two_lengths_have_no_images_in_common(tmp_path: Path) -> None:
     add_encoder(tmp_path / "hub", *from_sb3(given[0][0], MIT))
     before = (tmp_path / "hub" / "hub.yaml").read_bytes()
     message = (
-        r"encoder 'see2' takes 2 channels, and the others of the hub \('see4' 4\) no images that "
-        r"it takes: begin another hub with it"
+        "encoder 'see2' takes 2 channels, but 'see4' of the hub 4 channels: no images suit both; "
+        "begin another hub with it"
     )
     with pytest.raises(ValueError, match=message):
         add_encoder(tmp_path / "hub", *from_sb3(given[1][0], MIT))
@@ -704,7 +704,7 @@ def test_the_command_adds_and_says_what_is_wrong(tmp_path: Path) -> None:
     assert call_hubs("check", hub).code == 0
     for arguments, message in (
         ((*source, "--license", "MIT"), "name 'ppo_pong' was taken in the hub"),
-        ((), "no source given, allowed: one of --from-sb3, --from-file"),
+        ((), "no source given, allowed: one of --from-run, --from-sb3"),
         ((*source, "--from-timm", "resnet18"), "--from-sb3 and --from-timm given, allowed: one of"),
         (("--from-hf", "only", "--license", "MIT"), "--from-hf only: give OWNER/NAME"),
     ):

@@ -137,6 +137,16 @@ def test_any_setting_by_option(hub5: Path, tmp_path: Path) -> None:
     assert (resolved.algorithm.n_epochs, resolved.env.timeout) == (1, None)
 
 
+def test_a_hub_by_set_is_one_by_option(hub5: Path, tmp_path: Path) -> None:
+    """Whatever hub the file is of."""
+    values = {"hub__name": str(hub5), "hub__top_k": 2, "hub__always_active": ["a"]}
+    config = write_small_config(tmp_path / "c.yaml", **values)
+    for i, options in enumerate((["--hub", f"{hub5}:b"], ["--set", f"hub.name={hub5}:b"])):
+        assert run("--config", config, "--run-dir", f"r{i}", *options) == 0
+        hub = load_config(Path(f"r{i}/config.yaml")).hub
+        assert (hub.top_k, hub.always_active) == (1, ())
+
+
 def test_always_active_encoders_by_option(hub5: Path, tmp_path: Path) -> None:
     save_hub(dataclasses.replace(load_hub(hub5), always_active=("c",)), hub5)
     file = write_small_config(tmp_path / "c.yaml", hub__name=str(hub5), hub__always_active=["a"])
@@ -365,8 +375,19 @@ HUB_MESSAGES = [
         (["--seeed", "1"], "No such option"),
         (["--set", "hub.top_k"], "--set hub.top_k: give SECTION.KEY=VALUE"),
         (["--set", "hubb.top_k=1"], "--set has the key 'hubb.top_k' (closest: 'hub'), allowed: S"),
-        (["--set", "hub.topk=1"], "unknown key hub.topk (closest: 'top_k')"),
-        (["--set", "hub.top_k=x"], "hub.top_k is 'x', allowed: a whole number at least 1, or 'a"),
+        (
+            ["--set", "hub.freeze_layers=1"],
+            "--set hub.freeze_layers has no meaning with",
+        ),
+        (["--seed", "1", "--set", "train.seed=2"], "--set train.seed: it is given twice"),
+        (["--set", "train.seed=1", "--set", "train.seed=2"], "--set train.seed: it is given twice"),
+        (
+            ["--hub", "HUB", "--set", "hub.exploration_coef={no: 3}"],
+            "--set hub.exploration_coef has the key False, allowed: text; quote it",
+        ),
+        (["--hub", "HUB:a", "--set", "hub.top_k=2"], "top_k is 2, allowed: 1..1, the number of"),
+        (["--hub", "HUB", "--set", "hub.topk=1"], "unknown key hub.topk (closest: 'top_k')"),
+        (["--hub", "HUB", "--set", "hub.top_k=x"], "hub.top_k is 'x', allowed: a whole number at"),
         (["--set", "hub.freeze=[a"], "--set hub.freeze is not valid YAML"),
         (["--run-dir", "used"], "run-dir used exists"),
         (["--resume", "used"], "used is not the folder of a run"),

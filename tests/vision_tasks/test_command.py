@@ -83,6 +83,10 @@ def test_a_run_leaves_its_files(
         (("--method", "ensemble-j:a"), r"method is 'ensemble-j:a'.*, allowed: single:ENCODER"),
         (("--top-k", "9"), r"top_k is 9, allowed: 1..3"),
         (("--epochs", "0"), r"train.epochs is '0', allowed: a whole number at least 1"),
+        (
+            ("--method", "ensemble-j", "--set", "hub.top_k=1"),
+            r"--set hub.top_k has no meaning with method 'ensemble-j': leave it out",
+        ),
         (("--set", "train.warmup=2"), r"train.warmup is 2, allowed: a number at least 0 and at mo"),
         (
             ("--set", "method.x=2"),
@@ -119,6 +123,7 @@ def test_the_configuration_of_a_run_is_found_from_anywhere(hub: Path, tmp_path: 
     assert config.hub.name == str(tmp_path / "rgb")
     assert config.data.root == str(tmp_path / "data")
     assert config.hub.precision in ("float32", "bfloat16")
+    assert config.hub.top_k == 2
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(3, 8), (2, 32)])

@@ -72,3 +72,8 @@ def test_a_linear_layer_has_one_image_size(tmp_path: Path) -> None:
     message = "has a linear layer for images of 64x64 px alone, not of 96x96: give --image-size 64"
     with pytest.raises(ValueError, match=message):
         load_vision_hub(str(hub), 96)
+    both = write_hub(
+        tmp_path / "two", [seen, dataclasses.replace(seen, name="b", image_size=(96, 96))]
+    )
+    with pytest.raises(ValueError, match="64x64 px alone, not of 96x96: take it out of the hub"):
+        load_vision_hub(str(both), 96)
