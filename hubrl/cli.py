@@ -17,7 +17,7 @@ from hubrl.run_folder import CONFIG_FILE, held, is_held
 
 #: The place of a run in ``--resume auto``.
 AUTO = Path("auto")
-SET_HELP = "Another setting of the configuration, in YAML; once for each."
+SET_HELP = "Another setting of the configuration, in YAML; may be repeated."
 RESUME_HELP = "Continue the run in this folder; auto: the same command's unfinished one, if any."
 
 

@@ -42,7 +42,7 @@ N_ENVS = 8
     "--json",
     "file",
     type=click.Path(path_type=Path),
-    help="Where figures go.  [default: RUN/evaluation.json; of a zip nowhere]",
+    help="Where the returns are written.  [default: RUN/evaluation.json; of a zip nowhere]",
 )
 @click.option("--env", help="Where the agent of a zip plays; Gymnasium id.")
 @click.option("--algo", help="What the agent of a zip was trained with.  [default: as it says]")
@@ -58,8 +58,8 @@ def command(
     """
     Play whole games with the agent of the folder RUN, or of a zip that SB3's save has written.
 
-    Prints the mean unclipped return with a 95 % bootstrap interval, which one game has not. The
-    games are others than those by which training chose the best checkpoint. As in training, actions
+    Prints the mean unclipped return with a 95 % bootstrap interval (none for one game). The games
+    are others than those by which training chose the best checkpoint. As in training, actions
     are sampled, unless the run's configuration says deterministic_eval.
     """
     with cli.user_errors():

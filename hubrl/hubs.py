@@ -152,8 +152,9 @@ def check_command(hub: str) -> None:
     type=click.IntRange(64, 10_000),  # memory grows with its square: 4 GB
     default=2048,
     show_default=True,
+    help="Of random play.",
 )
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the play.")
 def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
     """
     Which encoders of HUB tell most about ENV, before any training.
@@ -200,7 +201,11 @@ def rank_command(hub: str, env: str, n_observations: int, seed: int) -> None:
 @click.option("--architecture", help="nature_cnn, nature_conv, timm:NAME, torchvision:NAME ...")
 @click.option("--name", help="Of the encoder in the hub.  [default: from its source]")
 @click.option("--license", help="SPDX identifier of the weights.  [default: what the source says]")
-@click.option("--image-size", type=click.IntRange(min=1), help="Pixels of a side.")
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Side of the square images that it sees, in pixels.",
+)
 @click.option(
     "--n-frames",
     type=click.IntRange(1, 16),

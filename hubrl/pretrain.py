@@ -129,17 +129,19 @@ class Settings:
     "-n",
     "--n-frames",
     type=int,
-    help="Agent steps to play, over all games.  "
+    help="Frames as an agent sees them, one for each step, over all games.  "
     f"[default: {DEFAULT_FRAMES}; ppo: {DEFAULT_AGENT_FRAMES}]",
 )
-@click.option("--minutes", type=float, help="Train for so long, instead or at most.")
+@click.option(
+    "--minutes", type=float, help="Of training: in the place of -n, or beside it at most."
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--name", help="Of the encoder.  [default: the game, or the objective of several]")
 @click.option(
     "--play",
     default="random",
     show_default=True,
-    help="random, or the run of the agent that plays; with ppo: whose encoder is taken.",
+    help="random, or the run of the agent that plays; with ppo its encoder is taken as it is.",
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda ...")
 def command(out: Path, name: str | None, device: str, **options: Any) -> int:

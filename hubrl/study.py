@@ -65,7 +65,8 @@ def command(
     only: str | None,
 ) -> int:
     """
-    Compare the variants of the study FILE.
+    Compare the variants of the study FILE: YAML with games, seeds and variants, such as those in
+    configs/studies. Writes report.md, tables as CSV, and figures.
 
     Each run is a process of its own at low priority. What is complete is skipped and what is
     unfinished resumed, so the same command goes on after a stop. A run that fails does not stop

@@ -101,26 +101,34 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 @click.command("train")
 @click.option("--algo", help=f"{', '.join(algorithm_names())}.  [default: ppo]")
-@click.option("--env", help="Gymnasium id.  [default: as in the algorithm's configuration]")
+@click.option(
+    "--env", help="Gymnasium id.  [default: ALE/Breakout-v5; CarRacing-v3 for continuous actions]"
+)
 @click.option("--hub", help="none, HUB, HUB:ENCODER, FOLDER or FILE.yaml.  [default: atari5]")
-@click.option("--top-k", help="Encoders that run for an observation.  [default: 2, or all of one]")
+@click.option(
+    "--top-k", help="Encoders that run for an observation.  [default: 2; 1 of a single encoder]"
+)
 @click.option("-n", "--n-timesteps", help="Agent steps of the whole run.  [default: 1000000]")
 @click.option("--seed", help="Everything random follows from it.  [default: 0]")
 @click.option("--n-envs", help="Environments side by side.  [default: the algorithm's]")
 @click.option("--sticky", help="Probability that Atari repeats the last action.  [default: 0]")
-@click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
+@click.option("--exploration-coef", help="Weight of the pathway exploration loss.  [default: 0.01]")
 @click.option(
     "--always-active",
     multiple=True,
-    help="An encoder that runs for each observation, or none.  "
+    help="An encoder that runs for each observation, or none; may be repeated.  "
     "[default: as the hub's card says, or the first]",
 )
 @click.option("--aggregation", help="auto, concat or sum.  [default: auto]")
-@click.option("--freeze", multiple=True, help="An encoder that stays as it is, or all.")
+@click.option(
+    "--freeze", multiple=True, help="An encoder that stays as it is, or all; may be repeated."
+)
 @click.option("--freeze-layers", help="First layers of each encoder that stay as they are.")
 @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
-@click.option("--eval-freq", help="Agent steps between evaluations; 0: none.")
-@click.option("--save-freq", help="Agent steps between checkpoints; 0: only at the end.")
+@click.option("--eval-freq", help="Agent steps between evaluations; 0: none.  [default: 100000]")
+@click.option(
+    "--save-freq", help="Agent steps between checkpoints; 0: only at the end.  [default: 100000]"
+)
 @click.option("--device", help="auto, cpu, cuda ...  [default: auto]")
 @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
 @click.option("--set", "set", multiple=True, metavar="SECTION.KEY=VALUE", help=cli.SET_HELP)

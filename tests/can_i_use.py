@@ -93,13 +93,16 @@ def page(hub: Path) -> str:
     lines = [
         "# Can I use?",
         "",
-        "What an agent of Stable-Baselines3 or sb3-contrib with the bare features extractor learns",
-        "from, predicts, and comes back from its file with. `make docs` makes this page by",
-        "trying each combination; the tests try them again. An empty cell is a combination that",
-        "the algorithm or its policy doesn't take. Vectors beside images need",
-        "`HubCombinedExtractor`; float images lie in 0..1. CrossQ has no `CnnPolicy`: give it the",
-        "extractor with `MlpPolicy`. Give `net_arch=[]` to PPO, A2C, DQN and their kin: critics of",
-        "SAC, TD3, DDPG, TQC and CrossQ need layers behind features and action.",
+        "Which observations and actions each algorithm takes with a hub. **yes**: the agent learns,",
+        "predicts, and comes back from its file. Empty: the algorithm or its policy doesn't take the",
+        "combination. `make docs` makes this page by trying each; the tests try them again.",
+        "",
+        "- For images alone give `net_arch=[]` to PPO, A2C, DQN and their kin. Leave it out for Dict",
+        "  observations, and for SAC, TD3, DDPG, TQC and CrossQ, whose critics need layers behind",
+        "  features and action.",
+        "- Vectors beside images need `HubCombinedExtractor` and `MultiInputPolicy`.",
+        "- Float images lie in 0..1.",
+        "- CrossQ has no `CnnPolicy`: give it the extractor with `MlpPolicy`.",
         "",
     ]
     for observations in OBSERVATIONS:

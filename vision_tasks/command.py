@@ -21,7 +21,7 @@ from hubrl.finite import NotFiniteError, advice
 from hubrl.pathway import number_activated
 from hubrl.precision import check_device, resolve_precision
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
-from hubrl.sections import with_settings
+from hubrl.sections import read_mapping, with_settings
 from hubrl.signals import StopSignal
 from hubrl.specs import lasting_name
 from vision_tasks import distributed
@@ -67,27 +67,36 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     :param data_names: for the help
     """
 
+    shipped = read_mapping(BUILT_IN_CONFIGS / f"{task}.yaml")
+
+    def default(option: str) -> str:
+        section, dot, key = KEYS[option].partition(".")
+        return f"  [default: {shipped[section][key] if dot else shipped[section]}]"
+
     @click.command(
         task,
         help=f"Train and test a method on {task}; options win over the file. Without --config the "
         f"settings are those of configs/vision/{task}.yaml.",
     )
-    @click.option("--data", help=f"{', '.join(data_names)}.")
+    @click.option("--data", help=f"{', '.join(data_names)}." + default("data"))
     @click.option("--root", help="Folder of the data.  [default: where its package puts it]")
-    @click.option("--hub", help="HUB, HUB:ENCODER, FOLDER or FILE.yaml.")
-    @click.option("--method", help=f"{METHOD_HELP}.")
-    @click.option("--epochs", help="Of each phase of the method.")
-    @click.option("--limit", help="Training images at most.")
-    @click.option("--image-size", help="Side of the images, in pixels.")
-    @click.option("--top-k", help="Encoders that an image activates.")
-    @click.option("--generator", help="even, small, resnet10 or uniform.")
-    @click.option("--exploration-coef", help="Weight of the pathway exploration loss.")
+    @click.option("--hub", help="HUB, HUB:ENCODER, FOLDER or FILE.yaml." + default("hub"))
+    @click.option("--method", help=f"{METHOD_HELP}." + default("method"))
+    @click.option("--epochs", help="Of each phase of the method." + default("epochs"))
+    @click.option("--limit", help="Training images at most.  [default: all]")
+    @click.option("--image-size", help="Side of the images, in pixels." + default("image_size"))
+    @click.option("--top-k", help="Encoders that an image activates." + default("top_k"))
+    @click.option("--generator", help="even, small, resnet10 or uniform." + default("generator"))
+    @click.option(
+        "--exploration-coef",
+        help="Weight of the pathway exploration loss." + default("exploration_coef"),
+    )
     @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
     @click.option("--swap", metavar="N", help="Encoders in memory at most; others wait in files.")
-    @click.option("--batch-size", help="Images of a step.")
-    @click.option("--learning-rate", help="Of all new layers.")
-    @click.option("--seed", help="Everything random follows from it.")
-    @click.option("--device", help="auto, cpu, cuda ...")
+    @click.option("--batch-size", help="Images of a step." + default("batch_size"))
+    @click.option("--learning-rate", help="Of all new layers." + default("learning_rate"))
+    @click.option("--seed", help="Everything random follows from it." + default("seed"))
+    @click.option("--device", help="auto, cpu, cuda ..." + default("device"))
     @click.option("--config", type=EXISTING, help="Complete YAML configuration.")
     @click.option("--set", "set", multiple=True, metavar="SECTION.KEY=VALUE", help=cli.SET_HELP)
     @click.option("--run-dir", type=FOLDER, help="A new folder.  [default: runs/...]")
