@@ -125,7 +125,9 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--freeze-layers", help="First layers of each encoder that stay as they are.")
 @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")
-@click.option("--eval-freq", help="Agent steps between evaluations; 0: none.  [default: the algorithm's]")
+@click.option(
+    "--eval-freq", help="Agent steps between evaluations; 0: none.  [default: the algorithm's]"
+)
 @click.option(
     "--save-freq", help="Agent steps between checkpoints; 0: only at the end.  [default: 100000]"
 )
