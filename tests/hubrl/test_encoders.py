@@ -282,7 +282,7 @@ def test_a_net_that_would_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ((17,), r"observation space has shape \(17,\), but encoder 'x' takes images \(C, H, W\)"),
         ((4, 10, 84), "images of 10x84 px, but encoder 'x' takes 84x84 px and no less than half"),
-        ((3, 84, 84), "has 3 channels, but encoder 'x' takes 4; stack 4 grey frames"),
+        ((3, 84, 84), "has 3 channels, but encoder 'x' takes 4 channels; stack 4 grey"),
     ],
 )
 def test_observations_that_no_encoder_takes(shape: tuple[int, ...], message: str) -> None:
