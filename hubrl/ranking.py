@@ -87,9 +87,10 @@ def advice(ranks: Sequence[Rank], hub: HubSpec) -> tuple[str, str]:
     best = next(found for found in ranks if found.encoder in architectures)
     # Random weights were drawn once, and the best encoder was chosen by these very observations.
     if best.low > by_name[_random(architectures[best.encoder])].high:
-        return best.encoder, "it tells more of the returns than random weights do"
+        return best.encoder, "its features explain more of the returns than random weights do"
     return best.encoder, (
-        "it doesn't clearly tell more of the returns than random weights, and may help all the same"
+        "its features explain no more of the returns than random weights do, within the interval; "
+        "encoders of which that was so have helped all the same"
     )
 
 

@@ -146,14 +146,14 @@ def test_the_command(hub5: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1] == "encoder             R2 of returns (95 % interval)"
     assert {line[:18].strip() for line in lines[2:-1]} == {*"abcde", "random nature_conv"}
     best = next(line[0] for line in lines[2:] if not line.startswith("random"))
-    assert lines[-1].startswith(f"first compare --hub {hub5}:{best} with --hub none: it ")
+    assert lines[-1].startswith(f"first compare --hub {hub5}:{best} with --hub none: its features ")
     assert run("rank", f"{hub5}:c", "--env", "hubrl/TinyImage-v0", "-n", 128) == 0
     assert f"\nfirst compare --hub {hub5}:c with --hub none: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("low", "words"),
-    [(0.41, "it tells more of the returns than"), (0.39, "it doesn't clearly tell more of")],
+    [(0.41, "its features explain more of"), (0.39, "its features explain no more of")],
 )
 def test_advice_follows_from_random_weights_of_the_same_architecture(
     low: float, words: str, hub5: Path
