@@ -201,6 +201,8 @@ def _continue(folder: Path) -> int:
                 print(f"{folder} is complete: {timesteps:,} steps")
                 return 0
             model, n_rollbacks = _restored(config, folder)
+        n = model.num_timesteps
+        print(f"goes on at {n:,} steps" if n else "no checkpoint yet: begins anew", flush=True)
         return _train(model, config, folder, n_rollbacks)
 
 

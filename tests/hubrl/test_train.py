@@ -195,6 +195,7 @@ def test_a_signal_then_resume(
     before, text = last(Path("r")), Path("r/config.yaml").read_text()
 
     assert run("--resume", "r") == 0
+    assert capfd.readouterr().out.startswith("goes on at 64 steps\nrun folder: r\n")
     state = read_json(Path("r/checkpoints/last/state.json"))
     assert state["num_timesteps"] == 160
     assert state["_n_updates"] == 5
@@ -209,6 +210,16 @@ def test_a_signal_then_resume(
         for row in rows(Path("r/progress.csv"))
     }
     assert float(rates["96"]) == pytest.approx(2.5e-4 * 64 / 160), "the schedule goes on, too"
+
+
+def test_resuming_before_the_first_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_small_config(tmp_path / "c.yaml")
+    Path("r").mkdir()
+    config.rename("r/config.yaml")
+    assert run("--resume", "r") == 0
+    assert capsys.readouterr().out.startswith("no checkpoint yet: begins anew\nrun folder: r\n")
 
 
 def test_resuming_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
