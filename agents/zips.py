@@ -130,7 +130,8 @@ def rebuild(file: Path, algorithm: str, env: VecEnv) -> BaseAlgorithm:
     kwargs["features_extractor_kwargs"] = _extractor_kwargs(file)
     agent = ALGORITHMS[algorithm].model
     taken = inspect.signature(agent).parameters
-    settings: dict[str, Any] = {name: n for name, n in NO_ROOM.items() if name in taken}
+    names = ("buffer_size",) if "buffer_size" in taken else NO_ROOM  # DQN's n_steps is no rollout's
+    settings: dict[str, Any] = {name: NO_ROOM[name] for name in names if name in taken}
     try:
         policy = POLICIES.get(algorithm, "CnnPolicy")
         model: BaseAlgorithm = agent(policy, env, policy_kwargs=kwargs, **settings)

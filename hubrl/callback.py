@@ -118,15 +118,15 @@ def _advice_on_layers(model: BaseAlgorithm) -> str | None:
     if isinstance(model, OffPolicyAlgorithm) and hasattr(model.policy, "critic"):
         layers = kwargs.get("net_arch")
         layers = layers.get("qf") if isinstance(layers, dict) else layers
-        if layers == []:
+        if layers is not None and not layers:
             return (
                 "net_arch leaves the critic without layers, linear in features and action, so that "
                 "the same action is best for all observations: give qf layers, or leave net_arch "
-                "out of policy_kwargs"
+                "out of policy_kwargs (of hubrl train: algorithm.net_arch)"
             )
     elif kwargs.get("net_arch") is None and getattr(model.policy, "net_arch", None):
         if any(isinstance(module, HubCombinedExtractor) for module in model.policy.modules()):
-            return None  # the numbers beside images need layers
+            return None  # numbers beside images need layers
         return (
             "SB3 has added two layers of 64 units behind the hub's features, as it does not behind "
             "its own NatureCNN: give net_arch=[] among policy_kwargs, or the layers that you want"

@@ -455,7 +455,7 @@ def check_companions(spec: EncoderSpec, others: Collection[EncoderSpec]) -> None
     """
     Refuse an encoder beside which no images suit the others of a hub.
 
-    :raises ValueError: if stacks of other lengths are wanted
+    :raises ValueError: if there is no number of channels that both take
     """
     for other in others:
         wanted = {n for s in (spec, other) for n in (s.channels, s.n_frames, 3 * s.n_frames)}

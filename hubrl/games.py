@@ -54,8 +54,8 @@ def image_format(hub: str) -> ImageFormat:
 
 
 def _check_stack(hub: str, encoders: Iterable[EncoderSpec], stack: int) -> None:
-    """Encoders of the newest frame take channels by threes for colours."""
-    newest = [spec.name for spec in encoders if spec.frames == "last"]
+    """Encoders of one frame take channels by threes for colours."""
+    newest = [s.name for s in encoders if s.frames != "each" and s.channels in (1, 3)]
     if newest and stack % 3 == 0:
         raise ValueError(
             f"hub {hub!r} asks for a stack of {stack} grey frames, of which encoder {newest[0]!r}, "

@@ -220,7 +220,8 @@ def add_command(folder: Path, **options: Any) -> None:
     """
     wishes = Wishes(*(options.pop(field) for field in Wishes._fields))
     sources = {name: source for name, source in options.items() if source is not None}
-    cli.refuse_foreign_modules("agents")
+    if options["from_run"] is not None:
+        cli.refuse_foreign_modules("agents")
     with cli.user_errors():
         if len(sources) != 1:
             given = " and ".join(_option(name) for name in sources) or "no source"

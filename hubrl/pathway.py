@@ -285,7 +285,7 @@ class HubPathway(nn.Module):
         if state.dtype == torch.bool:  # of an older version
             always = list(itertools.compress(self.hub.encoder_names, state.tolist()))
         else:
-            always, saved = _saved_facts(state)
+            always, saved = saved_facts(state)
             _check_facts(saved, self._encoder_facts())
         if always != list(self.always_active):
             raise ValueError(
@@ -373,7 +373,7 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
     return tuple(name for name in hub.encoder_names if name in found)
 
 
-def _saved_facts(state: Tensor) -> tuple[list[str], dict[str, dict[str, Any]]]:
+def saved_facts(state: Tensor) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """
     What ``get_extra_state`` gave.
 

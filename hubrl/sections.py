@@ -146,9 +146,10 @@ def check_override(cls: type[Section], path: str, where: str) -> None:
     section, dot, key = path.partition(".")
     sections = [name for name, field in cls.model_fields.items() if _classes(field.annotation)]
     if not dot or not key or section not in sections:
+        hint = "" if section in sections else closest(section, sections)
         raise ValueError(
-            f"{where} has the key {path!r}{closest(section, sections)}, allowed: SECTION.KEY with "
-            f"a section of {', '.join(sections)}"
+            f"{where} has the key {path!r}{hint}, allowed: SECTION.KEY with a section of "
+            f"{', '.join(sections)}"
         )
     if "." in key:
         raise ValueError(f"{where} has the key {path!r}, allowed: SECTION.KEY with one dot")

@@ -16,6 +16,7 @@ from hubrl.architectures import find_architecture
 from hubrl.encoders import as_float32, read_weights, with_features_dim
 from hubrl.fetching.libraries import SPDX
 from hubrl.files import reason, with_prefix
+from hubrl.pathway import saved_facts
 from hubrl.saved_agents import (
     agent_data,
     check_normalised,
@@ -96,14 +97,17 @@ def from_run(run: str, wishes: Wishes) -> Provided:
     An encoder as a run of ``hubrl train`` has trained it: SB3's NatureCNN, or one of a hub's.
 
     :param run: ``FOLDER``, or ``FOLDER:ENCODER`` where the run's hub has several
-    :raises ValueError: if there is no such run, checkpoint or encoder, or the run kept it as it was
+    :raises ValueError: if there is no such run, checkpoint or encoder, or the run kept it as it
+        was, or its card has changed since
     """
     # Their libraries take seconds that other sources save.
     from agents.checkpoints import Progress
     from agents.runs import best_checkpoint, checkpoint_dir, open_run
 
-    path, colon, encoder = (run, "", "") if Path(run).exists() else run.rpartition(":")
-    folder = Path(path if colon else run)
+    path, colon, encoder = run.rpartition(":")
+    if not colon or Path(run).exists():
+        path, encoder = run, ""
+    folder = Path(path)
     config = open_run(folder)
     checkpoint = checkpoint_dir(folder, best_checkpoint(folder))
     policy: dict[str, Tensor] = {}
@@ -116,6 +120,8 @@ def from_run(run: str, wishes: Wishes) -> Provided:
         "steps": state["num_timesteps"],
     }
     if config.hub.name == "none":
+        if encoder:
+            raise ValueError(f"{folder} has no hub: leave :{encoder} out")
         _check_nature(wishes)
         tensors = nature_tensors(policy, folder)
         return _nature(
@@ -132,22 +138,33 @@ def from_run(run: str, wishes: Wishes) -> Provided:
     hub = load_hub(config.hub.name, weights=False)
     if not encoder and len(hub.encoders) > 1:
         raise ValueError(
-            f"{run} has the encoders {', '.join(hub.encoder_names)}: choose one, as "
-            f"{run}:{hub.encoder_names[0]}"
+            f"{folder} has the encoders {', '.join(hub.encoder_names)}: choose one, as "
+            f"{folder}:{hub.encoder_names[0]}"
         )
     (spec,) = hub.only(encoder or hub.encoder_names[0]).encoders
+    if {"all", spec.name} & set(config.hub.freeze):
+        raise ValueError(
+            f"encoder {spec.name!r} was frozen in {folder}, which has not trained it: take another"
+        )
+    _check_card(policy, spec, folder)
+    source, license = f"encoder {spec.name} of the hub {hub.name} ({spec.source})", spec.license
+    if config.hub.random_init:
+        source, license = f"random weights of {spec.architecture}", ""
+    elif spec.pretraining:
+        facts["before"] = dict(spec.pretraining)
     card = dataclasses.replace(
         spec,
         name=_valid_name(wishes.name or f"{spec.name}_{game}"),
-        license=wishes.license or spec.license,
-        source=f"encoder {spec.name} of the hub {hub.name} ({spec.source}), trained by hubrl train",
+        image_size=_wished_size(wishes) or spec.image_size,
+        license=wishes.license or license,
+        source=f"{source}, trained by hubrl train",
         pretraining=facts,
         weights=None,
         sha256=None,
         golden=None,
         provider=None,
     )
-    return Provided(card, _hub_tensors(policy, spec.name, folder))
+    return Provided(with_features_dim(card), _hub_tensors(policy, spec.name))
 
 
 def from_file(file: Path, wishes: Wishes) -> Provided:
@@ -374,15 +391,24 @@ def _nature(wishes: Wishes, tensors: dict[str, Tensor], place: Path, **fields: A
     return Provided(with_features_dim(card), tensors)
 
 
-def _hub_tensors(policy: dict[str, Tensor], encoder: str, run: Path) -> dict[str, Tensor]:
+def _check_card(policy: dict[str, Tensor], spec: EncoderSpec, run: Path) -> None:
+    """
+    :raises ValueError: if the card isn't that which the run was trained with
+    """
+    states = [tensor for key, tensor in policy.items() if key.endswith("pathway._extra_state")]
+    for field, value in saved_facts(states[0])[1].get(spec.name, {}).items():
+        now = getattr(spec, field)
+        if field != "sha256" and value != (list(now) if isinstance(now, tuple) else now):
+            raise ValueError(
+                f"{run} was trained with {field} {value} of encoder {spec.name!r}, but its hub's "
+                f"card says {now} now: put the card back"
+            )
+
+
+def _hub_tensors(policy: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:
     """Those of an encoder that learned; the actor's, where actor and critic have their own."""
     marker = f"pathway.encoders.owned.{encoder}.trunk."
     prefixes = {key.partition(marker)[0] + marker for key in policy if marker in key}
-    if not prefixes:
-        raise ValueError(
-            f"encoder {encoder!r} was frozen in {run}: it is as its own hub has it; take it from "
-            "there (hubs pull)"
-        )
     prefix = min(prefixes, key=lambda name: ("target" in name, "critic" in name, name))
     return {key: tensor.clone() for key, tensor in with_prefix(policy, prefix).items()}
 
@@ -412,7 +438,7 @@ def _foreign_card(
             wishes,
             image_size=_wished_size(wishes) or (pixels or 84,) * 2,
             channels=channels,
-            frames="last" if channels == 1 else "stack",
+            frames="last" if channels in (1, 3) else "stack",
             features_dim=N_FEATURES if linear is None or not linear.ndim else len(linear),
             **fields,
         )

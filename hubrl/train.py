@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -201,8 +202,9 @@ def _continue(folder: Path) -> int:
                 print(f"{folder} is complete: {timesteps:,} steps")
                 return 0
             model, n_rollbacks = _restored(config, folder)
-        n = model.num_timesteps
-        print(f"goes on at {n:,} steps" if n else "no checkpoint yet: begins anew", flush=True)
+        is_begun = has_state(checkpoint_dir(folder, "last"))
+        at = f"goes on at {model.num_timesteps:,} steps"
+        print(at if is_begun else "no checkpoint yet: begins anew", flush=True)
         return _train(model, config, folder, n_rollbacks)
 
 
@@ -252,18 +254,26 @@ def _configure(given: dict[str, Any]) -> RunConfig:
     named |= {KEYS[name]: f"--{name.replace('_', '-')}" for name in given if name in KEYS}
     hub = str(overrides.get("hub.name", ""))
     _refuse_hub_settings(hub, named)
-    if overrides.get("hub.always_active") in (("none",), "none"):
+    if "algorithm.name" in overrides:
+        raise ValueError("--set algorithm.name: the algorithm is chosen by --algo")
+    if overrides.get("hub.always_active") in (("none",), ["none"], "none"):
         overrides["hub.always_active"] = []
+    file = given.get("config") or built_in_config(given.get("algo", "ppo"))
     if hub not in ("", "none"):  # the file's settings are of another hub
         overrides.setdefault("hub.always_active", "auto")
-        if len(load_hub(hub, weights=False).encoders) == 1:
+        if _is_single(hub) or _is_single(load_config(file).hub.name):
             overrides.setdefault("hub.top_k", "auto")
-    file = given.get("config") or built_in_config(given.get("algo", "ppo"))
     config = load_config(file, overrides)
     _refuse_hub_settings(config.hub.name, named)
     if given.get("algo", config.algorithm.name) != config.algorithm.name:
         raise ValueError(f"--algo {given['algo']}, but {file} is for {config.algorithm.name}")
     return config
+
+
+def _is_single(hub: str) -> bool:
+    with contextlib.suppress(ValueError):  # a file's hub may be gone, or be none
+        return len(load_hub(hub, weights=False).encoders) == 1
+    return False
 
 
 def _refuse_hub_settings(hub: str, named: Mapping[str, str]) -> None:

@@ -85,7 +85,7 @@ def vision_command(task: str, data_names: Iterable[str]) -> click.Command:
     @click.option("--epochs", help="Of each phase of the method." + default("epochs"))
     @click.option("--limit", help="Training images at most.  [default: all]")
     @click.option("--image-size", help="Side of the images, in pixels." + default("image_size"))
-    @click.option("--top-k", help="Encoders that an image activates." + default("top_k"))
+    @click.option("--top-k", help="Encoders that an image activates.  [default: 2; of one 1]")
     @click.option("--generator", help="even, small, resnet10 or uniform." + default("generator"))
     @click.option(
         "--exploration-coef",

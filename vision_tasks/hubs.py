@@ -39,7 +39,7 @@ def _check_linear(hub: HubSpec, name: str, image_size: int) -> None:
             raise ValueError(
                 f"encoder {encoder!r} of {name} has a linear layer for images of {height}x{width} "
                 f"px alone, not of {image_size}x{image_size}: "
-                + (f"give --image-size {height}" if fits else "take it out of the hub")
+                + (f"give --image-size {height}" if fits else "take others, as HUB:ENCODER")
             )
 
 

@@ -46,7 +46,7 @@ from hubrl.sources import (
     from_timm,
     from_torchvision,
 )
-from hubrl.specs import load_hub
+from hubrl.specs import load_hub, save_hub
 
 MIT = Wishes(license="MIT")
 
@@ -175,12 +175,30 @@ def test_an_encoder_that_a_run_has_trained(algorithm: str, hub5: Path, tmp_path:
         torch.testing.assert_close(build_encoder(hub, hub.encoders[0])(images), theirs(images))
     with pytest.raises(ValueError, match=r"has the encoders a, b, c, d, e: choose one, as .*run:a"):
         from_run(str(tmp_path / "run"), MIT)
-    with pytest.raises(ValueError, match=r"encoder 'b' was frozen in .*run: it is as its own hub"):
+    with pytest.raises(ValueError, match=r"encoder 'b' was frozen in .*run, which has not trained"):
         from_run(f"{tmp_path / 'run'}:b", MIT)
+    assert from_run(f"{tmp_path / 'run'}:a", MIT._replace(image_size=44)).card.features_dim == 256
     with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'z'"):
         from_run(f"{tmp_path / 'run'}:z", MIT)
     with pytest.raises(ValueError, match="a model of a run's hub is its own; leave --architecture"):
         from_run(f"{tmp_path / 'run'}:a", MIT._replace(architecture="nature_conv"))
+
+
+def test_a_card_that_has_changed_since_the_run(hub5: Path, tmp_path: Path) -> None:
+    run_of(tmp_path / "run", "ppo", str(hub5))
+    hub = load_hub(hub5)
+    cards = tuple(dataclasses.replace(spec, mean=(0.5,)) for spec in hub.encoders)
+    save_hub(dataclasses.replace(hub, encoders=cards), hub5)
+    message = r"run was trained with mean \[0.0\] of encoder 'c', but its hub's card says \(0.5,\)"
+    with pytest.raises(ValueError, match=message):
+        from_run(f"{tmp_path / 'run'}:c", MIT)
+
+
+def test_random_weights_that_a_run_has_trained(hub5: Path, tmp_path: Path) -> None:
+    run_of(tmp_path / "run", "ppo", str(hub5), hub__random_init=True)
+    card, _ = from_run(f"{tmp_path / 'run'}:c", Wishes())
+    assert card.source == "random weights of nature_conv, trained by hubrl train"
+    assert not card.is_licensed
 
 
 def test_the_encoder_of_a_run_without_a_hub(tmp_path: Path) -> None:
@@ -195,6 +213,8 @@ def test_the_encoder_of_a_run_without_a_hub(tmp_path: Path) -> None:
     with torch.no_grad():
         features = build_encoder(hub, card)(images)
         torch.testing.assert_close(features, model.policy.q_net.features_extractor(images))
+    with pytest.raises(ValueError, match="run has no hub: leave :a out"):
+        from_run(f"{tmp_path / 'run'}:a", MIT)
     with pytest.raises(ValueError, match="nowhere is not the folder of a run"):
         from_run("nowhere", MIT)
 

@@ -145,6 +145,9 @@ def test_a_hub_by_set_is_one_by_option(hub5: Path, tmp_path: Path) -> None:
         assert run("--config", config, "--run-dir", f"r{i}", *options) == 0
         hub = load_config(Path(f"r{i}/config.yaml")).hub
         assert (hub.top_k, hub.always_active) == (1, ())
+    back = ["--config", "r0/config.yaml", "--hub", hub5]  # whose top_k is 1
+    assert run(*back, "--run-dir", "whole") == 0
+    assert load_config(Path("whole/config.yaml")).hub.top_k == 2
 
 
 def test_always_active_encoders_by_option(hub5: Path, tmp_path: Path) -> None:
@@ -384,6 +387,10 @@ HUB_MESSAGES = [
         (["--device", "gpu"], "train.device is 'gpu', allowed on this machine: auto, cpu"),
         (["--config", "missing.yaml"], "'--config': File 'missing.yaml' does not exist"),
         (["--seeed", "1"], "No such option"),
+        (
+            ["--set", "algorithm.name=a2c"],
+            "--set algorithm.name: the algorithm is chosen by",
+        ),
         (["--set", "hub.top_k"], "--set hub.top_k: give SECTION.KEY=VALUE"),
         (["--set", "hubb.top_k=1"], "--set has the key 'hubb.top_k' (closest: 'hub'), allowed: S"),
         (

@@ -75,5 +75,5 @@ def test_a_linear_layer_has_one_image_size(tmp_path: Path) -> None:
     both = write_hub(
         tmp_path / "two", [seen, dataclasses.replace(seen, name="b", image_size=(96, 96))]
     )
-    with pytest.raises(ValueError, match="64x64 px alone, not of 96x96: take it out of the hub"):
+    with pytest.raises(ValueError, match="64x64 px alone, not of 96x96: take others, as HUB"):
         load_vision_hub(str(both), 96)
