@@ -59,6 +59,6 @@ def _check_stack(hub: str, encoders: Iterable[EncoderSpec], stack: int) -> None:
     if newest and stack % 3 == 0:
         raise ValueError(
             f"hub {hub!r} asks for a stack of {stack} grey frames, of which encoder {newest[0]!r}, "
-            "which sees the newest frame, would take three for red, green and blue; leave it out, "
+            "which sees one frame, would take three for red, green and blue; leave it out, "
             f"or give its card frames: each, n_frames: {stack} and {stack} times its features_dim"
         )

@@ -128,6 +128,26 @@ def test_agents_that_see_a_stack_of_grey_or_one_frame_of_colours(tmp_path: Path)
         check_image_shape(card, shape)
 
 
+@pytest.mark.parametrize(
+    ("stack", "one"),
+    [
+        ({"channels": 6}, {"channels": 3, "frames": "last"}),
+        ({"channels": 1, "frames": "each", "n_frames": 3, "features_dim": 192}, {"channels": 1}),
+    ],
+)
+def test_three_grey_frames_that_would_be_colours(
+    stack: dict[str, Any], one: dict[str, Any], tmp_path: Path
+) -> None:
+    cards = [
+        dataclasses.replace(nature_spec(name), **changes)
+        for name, changes in (("many", stack), ("one", one))
+    ]
+    hub = write_hub(tmp_path / "hub", cards)
+    message = r"asks for a stack of [36] grey frames, of which encoder 'one', which sees one frame"
+    with pytest.raises(ValueError, match=message):
+        image_format(str(hub))
+
+
 def test_stacks_of_two_lengths_have_no_images_in_common(tmp_path: Path) -> None:
     given = [(tmp_path / f"see{n}.zip", n) for n in (4, 2)]
     for file, n in given:
