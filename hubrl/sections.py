@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args, get_origin
 
@@ -107,25 +107,21 @@ def read_mapping(file: Path) -> dict[str, Any]:
     return data
 
 
-def _check_keys(data: Any, where: str) -> None:
-    for key in _keys(data):
-        if not isinstance(key, str):  # such as `no`, which is false in YAML
-            raise ValueError(f"{where} has the key {key!r}, allowed: text; quote it")
-
-
-def with_settings(
-    cls: type[Section], options: Mapping[str, Any], texts: Iterable[str]
-) -> dict[str, Any]:
+def given_settings(
+    cls: type[Section], keys: Mapping[str, str], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
     """
-    Values by key path: those that options gave, and those of ``--set SECTION.KEY=VALUE``.
+    Values by key path, and how the user gave each: by an option, or by ``--set SECTION.KEY=VALUE``.
 
     :param cls: the configuration whose keys they are
-    :param texts: what was given; values are YAML
-    :raises ValueError: if one is something else, has a section that ``cls`` has not, or is given
-        twice
+    :param keys: the key path of each option
+    :param given: options and their values; those of ``set`` are texts, whose values are YAML
+    :raises ValueError: if such a text is something else, has a section that ``cls`` has not, or is
+        given twice
     """
-    found = dict(options)
-    for text in texts:
+    found = {keys[name]: value for name, value in given.items() if name in keys}
+    named = {keys[name]: f"--{name.replace('_', '-')}" for name in given if name in keys}
+    for text in given.get("set", ()):
         path, sign, value = text.partition("=")
         if not sign:
             raise ValueError(f"--set {text}: give SECTION.KEY=VALUE")
@@ -134,7 +130,8 @@ def with_settings(
             raise ValueError(f"--set {path}: it is given twice; give it once")
         found[path] = parse_yaml(value, f"--set {path}")
         _check_keys(found[path], f"--set {path}")
-    return found
+        named[path] = f"--set {path}"
+    return found, named
 
 
 def check_override(cls: type[Section], path: str, where: str) -> None:
@@ -180,6 +177,12 @@ def with_later_keys(data: dict[str, Any], later: Mapping[str, Mapping[str, Any]]
         if isinstance(data.get(name), dict)
     }
     return data | sections
+
+
+def _check_keys(data: Any, where: str) -> None:
+    for key in _keys(data):
+        if not isinstance(key, str):  # such as `no`, which is false in YAML
+            raise ValueError(f"{where} has the key {key!r}, allowed: text; quote it")
 
 
 def _keys(data: Any) -> Iterator[Any]:

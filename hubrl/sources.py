@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,17 +137,8 @@ def from_run(run: str, wishes: Wishes) -> Provided:
     _refuse_architecture(wishes, "a run's hub")
     _refuse_n_frames(wishes)
     hub = load_hub(config.hub.name, weights=False)
-    if not encoder and len(hub.encoders) > 1:
-        raise ValueError(
-            f"{folder} has the encoders {', '.join(hub.encoder_names)}: choose one, as "
-            f"{folder}:{hub.encoder_names[0]}"
-        )
-    (spec,) = hub.only(encoder or hub.encoder_names[0]).encoders
-    if {"all", spec.name} & set(config.hub.freeze):
-        raise ValueError(
-            f"encoder {spec.name!r} was frozen in {folder}, which has not trained it: take another"
-        )
-    _check_card(policy, spec, folder)
+    spec = _run_card(hub, config.hub.freeze, encoder, folder)
+    tensors = _hub_tensors(policy, spec, folder)
     source, license = f"encoder {spec.name} of the hub {hub.name} ({spec.source})", spec.license
     if config.hub.random_init:
         source, license = f"random weights of {spec.architecture}", ""
@@ -164,7 +156,7 @@ def from_run(run: str, wishes: Wishes) -> Provided:
         golden=None,
         provider=None,
     )
-    return Provided(with_features_dim(card), _hub_tensors(policy, spec.name))
+    return Provided(with_features_dim(card), tensors)
 
 
 def from_file(file: Path, wishes: Wishes) -> Provided:
@@ -391,24 +383,43 @@ def _nature(wishes: Wishes, tensors: dict[str, Tensor], place: Path, **fields: A
     return Provided(with_features_dim(card), tensors)
 
 
-def _check_card(policy: dict[str, Tensor], spec: EncoderSpec, run: Path) -> None:
+def _run_card(hub: HubSpec, frozen: Collection[str], encoder: str, run: Path) -> EncoderSpec:
     """
-    :raises ValueError: if the card isn't that which the run was trained with
+    :param frozen: names of the encoders that the run kept as they were, or ``all``
+    :param encoder: its name; nothing: the only one
+    :raises ValueError: if it isn't clear which one is meant, or the run kept it as it was
     """
+    if not encoder and len(hub.encoders) > 1:
+        raise ValueError(
+            f"{run} has the encoders {', '.join(hub.encoder_names)}: choose one, as "
+            f"{run}:{hub.encoder_names[0]}"
+        )
+    (spec,) = hub.only(encoder or hub.encoder_names[0]).encoders
+    if {"all", spec.name} & set(frozen):
+        raise ValueError(
+            f"encoder {spec.name!r} was frozen in {run}, which has not trained it: take another"
+        )
+    return spec
+
+
+def _hub_tensors(policy: dict[str, Tensor], spec: EncoderSpec, run: Path) -> dict[str, Tensor]:
+    """
+    Those of an encoder that learned; the actor's, where actor and critic have their own.
+
+    :raises ValueError: if there are none, or its card isn't that which the run was trained with
+    """
+    marker = f"pathway.encoders.owned.{spec.name}.trunk."
+    prefixes = {key.partition(marker)[0] + marker for key in policy if marker in key}
     states = [tensor for key, tensor in policy.items() if key.endswith("pathway._extra_state")]
+    if not prefixes or not states:
+        raise ValueError(f"{run}: its checkpoint lacks encoder {spec.name!r}; put the file back")
     for field, value in saved_facts(states[0])[1].get(spec.name, {}).items():
-        now = getattr(spec, field)
+        now = getattr(spec, field, None)
         if field != "sha256" and value != (list(now) if isinstance(now, tuple) else now):
             raise ValueError(
                 f"{run} was trained with {field} {value} of encoder {spec.name!r}, but its hub's "
                 f"card says {now} now: put the card back"
             )
-
-
-def _hub_tensors(policy: dict[str, Tensor], encoder: str) -> dict[str, Tensor]:
-    """Those of an encoder that learned; the actor's, where actor and critic have their own."""
-    marker = f"pathway.encoders.owned.{encoder}.trunk."
-    prefixes = {key.partition(marker)[0] + marker for key in policy if marker in key}
     prefix = min(prefixes, key=lambda name: ("target" in name, "critic" in name, name))
     return {key: tensor.clone() for key, tensor in with_prefix(policy, prefix).items()}
 

@@ -28,7 +28,7 @@ from hubrl.run_folder import (
     note_command,
     read_rows,
 )
-from hubrl.sections import with_settings
+from hubrl.sections import given_settings
 from hubrl.signals import StopSignal
 from hubrl.specs import load_hub
 from hubrl.state_folder import NotSavedError, has_state, read_state, repair_state
@@ -248,10 +248,7 @@ def _restored(
 
 def _configure(given: dict[str, Any]) -> RunConfig:
     """The file's configuration with the options that were given."""
-    options = {KEYS[name]: value for name, value in given.items() if name in KEYS}
-    overrides = with_settings(RunConfig, options, given.get("set", ()))
-    named = {key: f"--set {key}" for key in overrides}
-    named |= {KEYS[name]: f"--{name.replace('_', '-')}" for name in given if name in KEYS}
+    overrides, named = given_settings(RunConfig, KEYS, given)
     hub = str(overrides.get("hub.name", ""))
     _refuse_hub_settings(hub, named)
     if "algorithm.name" in overrides:

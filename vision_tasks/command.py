@@ -21,7 +21,7 @@ from hubrl.finite import NotFiniteError, advice
 from hubrl.pathway import number_activated
 from hubrl.precision import check_device, resolve_precision
 from hubrl.run_folder import CONFIG_FILE, check_new_run, create_folder, held, note_command
-from hubrl.sections import read_mapping, with_settings
+from hubrl.sections import given_settings, read_mapping
 from hubrl.signals import StopSignal
 from hubrl.specs import lasting_name
 from vision_tasks import distributed
@@ -148,13 +148,10 @@ def _run(task: str, given: dict[str, Any]) -> tuple[VisionConfig, Path]:
         _check_task(config, task, resume)
         return config, resume
     file = given.get("config") or BUILT_IN_CONFIGS / f"{task}.yaml"
-    options = {KEYS[name]: value for name, value in given.items() if name in KEYS}
-    overrides = with_settings(VisionConfig, options, given.get("set", ()))
+    overrides, named = given_settings(VisionConfig, KEYS, given)
     config = _resolved(load_config(file, overrides))
     _check_task(config, task, file)
     check_method(config.method)
-    named = {key: f"--set {key}" for key in overrides}
-    named |= {KEYS[name]: f"--{name.replace('_', '-')}" for name in given if name in KEYS}
     _check_used(named, config.method)
     folder = cli.run_to_continue(
         given.get("run_dir"), dump_config(config), _is_complete, is_auto=resume == cli.AUTO

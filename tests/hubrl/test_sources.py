@@ -39,6 +39,7 @@ from hubrl.hubs import check_encoder
 from hubrl.saved_agents import agent_data, policy_tensors
 from hubrl.sources import (
     Wishes,
+    _hub_tensors,
     from_file,
     from_hf,
     from_run,
@@ -198,6 +199,9 @@ def test_an_encoder_that_a_run_has_trained(algorithm: str, hub5: Path, tmp_path:
     with pytest.raises(ValueError, match=r"encoder 'b' was frozen in .*run, which has not trained"):
         from_run(f"{tmp_path / 'run'}:b", MIT)
     assert from_run(f"{tmp_path / 'run'}:a", MIT._replace(image_size=44)).card.features_dim == 256
+    policy = {"features_extractor.cnn": torch.zeros(1)}  # of a stranger's checkpoint
+    with pytest.raises(ValueError, match="its checkpoint lacks encoder 'c'; put the file back"):
+        _hub_tensors(policy, load_hub(hub5).encoders[2], tmp_path)
     with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'z'"):
         from_run(f"{tmp_path / 'run'}:z", MIT)
     with pytest.raises(ValueError, match="a model of a run's hub is its own; leave --architecture"):
