@@ -197,7 +197,7 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
         new.write_text(json.dumps(facts) + "\n")
         new.replace(job.facts)
     with job.log.open("ab") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             ["nice", "-n", str(NICENESS), sys.executable, "-m", "hubrl.train", *options],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -206,6 +206,24 @@ def start(job: Job, n_threads: int, pass_fds: tuple[int, ...] = ()) -> subproces
             start_new_session=True,
             pass_fds=pass_fds,
         )
+    _lower_session(process.pid)
+    return process
+
+
+def _lower_session(pid: int) -> None:
+    """
+    Give a session of processes a low priority among sessions, where Linux shares the processor out
+    to these first (sched(7), "The autogroup feature"): niceness counts within one alone.
+    """
+    for _ in range(20):
+        try:
+            Path(f"/proc/{pid}/autogroup").write_text(str(NICENESS))
+        except BlockingIOError:  # one change in a tenth of a second is allowed
+            time.sleep(0.1)
+        except OSError:  # it shares out to processes, or the process has ended
+            return
+        else:
+            return
 
 
 def can_resume(folder: Path) -> bool:

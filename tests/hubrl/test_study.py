@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ if "/broken/" in str(folder):
 def stop(number, frame):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(0.3)
+    session = pathlib.Path("/proc/self/autogroup")
+    pathlib.Path("{calls}.session").write_text(session.read_text() if session.exists() else "")
     print("stopped")
     sys.exit(128 + number)
 signal.signal(signal.SIGTERM, stop)
@@ -207,10 +210,32 @@ def test_a_signal_stops_the_runs(
     assert len(calls()) == 1, "nothing new was started"
     log = Path("studies/small/jobs/slow/hubrl_TinyImage-v0/s0.txt")
     assert log.read_text() == "stopped\n"
+    session = Path("calls.session").read_text()
+    assert not session or session.endswith(f"nice {engines.NICENESS}\n")
     output = capsys.readouterr()
     assert "stopped; the same command goes on in studies/small" in output.out
     assert "FAILED" not in output.err
     assert not Path("docs").exists()
+
+
+def test_a_session_has_a_low_priority_among_sessions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("/proc/self/autogroup").exists():
+        pytest.skip("this machine shares the processor out to processes, not to sessions")
+    write, refusals = Path.write_text, [BlockingIOError(), BlockingIOError()]
+
+    def refused_twice(path: Path, text: str) -> int:
+        if refusals:
+            raise refusals.pop()
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", refused_twice)
+    with subprocess.Popen(["sleep", "60"], start_new_session=True) as process:
+        engines._lower_session(process.pid)
+        assert Path(f"/proc/{process.pid}/autogroup").read_text().endswith("nice 10\n")
+        process.kill()
+    engines._lower_session(process.pid)  # it has ended
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it runs on
