@@ -57,6 +57,13 @@ def create_folder(folder: Path, config: str) -> None:
         raise ValueError(f"run-dir {folder} was made by another command; give another") from None
 
 
+def replace_config(folder: Path, config: str) -> None:
+    """Put another ``config.yaml`` in its place, as a whole or not at all."""
+    temporary = folder / f"{CONFIG_FILE}.new"
+    temporary.write_text(config)
+    os.replace(temporary, folder / CONFIG_FILE)
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """

@@ -27,6 +27,7 @@ from hubrl.run_folder import (
     check_new_run,
     note_command,
     read_rows,
+    replace_config,
 )
 from hubrl.sections import given_settings
 from hubrl.signals import StopSignal
@@ -50,6 +51,7 @@ from agents.config import (  # noqa: E402
     built_in_config,
     dump_config,
     load_config,
+    parse_config,
 )
 from agents.faults import (  # noqa: E402
     OutOfMemoryError,
@@ -109,7 +111,11 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 @click.option(
     "--top-k", help="Encoders that run for an observation.  [default: 2; 1 of a single encoder]"
 )
-@click.option("-n", "--n-timesteps", help="Agent steps of the whole run.  [default: 1000000]")
+@click.option(
+    "-n",
+    "--n-timesteps",
+    help="Agent steps of the whole run; beside --resume RUN, its new number.  [default: 1000000]",
+)
 @click.option("--seed", help="Everything random follows from it.  [default: 0]")
 @click.option("--n-envs", help="Environments side by side.  [default: the algorithm's]")
 @click.option("--sticky", help="Probability that Atari repeats the last action.  [default: 0]")
@@ -185,21 +191,29 @@ def _start(config: RunConfig, run_dir: Path | None) -> int:
 
 
 def _resume(folder: Path, given: dict[str, Any]) -> int:
+    n_timesteps = given.pop("n_timesteps", None)
     with cli.user_errors():
         cli.refuse_beside_resume(given)
-    return _continue(folder)
+    return _continue(folder, n_timesteps)
 
 
-def _continue(folder: Path) -> int:
+def _continue(folder: Path, n_timesteps: str | None = None) -> int:
+    """
+    Train a run to its end.
+
+    :param n_timesteps: which is after so many steps from now on; None: where it was
+    """
     with cli.user_errors():
         config = open_run(folder)
     with cli.holding(folder):
         # An environment may fail where its actions are played again.
         with cli.user_errors(), cli.failures(EnvironmentFaultError):
             repair_state(checkpoint_dir(folder, "last"))
+            if n_timesteps is not None:
+                config = _lengthen(folder, config, n_timesteps)
             if is_complete(folder):
-                timesteps = read_state(checkpoint_dir(folder, "last"), Progress)["num_timesteps"]
-                print(f"{folder} is complete: {timesteps:,} steps")
+                longer = f"--resume {folder} -n N makes it longer"
+                print(f"{folder} is complete: {_n_done(folder):,} steps; {longer}")
                 return 0
             model, n_rollbacks = _restored(config, folder)
         is_begun = has_state(checkpoint_dir(folder, "last"))
@@ -208,12 +222,31 @@ def _continue(folder: Path) -> int:
         return _train(model, config, folder, n_rollbacks)
 
 
+def _lengthen(folder: Path, config: RunConfig, n_timesteps: str) -> RunConfig:
+    """
+    Change how many steps a run has in all, also in its folder: schedules follow it from now on.
+
+    :raises ValueError: if that is no number, or not above the steps that are done
+    """
+    train = config.train.model_dump() | {"n_timesteps": n_timesteps}
+    config = parse_config(config.model_dump() | {"train": train})
+    done = _n_done(folder)
+    if config.train.n_timesteps <= done:
+        raise ValueError(f"-n {n_timesteps}, but {folder} has made {done:,} steps: give more")
+    replace_config(folder, dump_config(config))
+    return config
+
+
+def _n_done(folder: Path) -> int:
+    checkpoint = checkpoint_dir(folder, "last")
+    return read_state(checkpoint, Progress)["num_timesteps"] if has_state(checkpoint) else 0
+
+
 def is_complete(folder: Path) -> bool:
     """Whether all steps of a run are done, and no signal cut the last evaluation short."""
-    checkpoint = checkpoint_dir(folder, "last")
-    if not has_state(checkpoint):
+    if not has_state(checkpoint_dir(folder, "last")):
         return False
-    train, timesteps = open_run(folder).train, read_state(checkpoint, Progress)["num_timesteps"]
+    train, timesteps = open_run(folder).train, _n_done(folder)
     file = folder / EVALUATIONS_FILE
     evaluated = [cell_number(row, "timesteps", file) for row in read_rows(file)]
     is_evaluated = train.eval_freq == 0 or max(evaluated, default=0) >= timesteps

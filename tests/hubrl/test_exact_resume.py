@@ -82,6 +82,24 @@ def test_every_algorithm(
     assert finals(Path("cut")) == finals(Path("whole"))
 
 
+@pytest.mark.parametrize("algorithm", ["a2c", "sac"])
+def test_a_run_that_was_made_longer(
+    algorithm: str, hub5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without schedules it is the longer run, though an evaluation lay between."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "c.yaml"
+    constant = {"algorithm__learning_rate": 1e-3, "train__eval_freq": 64}
+    for n_timesteps, folder in ((128, "short"), (256, "whole")):
+        write_small_config(
+            file, algorithm, hub__name=str(hub5), train__n_timesteps=n_timesteps, **constant
+        )
+        assert run("--config", file, "--run-dir", folder) == 0
+    assert finals(Path("short")) != finals(Path("whole"))
+    assert run("--resume", "short", "-n", 256) == 0
+    assert finals(Path("short")) == finals(Path("whole"))
+
+
 @pytest.mark.parametrize("algorithm", ["qrdqn", pytest.param("dqn", marks=pytest.mark.slow)])
 def test_a_target_network_that_moves_within_a_rollout(
     algorithm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -228,7 +228,30 @@ def test_resuming_before_the_first_checkpoint(
 def test_resuming_a_complete_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--config", write_small_config(tmp_path / "c.yaml"), "--run-dir", "r") == 0
     assert run("--resume", "r") == 0
-    assert capsys.readouterr().out.endswith("r is complete: 128 steps\n")
+    assert capsys.readouterr().out.endswith(
+        "r is complete: 128 steps; --resume r -n N makes it longer\n"
+    )
+
+
+def test_a_longer_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Schedules fall over the new number of steps from where the run is."""
+    config = write_small_config(tmp_path / "c.yaml", algorithm__learning_rate={"linear": 1e-3})
+    assert run("--config", config, "--run-dir", "r") == 0
+    before = Path("r/config.yaml").read_text()
+    for few in (128, 0, "many"):
+        assert run("--resume", "r", "-n", few) == 2
+    error = capsys.readouterr().err
+    assert "-n 128, but r has made 128 steps: give more" in error
+    assert "train.n_timesteps is '0', allowed: a whole number at least 1" in error
+    assert "train.n_timesteps is 'many', allowed: a whole number" in error
+    assert Path("r/config.yaml").read_text() == before
+    assert run("--resume", "r", "-n", "256") == 0
+    assert "goes on at 128 steps\n" in capsys.readouterr().out
+    assert load_config(Path("r/config.yaml")).train.n_timesteps == 256
+    logged = {row["time/total_timesteps"]: row for row in rows(Path("r/progress.csv"))}
+    assert float(logged["192"]["train/learning_rate"]) == pytest.approx(1e-3 * 64 / 256)
+    assert run("--resume", "r") == 0
+    assert "r is complete: 256 steps" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -268,7 +291,7 @@ class TestTheSameCommandAgain:
         cut, whole = last(Path("runs/cut")), last(Path("runs/whole"))
         assert all(cut[key].equal(whole[key]) for key in whole)
         assert run(*command, "--resume", "auto", "--run-dir", "runs/cut") == 0
-        assert capsys.readouterr().out.endswith("runs/cut is complete: 96 steps\n")
+        assert capsys.readouterr().out.startswith("runs/cut is complete: 96 steps;")
         assert run(*command, "--resume", "auto") == 0
         assert self.steps() == {"cut": 96, "new": 96, "shorter": 64, "whole": 96}
 
