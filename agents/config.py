@@ -10,6 +10,7 @@ import pydantic
 from pydantic import BeforeValidator, Field
 
 from hubrl.extractor import UNFIT_ALGORITHMS
+from hubrl.plain_yaml import dump_yaml
 from hubrl.sections import (
     Count,
     Fraction,
@@ -22,7 +23,7 @@ from hubrl.sections import (
     read_mapping,
     with_overrides,
 )
-from hubrl.specs import closest, dump_yaml
+from hubrl.specs import closest
 
 #: Complete configurations that ship with hubrl, one for each algorithm.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "agents"

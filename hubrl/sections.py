@@ -11,7 +11,8 @@ from pydantic import BeforeValidator, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from hubrl.specs import closest, parse_yaml, read_yaml
+from hubrl.plain_yaml import parse_yaml, read_yaml
+from hubrl.specs import closest
 
 
 def _number(value: Any) -> Any:

@@ -7,13 +7,13 @@ import difflib
 import math
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml
 from torch import nn
+
+from hubrl.plain_yaml import dump_yaml, read_yaml
 
 FramePolicy = Literal["stack", "last", "each"]
 
@@ -30,9 +30,6 @@ NO_LICENSE = ("", "none", "unknown", "noassertion")
 #: looks at 32 images, shall not fill the memory by a stranger's card.
 MAX_PIXELS = 3 * 2**19
 MAX_NAME = 255  # bytes of a file's name
-MAX_DEPTH = 32  # of YAML
-MAX_YAML = 2**20  # bytes: each takes some hundred of memory
-MAX_BITS, MAX_DIGITS = 63, 99  # of a number in YAML
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -359,48 +356,6 @@ def save_hub(hub: HubSpec, folder: Path) -> None:
     os.replace(temporary, folder / HUB_FILE)
 
 
-def read_yaml(file: Path, what: str) -> Any:
-    """
-    The plain data of a YAML file that may be a stranger's, as ``parse_yaml`` gives them.
-
-    :param what: such a file's name in messages
-    :raises ValueError: if it is longer than a megabyte, or as ``parse_yaml``
-    """
-    n_bytes = file.stat().st_size
-    if n_bytes > MAX_YAML:
-        raise ValueError(f"{what} {file}, {n_bytes:,} bytes long, allowed: {MAX_YAML:,}")
-    try:
-        text = file.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{what} {file} is not valid YAML: {error}") from None
-    return parse_yaml(text, f"{what} {file}")
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """
-    The plain data of YAML that may be a stranger's.
-
-    Anchors and aliases are refused: a few lines of them can stand for more than fits in memory.
-
-    :param what: its name in messages
-    :raises ValueError: if it is no YAML, has an anchor, an alias or a tag, is nested too deeply, or
-        holds control characters or numbers of more than 63 bits
-    """
-    try:
-        _check_events(text)
-        return yaml.load(text, _PlainLoader)
-    except _RefusedError as error:
-        raise ValueError(f"{what}, {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # such as dates of a 13th month
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{what} is not valid YAML: {reason}") from None
-
-
-def dump_yaml(data: Any) -> str:
-    """YAML of plain data, keys in their order, that ``read_yaml`` takes."""
-    return yaml.dump(data, Dumper=_PlainDumper, sort_keys=False, width=100, allow_unicode=True)
-
-
 def closest(word: str, allowed: Iterable[str]) -> str:
     """``" (closest: 'x')"`` for an error message, or nothing where no allowed word is near."""
     matches = difflib.get_close_matches(word, allowed, n=1, cutoff=0.5)
@@ -413,65 +368,6 @@ def _is_count(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-class _RefusedError(Exception):
-    """YAML that is valid, but not taken."""
-
-
-class _PlainLoader(yaml.CSafeLoader):
-    """Refuses numbers that take long to read or don't fit."""
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        is_int, text = node.tag.endswith(":int"), str(node.value)
-        if len(text) <= MAX_DIGITS:
-            read = self.construct_yaml_int if is_int else self.construct_yaml_float
-            number: int | float = read(node)
-            if not is_int or int(number).bit_length() <= MAX_BITS:
-                return number
-        raise _refusal(node, f"has the number {text[:20]}..., allowed: {MAX_BITS} bits at most")
-
-
-for _kind in ("int", "float"):
-    _PlainLoader.add_constructor(f"tag:yaml.org,2002:{_kind}", _PlainLoader.construct_number)
-
-
-def _check_events(document: str) -> None:
-    """Refuse a document before anything is built of it."""
-    depth = 0
-    for event in yaml.parse(document, yaml.CSafeLoader):
-        name, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
-        if name is not None:  # of an alias, too
-            raise _refusal(
-                event,
-                f"has the YAML anchor or alias {name!r}, allowed: none; write out at each place "
-                "what it stands for",
-            )
-        if tag is not None:
-            raise _refusal(event, f"has the YAML tag {tag!r}, allowed: none; leave it out")
-        text = getattr(event, "value", "")
-        if any(map(_is_control, text)):
-            raise _refusal(event, f"has control characters, allowed: text ({text[:20]!r})")
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > MAX_DEPTH:
-            raise _refusal(event, f"is nested deeper than the {MAX_DEPTH} levels allowed")
-
-
-def _refusal(place: Any, why: str) -> _RefusedError:
-    return _RefusedError(f"line {place.start_mark.line + 1}, {why}")
-
-
-def _is_control(char: str) -> bool:
-    """Of those a terminal obeys some."""
-    return unicodedata.category(char) == "Cc" and char not in "\n\t"
-
-
-class _PlainDumper(yaml.CSafeDumper):
-    """Writes out each value, where PyYAML would name one that it meets again."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _card(spec: EncoderSpec) -> dict[str, Any]:

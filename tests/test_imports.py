@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = {"hubrl", "agents", "envs", "vision_tasks"}
 CORE = {
-    "specs": set(),
+    "plain_yaml": set(),
+    "specs": {"hubrl.plain_yaml"},
     "architectures": {"hubrl.specs"},
     "encoders": {"hubrl.architectures", "hubrl.files", "hubrl.precision", "hubrl.specs"},
     "files": set(),
@@ -72,7 +73,16 @@ def test_envs_import_nothing_of_ours() -> None:
 
 def test_agents_import_the_extractor_but_no_command() -> None:
     core = {"aggregation", "cuda_graphs", "encoder_list", "encoders", "optimizer", "pathway"}
-    files = {"files", "finite", "run_folder", "sections", "signals", "specs", "state_folder"}
+    files = {
+        "files",
+        "finite",
+        "plain_yaml",
+        "run_folder",
+        "sections",
+        "signals",
+        "specs",
+        "state_folder",
+    }
     allowed = core | files | {"callback", "extractor", "precision", "saved_agents"}
     for file in (ROOT / "agents").glob("*.py"):
         for name in imported(file):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from hubrl.plain_yaml import dump_yaml
 from hubrl.sections import (
     Count,
     Fraction,
@@ -21,7 +22,6 @@ from hubrl.sections import (
     with_later_keys,
     with_overrides,
 )
-from hubrl.specs import dump_yaml
 
 #: Complete configurations that ship with hubrl, one for each command.
 BUILT_IN_CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "vision"

@@ -26,7 +26,8 @@ from torch import nn
 
 from agents.config import BUILT_IN_CONFIGS, dump_config
 from hubrl import HubFeaturesExtractor, cli, train
-from hubrl.specs import HUB_FILE, dump_yaml
+from hubrl.plain_yaml import dump_yaml
+from hubrl.specs import HUB_FILE
 from hubrl.state_folder import StatePart, save_state
 from vision_tasks import classification
 from vision_tasks.config import BUILT_IN_CONFIGS as VISION_CONFIGS
