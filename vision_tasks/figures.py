@@ -16,7 +16,7 @@ from vision_tasks.metrics import Interval, mean_over_seeds
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vision_tasks.report import Row
+    from vision_tasks.results import Row
 
 # Shape letters: C classes, E encoders.
 

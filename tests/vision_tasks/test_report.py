@@ -18,6 +18,13 @@ from hubrl.run_folder import create_folder
 from hubrl.signals import StopSignal
 from vision_tasks import figures, report, runs
 from vision_tasks.config import dump_config
+from vision_tasks.results import (
+    best_single,
+    learning_curves,
+    read_runs,
+    scores_by_coefficient,
+    summarise,
+)
 from vision_tasks.routing import routing
 from vision_tasks.runs import build, load_data
 from vision_tasks.training import Trainer
@@ -100,7 +107,7 @@ def test_scores_that_not_all_runs_have(finished: Path, tmp_path: Path) -> None:
 
 
 def test_rows_by_hand(finished: Path) -> None:
-    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    rows = {row.method: row for row in summarise(read_runs(finished))}
     assert list(rows) == ["single:b", "hub-pathway", "single:a"]  # by test score
     ours = list(SCORES["hub-pathway"].values())
     low, high = stats.t.interval(0.95, 2, np.mean(ours), stats.sem(ours))
@@ -114,14 +121,14 @@ def test_rows_by_hand(finished: Path) -> None:
 
 
 def test_the_best_single_encoder_is_not_chosen_by_test(finished: Path) -> None:
-    best = report.best_single(report.summarise(report.read_runs(finished)), "fashion-mnist")
+    best = best_single(summarise(read_runs(finished)), "fashion-mnist")
     assert best is not None
     assert best.method == "single:a"
 
 
 def test_settings_in_which_runs_differ_are_named(finished: Path) -> None:
     _write(finished / "other", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
-    methods = {run.method for run in report.read_runs(finished) if "hub" in run.method}
+    methods = {run.method for run in read_runs(finished) if "hub" in run.method}
     assert methods == {
         "hub-pathway (exploration_coef=0.3)",
         "hub-pathway (exploration_coef=0.0)",
@@ -131,20 +138,20 @@ def test_settings_in_which_runs_differ_are_named(finished: Path) -> None:
 def test_settings_that_change_no_number_are_no_difference(finished: Path) -> None:
     _write(finished / "swapped", "hub-pathway", 4, 0.8, hub__swap=2, train__n_rollbacks=2)
     _write(finished / "single:a-4", "single:a", 4, 0.7)
-    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    rows = {row.method: row for row in summarise(read_runs(finished))}
     assert set(rows) == {"hub-pathway", "single:a", "single:b"}
     assert rows["hub-pathway"].seeds == rows["single:a"].seeds == (1, 2, 3, 4)
 
 
 def test_a_single_encoder_named_with_its_hub(finished: Path) -> None:
     _write(finished / "c", "single", 1, 0.95, hub="rgb:c")
-    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    rows = {row.method: row for row in summarise(read_runs(finished))}
     assert rows["single:c"].difference == (pytest.approx(0.80 - 0.95), None, None)
 
 
 def test_settings_are_named_between_folders_too(finished: Path, tmp_path: Path) -> None:
     _write(tmp_path / "other", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
-    runs = report.read_runs(finished / "hub-pathway-1", tmp_path / "other", tmp_path / "other")
+    runs = read_runs(finished / "hub-pathway-1", tmp_path / "other", tmp_path / "other")
     assert [(run.method, run.test) for run in runs] == [
         ("hub-pathway (exploration_coef=0.0)", 0.7),
         ("hub-pathway (exploration_coef=0.3)", 0.8),
@@ -164,13 +171,13 @@ def test_single_models_out_of_another_run(method: str, tmp_path: Path) -> None:
         (folder / "epochs.csv").write_text(
             "step,phase,validation/accuracy,validation/a/accuracy\n3,train,0.4,0.3\n"
         )
-    found = {run.method: run for run in report.read_runs(tmp_path)}
+    found = {run.method: run for run in read_runs(tmp_path)}
     if method == "model-soup":
         assert list(found) == ["model-soup (epochs=1)", "model-soup (epochs=2)"]
         return
     label = "single:a (epochs=2)"
     assert found[label].test == 0.6
-    assert report._curves([found[label]]) == {"fashion-mnist": {label: {1: [(3, 0.3)]}}}
+    assert learning_curves([found[label]]) == {"fashion-mnist": {label: {1: [(3, 0.3)]}}}
 
 
 def test_a_curve_is_of_the_model_that_is_tested(tmp_path: Path) -> None:
@@ -179,7 +186,7 @@ def test_a_curve_is_of_the_model_that_is_tested(tmp_path: Path) -> None:
     (tmp_path / "epochs.csv").write_text(
         "step,phase,validation/accuracy\n3,teachers,0.8\n6,student,0.2\n9,student,0.7\n"
     )
-    curves = report._curves(report.read_runs(tmp_path))
+    curves = learning_curves(read_runs(tmp_path))
     assert curves == {"fashion-mnist": {"distill": {1: [(6, 0.2), (9, 0.7)]}}}
 
 
@@ -189,7 +196,7 @@ def test_members_that_stopped_together_are_no_single_models(tmp_path: Path) -> N
     for part in ("validation", "test"):
         results[part]["a"] = {"accuracy": 0.6, "loss": 1.0}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    assert [run.method for run in report.read_runs(tmp_path)] == ["ensemble-i", "ensemble-i:a"]
+    assert [run.method for run in read_runs(tmp_path)] == ["ensemble-i", "ensemble-i:a"]
 
 
 def test_each_method_is_compared_with_hub_pathway_of_its_settings(finished: Path) -> None:
@@ -198,7 +205,7 @@ def test_each_method_is_compared_with_hub_pathway_of_its_settings(finished: Path
     _write(finished / "b", "hub-pathway", 1, 0.70, "same", hub__exploration_coef=0.0)
     _write(finished / "c", "hub-pathway", 2, 0.80, "same", hub__exploration_coef=0.0)
     _write(finished / "d", "zoo-tuning", 1, 0.65, "same", hub__exploration_coef=0.0, hub__top_k=3)
-    rows = {row.method: row for row in report.summarise(report.read_runs(finished))}
+    rows = {row.method: row for row in summarise(read_runs(finished))}
     ours = "hub-pathway (hub=same, exploration_coef=0.0)"
     zoo = rows["zoo-tuning (hub=same)"]
     assert (zoo.ours, zoo.difference) == (ours, (pytest.approx(0.05), None, None))
@@ -217,7 +224,7 @@ def test_a_hub_below_the_current_folder_is_named_from_there(
     monkeypatch.chdir(tmp_path)
     _write(finished / "a", "zoo-tuning", 1, 0.7, str(tmp_path / "hubs" / "same"))
     _write(finished / "b", "zoo-tuning", 2, 0.7, "/elsewhere/same")
-    assert {run.method for run in report.read_runs(finished)} >= {
+    assert {run.method for run in read_runs(finished)} >= {
         "zoo-tuning (hub=hubs/same)",
         "zoo-tuning (hub=/elsewhere/same)",
     }
@@ -225,15 +232,15 @@ def test_a_hub_below_the_current_folder_is_named_from_there(
 
 def test_a_coefficient_that_moves_has_no_place_among_numbers(finished: Path) -> None:
     _write(finished / "a", "hub-pathway", 1, 0.7, hub__exploration_coef={"linear": 0.3})
-    found = report.read_runs(finished)
+    found = read_runs(finished)
     assert "hub-pathway (exploration_coef=0.3 to 0)" in {run.method for run in found}
-    assert report._by_coefficient(found) == {}
+    assert scores_by_coefficient(found) == {}
 
 
 def test_coefficients_of_runs_that_differ_in_nothing_else(finished: Path) -> None:
     _write(finished / "a", "hub-pathway", 1, 0.7, hub__exploration_coef=0.0)
     _write(finished / "b", "hub-pathway", 1, 0.6, train__epochs=9)
-    assert report._by_coefficient(report.read_runs(finished)) == {
+    assert scores_by_coefficient(read_runs(finished)) == {
         "fashion-mnist (epochs=2)": {0.0: [0.7], 0.3: [0.80, 0.84, 0.88]}
     }
 
@@ -244,19 +251,19 @@ def test_folders_of_images_are_other_data(finished: Path) -> None:
         _write(finished / f"s{i}", "single:a", 1, 0.1 * i, **data)
         _write(finished / f"h{i}", "hub-pathway", 1, 0.1 * i, **data)
     _write(finished / "z", "hub-pathway", 4, 0.9, data__root="elsewhere")
-    found = report.read_runs(finished)
-    rows = report.summarise(found)
+    found = read_runs(finished)
+    rows = summarise(found)
     own = ["folder-d-birds", "folder-d-cars", "folder-e-cars"]
     assert sorted({run.data for run in found}) == ["fashion-mnist", *own]
-    assert [report.best_single(rows, data).test.mean for data in own] == [0.0, 0.1, 0.2]
+    assert [best_single(rows, data).test.mean for data in own] == [0.0, 0.1, 0.2]
     assert {row.method for row in rows if row.data in own} == {"single:a", "hub-pathway"}
     assert sorted(report._routed(rows, found)) == ["fashion-mnist", *own]
     for file in (finished / "s2", finished / "h2"):
         shutil.rmtree(file)
-    assert {"folder-birds", "folder-cars"} < {run.data for run in report.read_runs(finished)}
+    assert {"folder-birds", "folder-cars"} < {run.data for run in read_runs(finished)}
     for file in (finished / "s1", finished / "h1"):
         shutil.rmtree(file)
-    assert "folder" in {run.data for run in report.read_runs(finished)}
+    assert "folder" in {run.data for run in read_runs(finished)}
 
 
 def _write_landmarks(folder: Path, method: str, nme: float) -> None:
@@ -272,8 +279,8 @@ def _write_landmarks(folder: Path, method: str, nme: float) -> None:
 def test_landmarks_have_three_scores_and_less_error_is_better(tmp_path: Path) -> None:
     for method, nme in (("hub-pathway", 0.05), ("single:a", 0.06)):
         _write_landmarks(tmp_path / method, method, nme)
-    found = report.read_runs(tmp_path)
-    rows = report.summarise(found)
+    found = read_runs(tmp_path)
+    rows = summarise(found)
     assert [row.method for row in rows] == ["hub-pathway", "single:a"]
     assert rows[1].difference == (pytest.approx(0.01), None, None)
     text = report._markdown(rows, found)
@@ -296,7 +303,7 @@ def test_one_trained_by_itself_comes_first(tmp_path: Path) -> None:
         results[part]["a"] = {"accuracy": 0.6, "loss": 1.0}
     (tmp_path / "a" / "results.json").write_text(json.dumps(results))
     _write(tmp_path / "b", "single:a", 1, 0.65)
-    rows = {row.method: row for row in report.summarise(report.read_runs(tmp_path))}
+    rows = {row.method: row for row in summarise(read_runs(tmp_path))}
     assert rows["single:a"].test.mean == 0.65
 
 
@@ -368,7 +375,7 @@ def test_a_folder_without_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_results_that_are_none(results: str, message: str, finished: Path) -> None:
     (finished / "hub-pathway-1" / "results.json").write_text(results)
     with pytest.raises(ValueError, match=message):
-        report.read_runs(finished)
+        read_runs(finished)
 
 
 def test_curves_of_seeds_that_stopped_early_meet_at_the_steps_of_both(
