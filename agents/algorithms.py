@@ -34,7 +34,7 @@ from agents.rollout_buffer import DeviceRolloutBuffer
 from hubrl.aggregation import aggregation_name
 from hubrl.extractor import HubFeaturesExtractor, steady_encoders
 from hubrl.optimizer import EncoderScaledAdam
-from hubrl.pathway import always_active_names, number_activated
+from hubrl.pathway import always_active_names, frozen_names, number_activated
 from hubrl.precision import check_device, resolve_precision
 from hubrl.specs import HubSpec, lasting_name, load_hub
 
@@ -182,8 +182,8 @@ def resolve(config: RunConfig) -> RunConfig:
     The configuration that repeats the run from any folder, as fast as here.
 
     ``precision: auto`` becomes what this machine's measurement chose, ``top_k: auto`` a number,
-    ``always_active: auto`` the names in the hub's card, ``aggregation: auto`` what fits the hub,
-    and a hub's path absolute.
+    ``always_active: auto`` the names in the hub's card, ``freeze: chosen`` those of the others,
+    ``aggregation: auto`` what fits the hub, and a hub's path absolute.
 
     :raises ValueError: if there is no such device or hub, or ``always_active`` is out of its range
     """
@@ -194,6 +194,7 @@ def resolve(config: RunConfig) -> RunConfig:
         "name": config.hub.name if config.hub.name == "none" else lasting_name(config.hub.name),
         "top_k": _top_k(config.hub),
         "always_active": _always_active(config.hub),
+        "freeze": _freeze(config.hub),
         "aggregation": _aggregation(config.hub),
     }
     return config.model_copy(update={"hub": config.hub.model_copy(update=changes)})
@@ -212,6 +213,14 @@ def _always_active(hub: HubSection) -> tuple[str, ...]:
     cards = _cards(hub)
     top_k = number_activated(hub.top_k, cards)
     return always_active_names(steady_encoders(names, top_k, cards), top_k, cards)
+
+
+def _freeze(hub: HubSection) -> tuple[str, ...]:
+    if hub.name == "none" or hub.freeze != ("chosen",):
+        return hub.freeze
+    cards = _cards(hub)
+    frozen = frozen_names("chosen", _always_active(hub), cards)
+    return tuple(name for name in cards.encoder_names if name in frozen)
 
 
 def _aggregation(hub: HubSection) -> str:
@@ -267,7 +276,7 @@ def _features_extractor(hub: HubSection) -> dict[str, Any]:
             "standardise": hub.standardise,
             "always_active": _always_active(hub),
             "generator": hub.generator,
-            "freeze": "all" if hub.freeze == ("all",) else hub.freeze,
+            "freeze": "all" if hub.freeze == ("all",) else _freeze(hub),
             "freeze_layers": hub.freeze_layers,
             "random_init": hub.random_init,
             "precision": hub.precision,

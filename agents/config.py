@@ -89,7 +89,8 @@ class HubSection(Section):
     :param aggregation: how the encoders' features become one vector; ``auto``: ``sum`` where they
         have one length, else ``concat``
     :param standardise: bring each encoder's features to one scale before
-    :param freeze: names of encoders that stay as they are, or ``all``
+    :param freeze: names of encoders that stay as they are, ``all``, or ``chosen``: all that aren't
+        always active
     :param freeze_layers: first layers of each encoder that stay as they are
     :param random_init: orthogonal initialization in the place of the pretrained weights
     :param encoder_lr_scale: learning rate of the encoders, as a share of the algorithm's

@@ -84,7 +84,8 @@ class HubFeaturesExtractor(BaseFeaturesExtractor):
         observations that are trained on
     :param generator: where the pathway weights come from: ``small``, the pathway generator, or
         ``uniform``: all encoders run with equal weights, or ``even``, for comparisons
-    :param freeze: names of encoders whose weights don't learn, or ``"all"``
+    :param freeze: names of encoders whose weights don't learn, ``"all"``, or ``"chosen"`` for all
+        that aren't always active
     :param freeze_layers: first layers of each encoder that don't learn
     :param random_init: random encoders of the same size, without the hub's knowledge
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the

@@ -94,14 +94,16 @@ class HubPathway(nn.Module):
     :param standardise: bring each encoder's features to one scale before, see
         ``hubrl.aggregation.Standardised``; not with a module of your own, and not before training
         mode was left for the first time
-    :param freeze: names of encoders whose weights don't learn, or ``"all"``
+    :param freeze: names of encoders whose weights don't learn, ``"all"``, or ``"chosen"`` for all
+        that aren't always active
     :param freeze_layers: first layers of each encoder that don't learn
     :param pretrained: load the hub's weights; otherwise random ones
     :param precision: what encoders compute in: ``float32``, ``bfloat16``, or ``auto`` for the
         faster one on the device; generator and features are float32 in any case
     :param build_encoders: gives an ``EncoderList`` of another kind; default: all encoders in memory
     :raises ValueError: if the hub is unknown or damaged, ``top_k`` is outside 1..E, ``freeze``
-        names an encoder that the hub lacks, ``always_active`` does or leaves none to choose,
+        names an encoder that the hub lacks or is ``"chosen"`` where none is always active,
+        ``always_active`` names one that the hub lacks or leaves none to choose,
         ``freeze_layers`` are all that an encoder has, or ``generator`` or ``aggregation`` is
         unknown or doesn't fit the rest
     """
@@ -141,7 +143,8 @@ class HubPathway(nn.Module):
             channels, (image_size[0], image_size[1]), len(self._choices_M)
         )
         build = build_encoders or EncoderList
-        self.encoders = build(self.hub, _frozen_names(freeze, self.hub), pretrained)
+        frozen = frozen_names(freeze, self.always_active, self.hub)
+        self.encoders = build(self.hub, frozen, pretrained)
         if freeze_layers:
             for encoder in self.encoders:
                 encoder.freeze_first(freeze_layers)
@@ -373,6 +376,28 @@ def always_active_names(names: Collection[str] | str, top_k: int, hub: HubSpec) 
     return tuple(name for name in hub.encoder_names if name in found)
 
 
+def frozen_names(
+    freeze: Collection[str] | str, always_active: Collection[str], hub: HubSpec
+) -> frozenset[str]:
+    """
+    The encoders that ``HubPathway`` keeps as they are.
+
+    :param freeze: names, ``"all"``, or ``"chosen"`` for all that aren't always active
+    :param always_active: names, as ``always_active_names`` gives them
+    :raises ValueError: if the hub lacks one, or nothing is always active
+    """
+    if freeze == "all":
+        return frozenset(hub.encoder_names)
+    if freeze == "chosen":
+        if not always_active:
+            raise ValueError(
+                f"freeze is 'chosen', but no encoder of hub {hub.name!r} is always active, so none "
+                "would learn: name one in always_active, or give freeze='all'"
+            )
+        return frozenset(hub.encoder_names) - set(always_active)
+    return _names("freeze", freeze, hub)
+
+
 def saved_facts(state: Tensor) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """
     What ``get_extra_state`` gave.
@@ -417,12 +442,6 @@ def _generator_class(name: str, hub: HubSpec, n_choices: int, top_k: int) -> Gen
             f"{n} and always_active empty"
         )
     return GENERATORS[name]
-
-
-def _frozen_names(freeze: Collection[str] | str, hub: HubSpec) -> frozenset[str]:
-    if freeze == "all":
-        return frozenset(hub.encoder_names)
-    return _names("freeze", freeze, hub)
 
 
 def _names(argument: str, names: Collection[str] | str, hub: HubSpec) -> frozenset[str]:

@@ -128,7 +128,10 @@ EXISTING = click.Path(path_type=Path, exists=True, dir_okay=False)
 )
 @click.option("--aggregation", help="auto, concat or sum.  [default: auto]")
 @click.option(
-    "--freeze", multiple=True, help="An encoder that stays as it is, or all; may be repeated."
+    "--freeze",
+    multiple=True,
+    help="An encoder that stays as it is; all; or chosen: all that aren't always active. "
+    "May be repeated.",
 )
 @click.option("--freeze-layers", help="First layers of each encoder that stay as they are.")
 @click.option("--random-init", is_flag=True, default=None, help="No pretrained weights.")

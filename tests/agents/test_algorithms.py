@@ -173,6 +173,16 @@ def test_the_hub_section_reaches_the_extractor(hub5: Path) -> None:
     assert not [p for p in extractor.pathway.encoders.parameters() if p.requires_grad]
 
 
+def test_what_is_chosen_is_frozen(hub5: Path) -> None:
+    """The resolved configuration names them; ``a`` is always active, the first of the hub."""
+    config = small_config(overrides={"hub.name": str(hub5), "hub.freeze": "chosen"})
+    assert resolve(config).hub.freeze == tuple("bcde")
+    (extractor,) = extractors(build(hub=hub5, hub__freeze="chosen"), HubFeaturesExtractor)
+    assert [e.is_frozen for e in extractor.pathway.encoders] == [False, True, True, True, True]
+    with pytest.raises(ValueError, match=r"freeze is 'chosen', but no encoder .* is always active"):
+        build(hub=hub5, hub__freeze="chosen", hub__always_active=[])
+
+
 def test_the_baseline_is_sb3s() -> None:
     """With the same seed: the same weights, and the same learning up to rounding."""
     ours = build(train__seed=7, algorithm__n_epochs=4)

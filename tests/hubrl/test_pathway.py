@@ -380,6 +380,19 @@ def test_top_k_outside_its_range(hub: Path, top_k: int) -> None:
         HubPathway(hub, top_k)
 
 
+def test_what_is_chosen_may_be_frozen(hub: Path) -> None:
+    pathway = HubPathway(hub, always_active=["b"], freeze="chosen")
+    assert [encoder.is_frozen for encoder in pathway.encoders] == [True, False, True, True, True]
+    with pytest.raises(
+        ValueError, match=r"freeze is 'chosen', but no encoder of hub 'hub5' is alw"
+    ):
+        HubPathway(hub, always_active=[], freeze="chosen")
+    with pytest.raises(
+        ValueError, match=r"'chosen', but .* name one in always_active, or give fre"
+    ):
+        HubPathway(f"{hub}:a", freeze="chosen")
+
+
 def test_unknown_frozen_encoder_and_precision(hub: Path) -> None:
     with pytest.raises(ValueError, match="hub 'hub5' has no encoder 'f'"):
         HubPathway(hub, freeze="f")
