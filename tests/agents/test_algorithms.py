@@ -201,7 +201,7 @@ def test_the_baseline_is_sb3s() -> None:
             model.learn(64)
 
 
-@pytest.mark.parametrize("freeze", ["", "all"])
+@pytest.mark.parametrize("freeze", ["", "all", "chosen"])
 def test_the_fast_path_gives_the_update_of_the_plain_one(freeze: str, hub5: Path) -> None:
     """Bytes, kept features and fused Adam against SB3's floats, encoders that run, and its Adam."""
     options = {"hub__freeze": [freeze] if freeze else [], "algorithm__n_epochs": 4}
