@@ -162,14 +162,20 @@ def check_checkpoint(data: bytes) -> bool:
 
 @_kind
 def check_agent_run(data: bytes) -> bool:
-    """A run's folder with a foreign file that its manifest knows: evaluated, and gone on with."""
+    """
+    A run's folder with a foreign file that its manifest knows: an encoder of it is added to a hub,
+    its agent is evaluated, and it is gone on with.
+    """
     kind, n = data[0] if data else 0, len(valid.RUN_ALGORITHMS)
     name = valid.AGENT_RUN_FILES[kind // n % len(valid.AGENT_RUN_FILES)]
     _run_folder(valid.agent_run(valid.RUN_ALGORITHMS[kind % n]), name, data[1:])
+    added = ["add", "mine", "--from-run", "run:b"]
+    is_added = _check_command(hubs.command, "hubrl hubs", added) == 0
     arguments = ["run", "--episodes", "1", "--checkpoint", "last"]
     # Before a run that goes on has replaced the checkpoint.
     is_played = _check_command(evaluate.command, "hubrl evaluate", arguments) == 0
-    return _check_command(train.command, "hubrl train", ["--resume", "run"]) == 0 and is_played
+    is_resumed = _check_command(train.command, "hubrl train", ["--resume", "run"]) == 0
+    return is_resumed and is_played and is_added
 
 
 @_kind
