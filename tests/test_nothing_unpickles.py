@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hubrl import specs
+from hubrl import plain_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("hubrl", "agents", "envs", "vision_tasks")
@@ -130,4 +130,4 @@ def test_the_scan_lets_pass(source: str) -> None:
 
 
 def test_our_own_loader_of_yaml_is_a_safe_one() -> None:
-    assert issubclass(specs._PlainLoader, yaml.CSafeLoader)
+    assert issubclass(plain_yaml._PlainLoader, yaml.CSafeLoader)
