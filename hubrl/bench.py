@@ -77,10 +77,7 @@ BENCHES = (
     ),
     Bench(("generator",), measure_generator),
     Bench(("hub_size", "hub_size.trained", "hub_size.optimizer"), measure_hub_size),
-    Bench(
-        ("ppo.trained", "ppo.chosen", "ppo.frozen", "ppo.single", "ppo.none", "ppo.script"),
-        measure_ppo,
-    ),
+    Bench(("ppo.trained", "ppo.frozen", "ppo.none", "ppo.script"), measure_ppo),
     Bench(("dqn.trained", "dqn.frozen", "dqn.script"), measure_dqn),
     Bench(("env", "env.cpu"), measure_env, has_networks=False),
     Bench(("cache",), measure_cache),

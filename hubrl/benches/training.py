@@ -42,9 +42,7 @@ TRAINED = {"hub.name": "atari5"}
 FROZEN = {"hub.name": "atari5", "hub.freeze": "all"}
 PPO_HUBS: Mapping[str, Overrides] = {
     "ppo.trained": TRAINED,
-    "ppo.chosen": {"hub.name": "atari5", "hub.freeze": "chosen"},
     "ppo.frozen": FROZEN,
-    "ppo.single": {"hub.name": "atari5:contrast"},
     "ppo.none": {"hub.name": "none"},
 }
 DQN_HUBS: Mapping[str, Overrides] = {"dqn.trained": TRAINED, "dqn.frozen": FROZEN}
@@ -89,10 +87,7 @@ def measure_hub_size(
 def measure_ppo(
     overrides: Overrides = AS_SHIPPED, rounds: int = 4, device: str = "cpu"
 ) -> list[Result]:
-    """
-    PPO end to end against plain SB3: hub trained, all but its always active encoder frozen, frozen;
-    one encoder, no hub, a script with a hub.
-    """
+    """PPO end to end: hub trained, hub frozen, no hub, a script with a hub; against plain SB3."""
     overrides = {**overrides, "train.device": device}
     n_steps = _iteration_steps(overrides)
     return _compare_agents("ppo", PPO_HUBS, "ppo.script", overrides, n_steps, rounds)
