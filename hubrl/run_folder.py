@@ -59,7 +59,7 @@ def create_folder(folder: Path, config: str) -> None:
 
 def replace_config(folder: Path, config: str) -> None:
     """Put another ``config.yaml`` in its place, as a whole or not at all."""
-    temporary = folder / f"{CONFIG_FILE}.new"
+    temporary = folder / f".{CONFIG_FILE}.new"
     temporary.write_text(config)
     os.replace(temporary, folder / CONFIG_FILE)
 
